@@ -1,0 +1,1 @@
+"""Sampling from the reward-weighted distribution q(x) ∝ p(x)·exp(r(x)/β). Plain PyTorch; knows no ComfyUI."""

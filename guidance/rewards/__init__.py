@@ -1,0 +1,3 @@
+from .base import Reward, RewardError, evaluate
+
+__all__ = ["Reward", "RewardError", "evaluate"]
