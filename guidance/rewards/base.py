@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..errors import GuidanceError
 
-class RewardError(ValueError):
+
+class RewardError(GuidanceError):
     """A reward, or what it was given, cannot be used. The message says what to do."""
 
 
@@ -24,6 +26,8 @@ class Reward(nn.Module):
     """Typical raw score, subtracted before rewards are compared or combined."""
     reference_std = 1.0
     """Typical spread of raw scores, so that a temperature means the same for every reward."""
+    activation_bytes = 64 * 2**20
+    """Rough memory of scoring one picture with a graph, weights not counted."""
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         raise NotImplementedError
