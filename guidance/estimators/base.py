@@ -105,9 +105,9 @@ def reward_gradient(reward: LatentReward, point: Tensor) -> tuple[Tensor, Tensor
     point = point.detach().requires_grad_()
     with torch.enable_grad():
         scores = reward(point)
-    if not scores.requires_grad:
-        raise GuidanceError("This reward has no gradient to guide by. Use it to choose among pictures, or guide by another reward.")
-    (gradient,) = torch.autograd.grad(scores.sum(), point)
+        if not scores.requires_grad:
+            raise GuidanceError("This reward has no gradient to guide by. Use it to choose among pictures, or guide by another reward.")
+        (gradient,) = torch.autograd.grad(scores.sum(), point)
     if not torch.isfinite(gradient).all():
         raise GuidanceError("The reward's gradient is not a finite number. Try another decoder, or load the reward in float32.")
     return scores.detach(), gradient
