@@ -110,6 +110,7 @@ def test_bad_metadata(tmp_path, metadata, message):
     assert_refused(tmp_path / "reward.safetensors", message)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_other_objects_and_programs(tmp_path):
     for i, content in enumerate(([1, 2], torch.zeros(3), "text", {"state_dict": {"a": 1}, 3: 4})):
         torch.save(content, tmp_path / f"{i}.pt")
