@@ -4,9 +4,10 @@ import logging
 from collections.abc import Callable
 
 import comfy.samplers
-import nodes as comfy_nodes
 from comfy_api.v0_0_2 import io
 from server import PromptServer
+
+import nodes as comfy_nodes
 
 from ..guidance.estimators import ESTIMATORS, Settings, Smoothing
 from .decoders import DECODERS, make_decoder
@@ -31,7 +32,7 @@ def reward_inputs() -> list[io.Input]:
             min=0.0,
             max=20.0,
             step=0.05,
-            tooltip="How strongly to follow the reward. 0 is off; 1 samples the reward-weighted distribution; lower it when pictures look overdone.",
+            tooltip="How strongly to follow the reward. 0 is off, 1 is the reward-weighted distribution; lower it when pictures look overdone.",
         ),
     ]
 
@@ -57,15 +58,23 @@ def tuning_inputs() -> list[io.Input]:
         ),
         io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Where in the sampling guidance starts.", **rare),
         io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Where in the sampling guidance ends.", **rare),
-        io.Int.Input("smoothing", default=4, min=0, max=64, tooltip="Points around the estimate whose gradients are averaged; 0 to 8.", **rare),
-        io.Float.Input("radius", default=0.3, min=0.0, max=2.0, step=0.05, tooltip="Their distance, in posterior standard deviations.", **rare),
-        io.Float.Input("momentum", default=0.0, min=0.0, max=0.95, step=0.05, tooltip="Share of the previous gradient that is kept.", **rare),
-        io.Float.Input("cap", default=2.0, min=0.0, max=20.0, step=0.1, tooltip="Largest shift of a sample, in units of its noise.", **rare),
+        io.Int.Input(
+            "smoothing", default=4, min=0, max=64, tooltip="Points around the estimate whose gradients are averaged; 0 to 8.", **rare
+        ),
+        io.Float.Input(
+            "radius", default=0.3, min=0.0, max=2.0, step=0.05, tooltip="Their distance, in posterior standard deviations.", **rare
+        ),
+        io.Float.Input(
+            "momentum", default=0.0, min=0.0, max=0.95, step=0.05, tooltip="Share of the previous gradient that is kept.", **rare
+        ),
+        io.Float.Input(
+            "cap", default=2.0, min=0.0, max=20.0, step=0.1, tooltip="Largest shift of a sample, in units of its noise.", **rare
+        ),
         io.Int.Input("every", default=1, min=1, max=100, tooltip="Take a new reward gradient every so many model calls.", **rare),
         io.Combo.Input(
             "decoder",
             options=list(DECODERS),
-            tooltip="How estimates become pixels. auto: taesd if its file is in models/vae_approx, else the connected vae, else latent_rgb.",
+            tooltip="How estimates become pixels. auto: taesd if its file is in models/vae_approx, else the vae, else latent_rgb.",
             **rare,
         ),
         io.Int.Input("frames", default=3, min=1, max=64, tooltip="Video: how many evenly spaced frames are scored.", **rare),
@@ -89,9 +98,7 @@ class Reporter:
         server.send_progress_text(f"reward {mean:+.3f} · step {step.step}/{step.steps} · {data['decoder']}", data["node"])
 
 
-def guide(
-    hidden, model, reward: LoadedReward | None, prompt: str, strength: float, tuning: dict
-) -> tuple[object, Reporter | None]:
+def guide(hidden, model, reward: LoadedReward | None, prompt: str, strength: float, tuning: dict) -> tuple[object, Reporter | None]:
     """The guided clone of a model, and the reporter that hears of its steps."""
     if reward is None or strength == 0:
         return model, None
@@ -158,7 +165,9 @@ class RewardGuidanceKSampler(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="What the pictures should show."),
                 io.Conditioning.Input("negative", tooltip="What they should not show."),
                 io.Latent.Input("latent_image", tooltip="The latent to denoise."),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="1 starts from noise; less keeps more of the latent."),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="1 starts from noise; less keeps more of the latent."
+                ),
                 *reward_inputs(),
                 *tuning_inputs(),
             ],

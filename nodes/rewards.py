@@ -9,12 +9,19 @@ from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
 from ..guidance.errors import GuidanceError
-from ..guidance.rewards import evaluate
-from ..guidance.rewards.combine import CombinedReward
-from ..guidance.rewards.image_similarity import ImageSimilarity
-from ..guidance.rewards.image_statistics import STATISTICS, ImageStatistic
-from ..guidance.rewards.loading import load_reward
-from .runtime import LoadedReward, normal_weights
+from ..guidance.rewards import (
+    LIKENESSES,
+    STATISTICS,
+    ClipImageSimilarity,
+    ClipReward,
+    ColourReward,
+    CombinedReward,
+    ImageSimilarity,
+    ImageStatistic,
+    evaluate,
+    load_reward,
+)
+from .runtime import LoadedReward, manage_reward, normal_weights
 
 REWARD = io.Custom("REWARD")
 FOLDER = "reward_models"
@@ -50,8 +57,7 @@ class LoadReward(io.ComfyNode):
     @classmethod
     def execute(cls, reward_name: str) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise(FOLDER, reward_name)
-        with torch.inference_mode(False):
-            return io.NodeOutput(LoadedReward.of(load_reward(path)))
+        return io.NodeOutput(manage_reward(load_reward(path)))
 
     @classmethod
     def fingerprint_inputs(cls, reward_name: str) -> float:
@@ -68,17 +74,23 @@ class ImageStatisticReward(io.ComfyNode):
             description="Rewards a measurable property of the picture. Needs no weights.",
             search_aliases=["colour", "color", "brightness", "contrast", "saturation", "sharpness"],
             inputs=[
-                io.Combo.Input("statistic", options=list(STATISTICS), tooltip="What to raise. 'colour' pulls the picture toward the target colour."),
-                io.Color.Input("colour", default="#3366cc", tooltip="The target of the statistic 'colour'; the others ignore it."),
-                io.Boolean.Input("lower", default=False, tooltip="Lower the statistic instead: darker, flatter, greyer, softer, away from the colour."),
+                io.Combo.Input(
+                    "statistic",
+                    options=["colour", "colour of every pixel", *STATISTICS],
+                    tooltip="What to raise. 'colour' pulls the mean colour of the picture toward the target and leaves the composition free.",
+                ),
+                io.Color.Input("colour", default="#3366cc", tooltip="The target of the two colour statistics; the others ignore it."),
+                io.Boolean.Input(
+                    "lower", default=False, tooltip="Lower the statistic instead: darker, flatter, greyer, softer, another colour."
+                ),
             ],
             outputs=[REWARD.Output(display_name="reward")],
         )
 
     @classmethod
     def execute(cls, statistic: str, colour: str, lower: bool) -> io.NodeOutput:
-        with torch.inference_mode(False):
-            return io.NodeOutput(LoadedReward.of(ImageStatistic(statistic, target=_rgb(colour), lower=lower)))
+        reward = ImageStatistic(statistic) if statistic in STATISTICS else ColourReward(_rgb(colour), statistic == "colour of every pixel")
+        return io.NodeOutput(manage_reward(CombinedReward([reward], [-1.0]) if lower else reward))
 
 
 def _rgb(colour: str) -> tuple[float, float, float]:
@@ -100,17 +112,26 @@ class ImageSimilarityReward(io.ComfyNode):
             search_aliases=["likeness", "reference image", "image prompt"],
             inputs=[
                 io.Image.Input("image", tooltip="The reference. Of a batch, the first picture is used."),
-                REWARD.Input("clip_reward", optional=True, tooltip="A CLIP from Load Reward Model; likeness is then the cosine of image embeddings."),
+                io.Combo.Input(
+                    "likeness",
+                    options=[*LIKENESSES, "meaning"],
+                    tooltip="colour: the same colours in the same places. structure: the same shapes in any colours. "
+                    "meaning: the same subject and style, by the connected CLIP.",
+                ),
+                REWARD.Input("clip_reward", optional=True, tooltip="A CLIP from Load Reward Model; needed for likeness in meaning."),
             ],
             outputs=[REWARD.Output(display_name="reward")],
         )
 
     @classmethod
-    def execute(cls, image: Tensor, clip_reward: LoadedReward | None = None) -> io.NodeOutput:
+    def execute(cls, image: Tensor, likeness: str, clip_reward: LoadedReward | None = None) -> io.NodeOutput:
         with torch.inference_mode(False):
             reference = to_pixels(image[:1]).clone()
-            reward = ImageSimilarity(reference, clip_reward.reward if clip_reward else None)
-        return io.NodeOutput(LoadedReward(reward, clip_reward.patchers if clip_reward else ()))
+            if likeness != "meaning":
+                return io.NodeOutput(manage_reward(ImageSimilarity(reference, likeness)))
+            if clip_reward is None or not isinstance(clip_reward.reward, ClipReward):
+                raise GuidanceError("Likeness in meaning is measured by a CLIP: connect Load Reward Model with a CLIP or PickScore file.")
+            return io.NodeOutput(LoadedReward(ClipImageSimilarity(clip_reward.reward, reference), clip_reward.patchers))
 
 
 class CombineRewards(io.ComfyNode):
@@ -166,11 +187,15 @@ class ScoreImages(io.ComfyNode):
             inputs=[
                 io.Image.Input("images", tooltip="A batch of pictures; each gets its own score."),
                 REWARD.Input("reward"),
-                io.String.Input("prompt", multiline=True, default="", tooltip="The prompt of the pictures, for rewards that compare with one."),
+                io.String.Input(
+                    "prompt", multiline=True, default="", tooltip="The prompt of the pictures, for rewards that compare with one."
+                ),
             ],
             outputs=[
                 io.Float.Output(display_name="scores", is_output_list=True, tooltip="Raw scores, one for each picture."),
-                io.Float.Output(display_name="standardized", is_output_list=True, tooltip="Scores in units of the reward's typical spread."),
+                io.Float.Output(
+                    display_name="standardized", is_output_list=True, tooltip="Scores in units of the reward's typical spread."
+                ),
                 io.String.Output(display_name="report", tooltip="The scores as readable lines."),
             ],
             is_output_node=True,

@@ -45,12 +45,12 @@ class LoadedReward:
     reward: Reward
     patchers: tuple[GradientPatcher, ...] = ()
 
-    @staticmethod
-    def of(reward: Reward) -> "LoadedReward":
-        """Manage one reward's weights, and let interrupts stop it between layers."""
-        for module in reward.modules():
-            module.register_forward_pre_hook(_stop_if_interrupted)
-        return LoadedReward(reward, (manage(reward),) if any(True for _ in reward.parameters()) else ())
+
+def manage_reward(reward: Reward) -> LoadedReward:
+    """Manage a reward's weights, and let interrupts stop it between layers."""
+    for module in reward.modules():
+        module.register_forward_pre_hook(_stop_if_interrupted)
+    return LoadedReward(reward, (manage(reward),) if any(True for _ in reward.parameters()) else ())
 
 
 def _stop_if_interrupted(*_) -> None:

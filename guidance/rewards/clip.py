@@ -58,6 +58,7 @@ class ClipReward(Reward):
         self.scale = model.logit_scale.detach().float().exp().item()
         self.reference_mean = self.scale * cosine_mean
         self.reference_std = self.scale * cosine_std
+        self.activation_bytes = _activation_bytes(model.visual)
         self._text_features: dict[str, Tensor] = {}
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -92,6 +93,12 @@ class ClipReward(Reward):
     def unread(self, prompt: str) -> str:
         """The end of a prompt that does not fit the text tower's context; empty for most."""
         return tokenizer().decode(tokenizer().encode(prompt)[self.model.context_length - 2 :]).strip()
+
+
+def _activation_bytes(tower: Any) -> int:
+    """Per picture: a transformer layer keeps about 17 numbers per token and channel for its backward pass (arXiv 2205.05198)."""
+    tokens, width = tower.positional_embedding.shape
+    return 17 * tokens * width * tower.transformer.layers * max(tower.conv1.weight.element_size(), 2)
 
 
 def load_clip(state: StateDict, hints: Hints) -> ClipReward:

@@ -27,17 +27,18 @@ _KINDS = (
 
 @torch.inference_mode(False)
 def load_reward(path: str | Path) -> Reward:
-    """A weights file (safetensors, or a PyTorch checkpoint without code) or a Hugging Face folder -> Reward on the CPU.
+    """A weights file (safetensors, or a PyTorch checkpoint without code), or a Hugging Face folder -> Reward on the CPU.
 
     The safetensors metadata may state reference_mean, reference_std, vision_heads, text_heads and quick_gelu. Weights that are not
     finite are not searched for (it would read every page of the file); `evaluate` refuses the first score they spoil.
     """
     path = Path(path)
     file = _weights_file(path)
+    in_folder = file.name in _WEIGHT_NAMES
     state, metadata = _read(file)
-    hints = (_read_config(path) if path.is_dir() else {}) | metadata
+    hints = (_read_config(file.parent) if in_folder else {}) | metadata
     reward = _build(file.name, state, hints)
-    reward.name = path.name if path.is_dir() else path.stem
+    reward.name = file.parent.name if in_folder else file.stem
     reward.reference_mean = _number(hints, "reference_mean", reward.reference_mean)
     reward.reference_std = _number(hints, "reference_std", reward.reference_std)
     if reward.reference_std <= 0:
