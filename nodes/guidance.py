@@ -32,7 +32,7 @@ def reward_inputs() -> list[io.Input]:
             min=0.0,
             max=20.0,
             step=0.05,
-            tooltip="How strongly to follow the reward. 0 is off, 1 is the reward-weighted distribution; lower it when pictures look overdone.",
+            tooltip="How closely to follow the reward. 0 is off, 1 the reward-weighted distribution; lower it when pictures look overdone.",
         ),
     ]
 

@@ -77,7 +77,7 @@ class ImageStatisticReward(io.ComfyNode):
                 io.Combo.Input(
                     "statistic",
                     options=["colour", "colour of every pixel", *STATISTICS],
-                    tooltip="What to raise. 'colour' pulls the mean colour of the picture toward the target and leaves the composition free.",
+                    tooltip="What to raise. 'colour' pulls the mean colour toward the target and leaves the composition free.",
                 ),
                 io.Color.Input("colour", default="#3366cc", tooltip="The target of the two colour statistics; the others ignore it."),
                 io.Boolean.Input(
