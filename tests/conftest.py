@@ -8,9 +8,13 @@ import sys
 import types
 from pathlib import Path
 
+import torch
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 package = types.ModuleType("reward_guidance")
 package.__path__ = [str(CHECKOUT)]
-sys.modules["reward_guidance"] = package
+sys.modules.setdefault("reward_guidance", package)
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != CHECKOUT]
+
+torch.set_num_threads(1)

@@ -1,0 +1,2 @@
+class GuidanceError(ValueError):
+    """Guidance cannot go on. The message says what to do."""

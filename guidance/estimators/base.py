@@ -1,0 +1,113 @@
+"""The one object guidance is about: D -> D_q, the posterior mean replaced by the reward-weighted posterior mean."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import GuidanceError
+from ..process import Process
+from .smoothing import Smoothing
+
+Denoiser = Callable[[Tensor], Tensor]
+"""x (B,...) -> D(x, σ) (B,...) at the step's noise level."""
+
+LatentReward = Callable[[Tensor], Tensor]
+"""Denoised latents (B,...) -> standardized rewards (B,), differentiable."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How strongly and when to guide. Temperature is in units of the reward's spread; strength multiplies the tilt."""
+
+    strength: float = 1.0
+    temperature: float = 1.0
+    smoothing: Smoothing = Smoothing()
+    momentum: float = 0.0
+    cap: float = 2.0
+    """Largest RMS of the shift of x, in units of the noise; per sample."""
+    every: int = 1
+    """Model calls between two reward gradients; the last one is reused in between."""
+    variance: float = 1.0
+    """Per-element variance of the data (latents are scaled to about one)."""
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise GuidanceError(f"The temperature must be above 0, not {self.temperature}; smaller values follow the reward more closely.")
+        if self.every < 1 or not 0 <= self.momentum < 1 or self.cap < 0 or self.strength < 0:
+            raise GuidanceError("Guidance needs every >= 1, 0 <= momentum < 1, cap >= 0 and strength >= 0.")
+
+
+class Estimator:
+    """One estimate of D_q. Holds the state of one sampling run; make a new one for each run.
+
+    A new estimator implements `guide` and adds its name to ESTIMATORS; it finds the smoothed reward gradient in `refresh`.
+    """
+
+    min_scale = 0.01
+    """Where x holds less of the data than this, σ²/a diverges and the estimator only watches."""
+
+    def __init__(self, process: Process, reward: LatentReward, settings: Settings, generator: torch.Generator):
+        self.process = process
+        self.reward = reward
+        self.settings = settings
+        self.generator = generator
+        self.gradient: Tensor | None = None
+        self.rewards: Tensor | None = None
+        self.calls = 0
+
+    def __call__(self, denoise: Denoiser, x: Tensor, sigma: float) -> Tensor:
+        """D_q(x, σ), shape of x."""
+        return self.watch(denoise, x, sigma) if self.process.scale(sigma) < self.min_scale else self.guide(denoise, x, sigma)
+
+    def watch(self, denoise: Denoiser, x: Tensor, sigma: float) -> Tensor:
+        """D(x, σ), whose reward gradient is taken for the calls to come."""
+        denoised = denoise(x)
+        self.refresh(denoised, sigma)
+        return denoised
+
+    def guide(self, denoise: Denoiser, x: Tensor, sigma: float) -> Tensor:
+        """D_q(x, σ), shape of x."""
+        raise NotImplementedError
+
+    def refresh(self, denoised: Tensor, sigma: float) -> None:
+        """Update `gradient`, g = ∇_D log mean_k exp(r(D + radius·s·ξ_k)/β), and `rewards`, at the untilted D."""
+        if self.calls % self.settings.every == 0 or self.gradient is None:
+            std = self.process.posterior_variance(sigma, self.settings.variance) ** 0.5
+            offsets = self.settings.smoothing.offsets(denoised, std, self.generator)
+            fresh, self.rewards = tilt_gradient(self.reward, denoised, offsets, self.settings.temperature)
+            keep = self.settings.momentum if self.gradient is not None else 0.0
+            self.gradient = keep * self.gradient + (1 - keep) * fresh if keep else fresh
+        self.calls += 1
+
+    def capped_gradient(self, sigma: float) -> Tensor:
+        """strength·g, limited so that the shift of x has at most `cap` times the noise's RMS."""
+        assert self.gradient is not None
+        gradient = self.settings.strength * self.gradient
+        largest = self.settings.cap * self.process.noise_std(sigma) / self.process.shift_gain(sigma)
+        rms = gradient.flatten(1).pow(2).mean(1).sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)
+        return gradient * (largest / rms).clamp_max(1).view(-1, *[1] * (gradient.ndim - 1))
+
+
+def tilt_gradient(reward: LatentReward, denoised: Tensor, offsets: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
+    """∇_D log mean_k exp(r(D + offset_k)/β) and its value times β, (B,...) and (B,). As in LGD-MC (Song et al., ICML 2023)."""
+    scores, gradients = zip(*[reward_gradient(reward, denoised + offset) for offset in offsets], strict=True)
+    logits = torch.stack(scores) / temperature
+    weights = logits.softmax(0)
+    gradient = sum(w.view(-1, *[1] * (denoised.ndim - 1)) * g for w, g in zip(weights, gradients, strict=True)) / temperature
+    value = temperature * (logits.logsumexp(0) - torch.log(torch.tensor(float(len(offsets)))).to(logits))
+    return gradient, value
+
+
+def reward_gradient(reward: LatentReward, point: Tensor) -> tuple[Tensor, Tensor]:
+    """r (B,) and ∇r, shape of point. Raises GuidanceError where there is no usable gradient."""
+    point = point.detach().requires_grad_()
+    with torch.enable_grad():
+        scores = reward(point)
+        if not scores.requires_grad:
+            raise GuidanceError("This reward has no gradient to guide by. Use it to choose among pictures, or guide by another reward.")
+        (gradient,) = torch.autograd.grad(scores.sum(), point)
+    if not torch.isfinite(gradient).all():
+        raise GuidanceError("The reward's gradient is not a finite number. Try another decoder, or load the reward in float32.")
+    return scores.detach(), gradient

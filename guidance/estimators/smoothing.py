@@ -1,0 +1,43 @@
+"""Points around the denoised estimate at which the reward's gradient is averaged."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import GuidanceError
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """k points D + radius·s·ξ, s the posterior's standard deviation; k = 0 is the plain gradient.
+
+    Low-pass noise (grid > 0: a grid×grid pattern, upsampled) stays nearer to pictures than white noise (grid = 0).
+    """
+
+    samples: int = 4
+    radius: float = 0.3
+    grid: int = 4
+
+    def __post_init__(self):
+        if self.samples < 0 or self.radius < 0 or self.grid < 0:
+            raise GuidanceError("Smoothing needs samples, radius and grid of at least 0.")
+
+    def offsets(self, like: Tensor, std: float, generator: torch.Generator) -> list[Tensor]:
+        """k tensors of the shape of `like` (B,C,...), drawn from a private CPU generator."""
+        if self.samples == 0 or self.radius == 0:
+            return [torch.zeros_like(like)]
+        return [self.radius * std * self.noise(like, generator) for _ in range(self.samples)]
+
+    def noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        if not self.grid or like.ndim < 4 or max(like.shape[-2:]) <= self.grid:
+            return torch.randn(like.shape, generator=generator).to(like)
+        return low_pass_noise(like.shape, self.grid, generator).to(like)
+
+
+def low_pass_noise(shape: torch.Size, grid: int, generator: torch.Generator) -> Tensor:
+    """Gaussian noise of unit variance whose pattern is a grid×grid picture, bicubically upsampled to `shape` (B,C,...,H,W)."""
+    coarse = torch.randn((1, shape[:-2].numel(), grid, grid), generator=generator)
+    fine = F.interpolate(coarse, size=shape[-2:], mode="bicubic", align_corners=False)
+    return (fine / fine.std()).view(shape)

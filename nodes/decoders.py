@@ -1,0 +1,146 @@
+"""From denoised latents to pixels that a reward can see, differentiably."""
+
+import copy
+
+import comfy.latent_formats
+import comfy.sd
+import comfy.taesd.taesd
+import comfy.utils
+import folder_paths
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..guidance.errors import GuidanceError
+
+DECODERS = ("auto", "taesd", "vae", "latent_rgb")
+
+
+class Decoder:
+    """Model-space latents (N,C,H,W) -> pixels (N,3,h,w), about [0,1] and never clamped: a clamp has no gradient."""
+
+    name: str
+    modules: tuple[nn.Module, ...] = ()
+    upscale = 8
+    bytes_per_pixel = 0
+    """Rough activation memory of decoding with a graph, per pixel."""
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class LatentRGB(Decoder):
+    """The latent format's linear preview factors: free, at the latent's resolution."""
+
+    name = "latent_rgb"
+    upscale = 1
+    bytes_per_pixel = 256
+
+    def __init__(self, latent_format: comfy.latent_formats.LatentFormat):
+        self.reshape = latent_format.latent_rgb_factors_reshape
+        self.weight = torch.tensor(latent_format.latent_rgb_factors).T
+        bias = latent_format.latent_rgb_factors_bias
+        self.bias = None if bias is None else torch.tensor(bias)
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        latents = self.reshape(latents) if self.reshape is not None else latents
+        bias = None if self.bias is None else self.bias.to(latents)
+        return (F.linear(latents.movedim(1, -1), self.weight.to(latents), bias).movedim(-1, 1) + 1) / 2
+
+
+class TAESD(Decoder):
+    """The tiny autoencoder of the latent format from models/vae_approx: close to the VAE at a fraction of the cost."""
+
+    name = "taesd"
+    bytes_per_pixel = 3000
+
+    def __init__(self, latent_format: comfy.latent_formats.LatentFormat, path: str):
+        self.video = latent_format.latent_dimensions == 3
+        if self.video:
+            self.module = comfy.sd.VAE(sd=comfy.utils.load_torch_file(path, safe_load=True)).first_stage_model
+            self.module.show_progress_bar = False
+        else:
+            self.module = comfy.taesd.taesd.TAESD(None, path, latent_channels=latent_format.latent_channels)
+        self.modules = (self.module.eval().requires_grad_(False),)
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        latents = latents.to(next(self.module.parameters()).dtype)
+        if self.video:
+            return self.module.decode(latents.unsqueeze(2)).float()[:, :, -1]
+        return (self.module.decode(latents).float() + 1) / 2
+
+
+class FullVAE(Decoder):
+    """The connected VAE itself: exact, slow, and with the memory of a graph through it."""
+
+    name = "vae"
+
+    def __init__(self, latent_format: comfy.latent_formats.LatentFormat, vae: comfy.sd.VAE):
+        vae.throw_exception_if_invalid()
+        if vae.latent_channels != latent_format.latent_channels:
+            raise GuidanceError(
+                f"The connected VAE decodes {vae.latent_channels} latent channels, but this model has {latent_format.latent_channels}. "
+                "Connect the VAE that belongs to the model, or choose another decoder."
+            )
+        self.latent_format = latent_format
+        self.video = vae.latent_dim == 3
+        self.dtype = vae.vae_dtype
+        self.scale, self.offset = _affine(vae.process_output)
+        self.upscale = vae.spacial_compression_decode()
+        self.bytes_per_pixel = 2 * vae.memory_used_decode((1, 1, 1, 1), self.dtype) // self.upscale**2 if not self.video else 100_000
+        self.module = _private_copy(vae)
+        self.modules = (self.module,)
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        latents = self.latent_format.process_out(latents.unsqueeze(2) if self.latent_format.latent_dimensions == 3 else latents)
+        pixels = self.module.decode(latents.to(self.dtype)).float()
+        return (pixels[:, :, -1] if pixels.ndim == 5 else pixels) * self.scale + self.offset
+
+
+def _affine(process_output) -> tuple[float, float]:
+    """VAEs end in an affine map and a clamp; read the map off two points inside the clamp."""
+    low, high = process_output(torch.tensor([0.25, 0.5])).tolist()
+    scale = (high - low) / 0.25
+    return scale, high - 0.5 * scale
+
+
+def _private_copy(vae: comfy.sd.VAE) -> nn.Module:
+    """Weights of our own: the VAE's may be partly offloaded or staged while gradients flow."""
+    if vae.patcher.is_dynamic():
+        module = vae.patcher.clone(disable_dynamic=True).model
+    else:
+        module = copy.deepcopy(vae.first_stage_model)
+    return module.eval().requires_grad_(False)
+
+
+def make_decoder(choice: str, latent_format: comfy.latent_formats.LatentFormat, vae: comfy.sd.VAE | None) -> Decoder:
+    """The chosen decoder for a latent format. `auto` takes the tiny autoencoder if its file is there, else the VAE, else latent_rgb."""
+    with torch.inference_mode(False):
+        return _make_decoder(choice, copy.deepcopy(latent_format), vae)
+
+
+def _make_decoder(choice: str, latent_format: comfy.latent_formats.LatentFormat, vae: comfy.sd.VAE | None) -> Decoder:
+    path = _taesd_path(latent_format)
+    if choice == "auto":
+        choice = "taesd" if path else "vae" if vae is not None else "latent_rgb"
+    if choice == "vae":
+        if vae is None:
+            raise GuidanceError("The decoder 'vae' needs a VAE: connect one to the vae input.")
+        return FullVAE(latent_format, vae)
+    if choice == "taesd":
+        if path is None:
+            name = latent_format.taesd_decoder_name
+            advice = f"Put {name}.safetensors into models/vae_approx" if name else "There is no tiny autoencoder for this model"
+            raise GuidanceError(f"{advice}, or choose another decoder.")
+        return TAESD(latent_format, path)
+    if latent_format.latent_rgb_factors is None:
+        raise GuidanceError("This model has no linear preview to decode by. Connect a VAE and choose the decoder 'vae'.")
+    return LatentRGB(latent_format)
+
+
+def _taesd_path(latent_format: comfy.latent_formats.LatentFormat) -> str | None:
+    name = latent_format.taesd_decoder_name
+    if name is None:
+        return None
+    files = [file for file in folder_paths.get_filename_list("vae_approx") if file.startswith(name)]
+    return folder_paths.get_full_path("vae_approx", files[0]) if files else None

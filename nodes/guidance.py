@@ -1,0 +1,202 @@
+"""Nodes that sample from the reward-weighted distribution."""
+
+import logging
+from collections.abc import Callable
+
+import comfy.samplers
+from comfy_api.v0_0_2 import io
+from server import PromptServer
+
+import nodes as comfy_nodes
+
+from ..guidance.estimators import ESTIMATORS, Settings, Smoothing
+from .decoders import DECODERS, make_decoder
+from .rewards import REWARD
+from .runtime import LatentReward, LoadedReward, RewardGuidance, Step
+
+CATEGORY = "reward guidance"
+
+
+def reward_inputs() -> list[io.Input]:
+    return [
+        REWARD.Input("reward", optional=True, tooltip="What the pictures should follow. Unconnected, the model samples as it always does."),
+        io.String.Input(
+            "prompt",
+            multiline=True,
+            default="",
+            tooltip="The prompt, for rewards that compare the picture with it. Write the same text as in the positive prompt.",
+        ),
+        io.Float.Input(
+            "strength",
+            default=1.0,
+            min=0.0,
+            max=20.0,
+            step=0.05,
+            tooltip="How closely to follow the reward. 0 is off, 1 the reward-weighted distribution; lower it when pictures look overdone.",
+        ),
+    ]
+
+
+def tuning_inputs() -> list[io.Input]:
+    rare = {"advanced": True}
+    return [
+        io.Float.Input(
+            "temperature",
+            default=1.0,
+            min=0.001,
+            max=100.0,
+            step=0.01,
+            tooltip="β in exp(reward/β), in units of the reward's typical spread. Lower values insist on the best pictures.",
+            **rare,
+        ),
+        io.Combo.Input(
+            "estimator",
+            options=list(ESTIMATORS),
+            tooltip="shift: no additional model call. shift_two_pass: two calls a step. denoised: weakest. "
+            "jacobian: backward pass through the model, much memory, prone to artefacts.",
+            **rare,
+        ),
+        io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Where in the sampling guidance starts.", **rare),
+        io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Where in the sampling guidance ends.", **rare),
+        io.Int.Input(
+            "smoothing", default=4, min=0, max=64, tooltip="Points around the estimate whose gradients are averaged; 0 to 8.", **rare
+        ),
+        io.Float.Input(
+            "radius", default=0.3, min=0.0, max=2.0, step=0.05, tooltip="Their distance, in posterior standard deviations.", **rare
+        ),
+        io.Float.Input(
+            "momentum", default=0.0, min=0.0, max=0.95, step=0.05, tooltip="Share of the previous gradient that is kept.", **rare
+        ),
+        io.Float.Input(
+            "cap", default=2.0, min=0.0, max=20.0, step=0.1, tooltip="Largest shift of a sample, in units of its noise.", **rare
+        ),
+        io.Int.Input("every", default=1, min=1, max=100, tooltip="Take a new reward gradient every so many model calls.", **rare),
+        io.Combo.Input(
+            "decoder",
+            options=list(DECODERS),
+            tooltip="How estimates become pixels. auto: taesd if its file is in models/vae_approx, else the vae, else latent_rgb.",
+            **rare,
+        ),
+        io.Int.Input("frames", default=3, min=1, max=64, tooltip="Video: how many evenly spaced frames are scored.", **rare),
+        io.Vae.Input("vae", optional=True, tooltip="Needed for the decoder 'vae' only."),
+    ]
+
+
+class Reporter:
+    """Tells the page the reward of every step, and keeps the history."""
+
+    def __init__(self, node_id: str, workflow_id: str | None, decoder: str):
+        self.origin = {"node": node_id, "workflow": workflow_id, "decoder": decoder}
+        self.history: list[dict] = []
+
+    def __call__(self, step: Step) -> None:
+        mean = sum(step.rewards) / len(step.rewards)
+        data = {**self.origin, **vars(step), "rewards": list(step.rewards), "reward": mean}
+        self.history.append(data)
+        server = PromptServer.instance
+        server.send_sync("reward_guidance.step", data, server.client_id)
+        server.send_progress_text(f"reward {mean:+.3f} · step {step.step}/{step.steps} · {data['decoder']}", data["node"])
+
+
+def guide(hidden, model, reward: LoadedReward | None, prompt: str, strength: float, tuning: dict) -> tuple[object, Reporter | None]:
+    """The guided clone of a model, and the reporter that hears of its steps."""
+    if reward is None or strength == 0:
+        return model, None
+    decoder = make_decoder(tuning["decoder"], model.get_model_object("latent_format"), tuning.get("vae"))
+    logging.info(f"Reward guidance decodes by {decoder.name}.")
+    workflow = (hidden.extra_pnginfo or {}).get("workflow") or {}
+    reporter = Reporter(hidden.unique_id, workflow.get("id"), decoder.name)
+    guidance = RewardGuidance(
+        reward=LatentReward(reward, decoder, prompt, tuning["frames"]),
+        estimator=tuning["estimator"],
+        settings=Settings(
+            strength=strength,
+            temperature=tuning["temperature"],
+            smoothing=Smoothing(tuning["smoothing"], tuning["radius"]),
+            momentum=tuning["momentum"],
+            cap=tuning["cap"],
+            every=tuning["every"],
+        ),
+        start=tuning["start_percent"],
+        end=tuning["end_percent"],
+        report=reporter,
+    )
+    return guidance.attach(model), reporter
+
+
+HIDDEN = [io.Hidden.unique_id, io.Hidden.extra_pnginfo]
+
+
+class RewardGuidanceModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RewardGuidance",
+            display_name="Reward Guidance",
+            category=CATEGORY,
+            description="Makes a model follow a reward while it samples, with any sampler and guider, without finetuning.",
+            search_aliases=["alignment", "preference guidance", "reward gradient", "PickScore guidance", "CLIP guidance"],
+            inputs=[io.Model.Input("model"), *reward_inputs(), *tuning_inputs()],
+            outputs=[io.Model.Output(tooltip="The model, guided by the reward.")],
+            hidden=HIDDEN,
+        )
+
+    @classmethod
+    def execute(cls, model, prompt: str, strength: float, reward: LoadedReward | None = None, **tuning) -> io.NodeOutput:
+        return io.NodeOutput(guide(cls.hidden, model, reward, prompt, strength, tuning)[0])
+
+
+class RewardGuidanceKSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RewardGuidanceKSampler",
+            display_name="KSampler (Reward Guided)",
+            category=CATEGORY,
+            description="A KSampler whose pictures follow a reward, at the model calls of the plain one.",
+            search_aliases=["reward sampler", "aligned sampling", "preference sampler"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="The seed of the noise."),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps."),
+                io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Classifier-free guidance scale."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="Any sampler of ComfyUI."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How the noise falls from step to step."),
+                io.Conditioning.Input("positive", tooltip="What the pictures should show."),
+                io.Conditioning.Input("negative", tooltip="What they should not show."),
+                io.Latent.Input("latent_image", tooltip="The latent to denoise."),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="1 starts from noise; less keeps more of the latent."
+                ),
+                *reward_inputs(),
+                *tuning_inputs(),
+            ],
+            outputs=[io.Latent.Output(tooltip="The denoised latent.")],
+            hidden=HIDDEN,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        positive,
+        negative,
+        latent_image: dict,
+        denoise: float,
+        prompt: str,
+        strength: float,
+        reward: LoadedReward | None = None,
+        **tuning,
+    ) -> io.NodeOutput:
+        guided, reporter = guide(cls.hidden, model, reward, prompt, strength, tuning)
+        sample: Callable = comfy_nodes.common_ksampler
+        (latent,) = sample(guided, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise)
+        return io.NodeOutput(latent, ui={"reward_guidance": reporter.history if reporter else []})
+
+
+NODES = [RewardGuidanceModel, RewardGuidanceKSampler]

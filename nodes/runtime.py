@@ -1,0 +1,266 @@
+"""The only place that knows inference mode, model patchers and the hooks of ComfyUI's samplers."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, count
+from weakref import WeakKeyDictionary
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor, nn
+
+from ..guidance.errors import GuidanceError
+from ..guidance.estimators import ESTIMATORS, Estimator, Jacobian, Settings
+from ..guidance.process import Diffusion, Flow, Process
+from ..guidance.rewards import Reward, evaluate
+from .decoders import Decoder
+
+_serial = count()
+
+
+class GradientPatcher(comfy.model_patcher.ModelPatcher):
+    """A small module that gradients flow through: always wholly on its device or wholly off it."""
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        return super().partially_load(device_to, 1e32, force_patch_weights)
+
+    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
+        return 0
+
+
+def manage(module: nn.Module) -> GradientPatcher:
+    """Hand a module to ComfyUI's model management."""
+    return GradientPatcher(module, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
+
+
+@dataclass(frozen=True)
+class LoadedReward:
+    """What travels along a REWARD link: the reward, and a patcher for each of its parts that has weights."""
+
+    reward: Reward
+    patchers: tuple[GradientPatcher, ...] = ()
+
+
+def manage_reward(reward: Reward) -> LoadedReward:
+    """Manage a reward's weights, and let interrupts stop it between layers."""
+    for module in reward.modules():
+        module.register_forward_pre_hook(_stop_if_interrupted)
+    return LoadedReward(reward, (manage(reward),) if any(True for _ in reward.parameters()) else ())
+
+
+def _stop_if_interrupted(*_) -> None:
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+@contextmanager
+def normal_weights(*modules: nn.Module) -> Iterator[None]:
+    """Stand in for weights that were loaded under inference mode by normal tensors over the same memory.
+
+    Autograd refuses to save inference tensors. Nothing is copied.
+    """
+    swapped = []
+    try:
+        for module in chain.from_iterable(m.modules() for m in modules):
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None and tensor.is_inference():
+                        swapped.append((tensors, name, tensor))
+                        tensors[name] = _alias(tensor)
+        yield
+    finally:
+        for tensors, name, tensor in swapped:
+            tensors[name] = tensor
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+@contextmanager
+def gradients(*modules: nn.Module) -> Iterator[None]:
+    """Inside, autograd works through these modules although ComfyUI runs its prompts in inference mode."""
+    with torch.inference_mode(False), torch.no_grad(), normal_weights(*modules):
+        yield
+
+
+@contextmanager
+def differentiable_model(model: nn.Module) -> Iterator[None]:
+    """Inside, autograd also works through a diffusion model: pure torch kernels, in-place updates of saved tensors allowed."""
+    before = comfy.model_management.in_training
+    comfy.model_management.in_training = True
+    try:
+        with normal_weights(model), torch.autograd.graph.allow_mutation_on_saved_tensors():
+            yield
+    finally:
+        comfy.model_management.in_training = before
+
+
+def process_of(model_sampling) -> Process:
+    """The noising process of a model, from the coordinates its sampler works in."""
+    if isinstance(model_sampling, (comfy.model_sampling.IMG_TO_IMG, comfy.model_sampling.IMG_TO_IMG_FLOW)):
+        raise GuidanceError("Reward guidance needs a model that denoises from noise; this one maps picture to picture.")
+    if isinstance(model_sampling, comfy.model_sampling.CONST):
+        return Flow(noise_scale=float(getattr(model_sampling, "noise_scale", 1.0)))
+    return Diffusion()
+
+
+class LatentReward:
+    """Model-space latents (B,C,H,W) or (B,C,T,H,W) -> standardized rewards (B,), differentiable.
+
+    Of a video, `frames` evenly spaced latent frames are decoded one by one; the reward is their mean.
+    """
+
+    def __init__(self, loaded: LoadedReward, decoder: Decoder, prompt: str, frames: int = 3):
+        self.loaded = loaded
+        self.decoder = decoder
+        self.prompt = prompt
+        self.frames = frames
+        self.modules = [loaded.reward, *decoder.modules]
+        self.patchers = [*loaded.patchers, *map(manage, decoder.modules)]
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        pictures = self.pictures(latents)
+        pixels = self.decoder.pixels(pictures)
+        scores = self.loaded.reward.standardize(evaluate(self.loaded.reward, pixels, [self.prompt]))
+        return scores.view(len(latents), -1).mean(1)
+
+    def pictures(self, latents: Tensor) -> Tensor:
+        if latents.ndim == 4:
+            return latents
+        if latents.ndim != 5:
+            raise GuidanceError(f"Reward guidance works on pictures and videos, not on latents of shape {tuple(latents.shape)}.")
+        chosen = torch.linspace(0, latents.shape[2] - 1, min(self.frames, latents.shape[2])).round().long()
+        return latents[:, :, chosen.to(latents.device)].transpose(1, 2).flatten(0, 1)
+
+    def activation_bytes(self, shape: torch.Size) -> int:
+        """Rough memory of decoding and scoring a batch of latents, forward and backward."""
+        pictures = shape[0] * (min(self.frames, shape[2]) if len(shape) == 5 else 1)
+        height, width = (side * self.decoder.upscale for side in shape[-2:])
+        return pictures * (self.decoder.bytes_per_pixel * height * width + self.loaded.reward.activation_bytes)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one guided model call reports."""
+
+    sigma: float
+    step: int
+    steps: int
+    rewards: tuple[float, ...]
+    model_calls: int
+
+
+@dataclass
+class Run:
+    """One sampling run. Lives from the guider's outer_sample to its end."""
+
+    estimator: Estimator
+    first_sigma: float
+    last_sigma: float
+    sigmas: Tensor
+    model_calls: int = 0
+
+    def active(self, sigma: float) -> bool:
+        return self.last_sigma < sigma <= self.first_sigma
+
+
+@dataclass(frozen=True, eq=False)
+class RewardGuidance:
+    """Reward guidance of one model: clone, attach, forget. All state lives in the run it belongs to."""
+
+    reward: LatentReward
+    estimator: str
+    settings: Settings
+    start: float = 0.0
+    end: float = 1.0
+    report: Callable[[Step], None] = lambda step: None
+    runs: "WeakKeyDictionary[object, Run]" = field(default_factory=WeakKeyDictionary)
+
+    def __post_init__(self):
+        if self.start > self.end:
+            raise GuidanceError(f"Guidance starts at {self.start} and ends at {self.end}: the start must not lie after the end.")
+
+    def attach(self, model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+        """A clone of the model that any sampler guides by the reward; the model itself where there is nothing to do."""
+        if self.settings.strength == 0 or self.start == self.end:
+            return model
+        patched = model.clone(disable_dynamic=self.needs_model_gradient)
+        key = f"reward_guidance.{next(_serial)}"
+        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, key, self.outer_sample)
+        patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, key, self.prepare_sampling)
+        patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, key, self.predict_noise)
+        patched.set_additional_models(key, self.reward.patchers)
+        return patched
+
+    @property
+    def needs_model_gradient(self) -> bool:
+        return issubclass(ESTIMATORS[self.estimator], Jacobian)
+
+    def prepare_sampling(self, executor, patcher, noise_shape, conds, *args, **kwargs):
+        """Load the diffusion model with room left for what the reward needs."""
+        per_sample = patcher.model.memory_required([1, *noise_shape[1:]])
+        extra = math.ceil(self.reward.activation_bytes(torch.Size(noise_shape)) / per_sample)
+        kwargs["force_full_load"] = kwargs.get("force_full_load", False) or self.needs_model_gradient
+        return executor(patcher, [noise_shape[0] + extra, *noise_shape[1:]], conds, *args, **kwargs)
+
+    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, latent_shapes=None, **kwargs):
+        """Begin with clean state and forget it at the end, however the run ends."""
+        if latent_shapes is not None and len(latent_shapes) > 1:
+            raise GuidanceError("Reward guidance cannot score latents that hold several streams, such as video with audio.")
+        guider = executor.class_obj
+        self.runs.pop(guider, None)
+        try:
+            return executor(noise, latent_image, sampler, sigmas, *args, latent_shapes=latent_shapes, **kwargs)
+        finally:
+            self.runs.pop(guider, None)
+
+    def predict_noise(self, executor, x, timestep, model_options=None, seed=None):
+        """D -> D_q for one model call."""
+        guider = executor.class_obj
+        model_options = {} if model_options is None else model_options
+        run = self.runs.get(guider)
+        if run is None:
+            run = self.runs[guider] = self.begin(guider.inner_model.model_sampling, model_options, seed)
+        sigma = float(timestep.flatten()[0])
+
+        def denoise(point: Tensor) -> Tensor:
+            run.model_calls += 1
+            return executor(point, timestep, model_options, seed)
+
+        if not run.active(sigma):
+            return denoise(x)
+        denoised = self.guide(run, denoise, x, sigma, guider.inner_model)
+        self.record(run, sigma)
+        return denoised
+
+    def begin(self, model_sampling, model_options: dict, seed: int | None) -> Run:
+        generator = torch.Generator().manual_seed(seed or 0)
+        estimator = ESTIMATORS[self.estimator](process_of(model_sampling), self.reward, self.settings, generator)
+        sigmas = model_options.get("transformer_options", {}).get("sample_sigmas", torch.zeros(1))
+        return Run(estimator, model_sampling.percent_to_sigma(self.start), model_sampling.percent_to_sigma(self.end), sigmas)
+
+    def guide(self, run: Run, denoise, x: Tensor, sigma: float, model: nn.Module) -> Tensor:
+        inference = torch.is_inference_mode_enabled()
+
+        def plain_denoise(point: Tensor) -> Tensor:
+            with torch.inference_mode(inference):
+                return denoise(point)
+
+        with ExitStack() as stack:
+            stack.enter_context(gradients(*self.reward.modules))
+            if self.needs_model_gradient:
+                stack.enter_context(differentiable_model(model))
+                return run.estimator(denoise, x.clone(), sigma)
+            return run.estimator(plain_denoise, x, sigma)
+
+    def record(self, run: Run, sigma: float) -> None:
+        steps = max(len(run.sigmas) - 1, 1)
+        step = min(int((run.sigmas > sigma * (1 + 1e-6)).sum()) + 1, steps)
+        self.report(Step(sigma, step, steps, tuple(run.estimator.rewards.tolist()), run.model_calls))

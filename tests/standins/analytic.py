@@ -1,0 +1,49 @@
+"""A Gaussian mixture as a ComfyUI MODEL, so that the real sampler path can be held against closed forms."""
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_patcher
+import comfy.supported_models_base
+import torch
+from comfy.model_base import ModelType
+from torch import Tensor, nn
+
+
+class PlainLatents(comfy.latent_formats.LatentFormat):
+    """Latents that are the data itself."""
+
+    scale_factor = 1.0
+
+    def __init__(self, channels: int):
+        self.latent_channels = channels
+
+
+class MixtureNetwork(nn.Module):
+    """Predicts the exact velocity (FLOW) or noise (EPS) of mixture data (B,d,1,1). Counts its calls."""
+
+    def __init__(self, mixture, process, sigma_of):
+        super().__init__()
+        self.mixture, self.process, self.sigma_of = mixture, process, sigma_of
+        self.calls = 0
+        self.dtype = torch.float32
+
+    def forward(self, x: Tensor, timestep: Tensor, **_) -> Tensor:
+        self.calls += 1
+        sigma = float(self.sigma_of(timestep)[0])
+        point = x.flatten(1).to(self.mixture.means)
+        if self.process.scale(sigma) == 1:
+            point = point * (sigma**2 + 1) ** 0.5
+        denoised = self.mixture.denoised(point, self.process, sigma)
+        return ((point - denoised) / sigma).view_as(x).to(x)
+
+
+def analytic_model(mixture, process, flow: bool, shift: float = 1.0) -> comfy.model_patcher.ModelPatcher:
+    config = comfy.supported_models_base.BASE({"disable_unet_model_creation": True})
+    config.latent_format = PlainLatents(mixture.means.shape[1])
+    config.sampling_settings = {"shift": shift} if flow else {}
+    config.memory_usage_factor = 1.0
+    model = comfy.model_base.BaseModel(config, ModelType.FLOW if flow else ModelType.EPS)
+    sampling = model.model_sampling
+    sigma_of = (lambda t: t / sampling.multiplier) if flow else sampling.sigma
+    model.diffusion_model = MixtureNetwork(mixture, process, sigma_of)
+    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))

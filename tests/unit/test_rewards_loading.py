@@ -1,0 +1,177 @@
+"""Damaged, foreign and hostile reward files: each a sentence, none a crash, and no code run."""
+
+import os
+import pickle
+import random
+import re
+
+import open_clip
+import pytest
+import torch
+from reward_guidance.guidance.rewards import RewardError, evaluate, load_reward
+from safetensors.torch import load_file, save_file
+
+
+def tiny_state():
+    torch.manual_seed(0)
+    vision = open_clip.model.CLIPVisionCfg(layers=1, width=8, head_width=8, patch_size=8, image_size=8)
+    text = open_clip.model.CLIPTextCfg(context_length=8, width=8, heads=1, layers=1)
+    return open_clip.model.CLIP(8, vision, text).state_dict()
+
+
+STATE = tiny_state()
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good")
+    save_file(STATE, path / "tiny.safetensors")
+    torch.save(STATE, path / "tiny.pt")
+    torch.save(STATE, path / "legacy.pt", _use_new_zipfile_serialization=False)
+    return path
+
+
+@pytest.mark.parametrize("name", ["tiny.safetensors", "tiny.pt", "legacy.pt"])
+def test_the_content_decides_and_not_the_name(good, tmp_path, name):
+    for suffix in (".safetensors", ".ckpt", ".bin", ""):
+        (tmp_path / f"reward{suffix}").write_bytes((good / name).read_bytes())
+        assert evaluate(load_reward(tmp_path / f"reward{suffix}"), torch.rand(1, 3, 8, 8), "a cat").shape == (1,)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ("code_was_run",)
+
+
+def without(*keys):
+    return {key: value for key, value in STATE.items() if key not in keys}
+
+
+CONTENTS = {
+    "empty": (b"", "is empty; download it again"),
+    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "is a git-lfs pointer"),
+    "web page": (b"\n<!DOCTYPE html><html>Sign in</html>", "is a web page"),
+    "text": (b"Entry not found", "is neither a safetensors file nor a PyTorch checkpoint"),
+    "picture": (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "is neither a safetensors file nor a PyTorch checkpoint"),
+    "zip that is no checkpoint": (b"PK\x03\x04" + b"\0" * 50, "is damaged or only half downloaded"),
+    "pickle with code": (
+        pickle.dumps(RunsCode(), protocol=2),
+        r"contains code \(\w+\.mkdir\), which is not run; use a safetensors version",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), CONTENTS.values(), ids=CONTENTS.keys())
+def test_files_that_are_no_weights(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward.safetensors").write_bytes(content)
+    assert_refused(tmp_path / "reward.safetensors", f"reward.safetensors {message}")
+    assert not (tmp_path / "code_was_run").exists()
+
+
+STATES = {
+    "another model": (
+        {"a": torch.zeros(1), "model.diffusion_model.x": torch.zeros(1)},
+        r"it holds a, model\.diffusion_model\.x\); supported are CLIP",
+    ),
+    "only the image tower": ({k: v for k, v in STATE.items() if k.startswith("visual")}, "is not a reward that can be read"),
+    "no tensors": ({}, "it holds no tensors"),
+    "a missing weight": (without("ln_final.bias"), "do not fit together .*Missing key.*ln_final.bias"),
+    "a needed shape": (without("visual.positional_embedding"), "do not fit together .*visual.positional_embedding"),
+    "an unknown weight": (STATE | {"visual.trunk.x": torch.zeros(1)}, "do not fit together .*Unexpected key.*visual.trunk.x"),
+    "a wrong shape": (STATE | {"ln_final.bias": torch.zeros(9)}, "do not fit together .*size mismatch"),
+    "another vocabulary": (STATE | {"token_embedding.weight": torch.zeros(32000, 8)}, "vocabulary has 32000 tokens; only CLIP's own"),
+    "integers": ({k: v.to(torch.int8) for k, v in STATE.items()}, "stored as torch.int8; save them as float16"),
+    "float8": (STATE | {"text_projection": STATE["text_projection"].to(torch.float8_e4m3fn)}, "stored as torch.float8_e4m3fn"),
+    "no width": (STATE | {"visual.conv1.weight": torch.zeros(0, 3, 8, 8)}, "do not fit together"),
+    "a ResNet tower": (without("visual.conv1.weight") | {"visual.conv1.weight": torch.zeros(64, 3, 3, 3)}, "do not fit together"),
+}
+
+
+@pytest.mark.parametrize("save", [save_file, torch.save], ids=["safetensors", "checkpoint"])
+@pytest.mark.parametrize(("state", "message"), STATES.values(), ids=STATES.keys())
+def test_weights_that_are_no_reward(tmp_path, state, message, save):
+    save(state, tmp_path / "reward")
+    assert_refused(tmp_path / "reward", message)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"reference_mean": "high"}, "reference_mean must be a number, not 'high'"),
+        ({"reference_std": "nan"}, "reference_std must be a number"),
+        ({"reference_std": "0"}, "it must be positive"),
+        ({"vision_heads": "3"}, "8 wide cannot have 3 heads"),
+        ({"text_heads": "many"}, "'many'"),
+    ],
+)
+def test_bad_metadata(tmp_path, metadata, message):
+    save_file(STATE, tmp_path / "reward.safetensors", metadata)
+    assert_refused(tmp_path / "reward.safetensors", message)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_objects_and_programs(tmp_path):
+    for i, content in enumerate(([1, 2], torch.zeros(3), "text", {"state_dict": {"a": 1}, 3: 4})):
+        torch.save(content, tmp_path / f"{i}.pt")
+        assert_refused(tmp_path / f"{i}.pt", "it holds no tensors")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "program.pt")
+    assert_refused(tmp_path / "program.pt", "is a TorchScript program, which is not run")
+
+
+def test_missing_files_and_folders(tmp_path):
+    assert_refused(tmp_path / "PickScore.safetensors", "There is no reward file PickScore.safetensors")
+    assert_refused(tmp_path, "holds no weights; it needs one of model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "config", ["", "[]", '"text"', '{"vision_config": []}', '{"model_cfg": {"vision_cfg": {"head_width": 0}}}', "\xff"]
+)
+def test_damaged_config(good, tmp_path, config):
+    (tmp_path / "model.safetensors").write_bytes((good / "tiny.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text(config, encoding="latin-1")
+    assert_refused(tmp_path, "config.json in .* is damaged")
+
+
+def test_weights_that_are_not_finite_are_said_at_the_first_score(tmp_path):
+    save_file(STATE | {"visual.proj": torch.full((8, 8), torch.nan)}, tmp_path / "reward.safetensors")
+    with pytest.raises(RewardError, match="weights are damaged"):
+        evaluate(load_reward(tmp_path / "reward.safetensors"), torch.rand(1, 3, 8, 8), "a cat")
+
+
+def assert_refused(path, message):
+    with pytest.raises(RewardError, match=message) as caught:
+        load_reward(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def mutated(content, state_keys, random):
+    """Cut short, bytes flipped near the start or anywhere, or a key renamed in place."""
+    kind = random.choice(["truncate", "head", "anywhere", "rename"])
+    content = bytearray(content)
+    if kind == "truncate":
+        return content[: random.randrange(len(content))]
+    if kind == "rename":
+        key = random.choice(state_keys).encode()
+        return content.replace(key, bytes(random.sample(list(key), len(key))))
+    limit = min(len(content), 6000) if kind == "head" else len(content)
+    for _ in range(random.randint(1, 20)):
+        content[random.randrange(limit)] ^= 1 << random.randrange(8)
+    return content
+
+
+@pytest.mark.parametrize("name", ["tiny.safetensors", "tiny.pt", "legacy.pt"])
+def test_mutated_files_are_scored_or_refused(good, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(os, "system", lambda command: pytest.fail("code was run"))
+    content, path = (good / name).read_bytes(), tmp_path / "mutated"
+    generator, refused = random.Random(0), 0
+    for _ in range(60):
+        path.write_bytes(mutated(content, list(STATE), generator))
+        try:
+            evaluate(load_reward(path), torch.rand(1, 3, 8, 8), "a cat")
+        except RewardError as error:
+            refused += 1
+            assert re.fullmatch(r"[^\n]+[.)]", str(error))
+    assert refused > 20
+    assert load_file(good / "tiny.safetensors").keys() == STATE.keys()
