@@ -4,37 +4,59 @@ import numpy as np
 import pytest
 from reward_guidance.tests.harness.graphs import FAMILIES, LARGE_FLUX, probed, text_to_image
 
-FRAMES = {"wan": 5}
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    """Of the whole module, so that one family's tests follow each other and its model is loaded once."""
+    return request.param
 
 
-def pixels(client, result):
-    return np.stack([np.asarray(image) for image in client.images(result, "save")])
+def draw(client, family, **options):
+    """The run, and its pictures (N,H,W,3)."""
+    result = client.run(text_to_image(family, before_sampler=probed, **options)).check()
+    return result, np.stack([np.asarray(image) for image in client.images(result, "save")])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def is_picture(pixels, family):
+    return pixels.shape == (5 if family == "wan" else 1, 64, 64, 3) and pixels.std() > 1
+
+
 def test_family_draws_a_picture(client, family):
-    result = client.run(text_to_image(family, before_sampler=probed)).check()
-    drawn = pixels(client, result)
-    assert drawn.shape == (FRAMES.get(family, 1), 64, 64, 3)
-    assert drawn.std() > 1
+    result, pixels = draw(client, family)
+    assert is_picture(pixels, family)
     assert result.model_calls == 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 def test_tiny_autoencoder_decodes(client, family):
-    drawn = pixels(client, client.run(text_to_image(family, vae=FAMILIES[family].taesd)).check())
-    assert drawn.shape == (FRAMES.get(family, 1), 64, 64, 3)
-    assert drawn.std() > 1
+    result, pixels = draw(client, family, vae=FAMILIES[family].taesd)
+    assert is_picture(pixels, family)
+
+
+def test_seed_decides_the_picture(client, family):
+    (_, one), (_, other) = (draw(client, family, seed=seed, vae=FAMILIES[family].taesd) for seed in (1, 2))
+    assert (one != other).any()
 
 
 def test_large_flux_draws_a_picture(client):
-    assert pixels(client, client.run(text_to_image(LARGE_FLUX)).check()).std() > 1
+    _, pixels = draw(client, LARGE_FLUX)
+    assert is_picture(pixels, LARGE_FLUX)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_seed_decides_the_picture(client, family):
-    first, other = (pixels(client, client.run(text_to_image(family, seed=seed)).check()) for seed in (3, 4))
-    client.free()
-    again = pixels(client, client.run(text_to_image(family, seed=3)).check())
-    assert (first == again).all()
-    assert (first != other).any()
+def test_bad_prompts_are_answered_in_words_and_the_next_one_works(client):
+    refused = client.run(text_to_image("flux", sampler_name="no such sampler"))
+    assert "no such sampler" in refused.error
+    four_channels = "taesd"
+    assert "channels" in client.run(text_to_image("flux", vae=four_channels)).error
+    assert client.run(text_to_image("flux")).error is None
+
+
+def test_interrupt_stops_a_run_and_the_next_one_works(client):
+    def stop(kind, data):
+        if kind == "probe.model_call":
+            client.interrupt()
+
+    long = text_to_image("flux", before_sampler=probed, steps=1000, seed=9)
+    stopped = client.run(long, on_event=stop)
+    assert stopped.error == "interrupted"
+    assert stopped.model_calls < 100
+    assert client.run(text_to_image("flux")).error is None

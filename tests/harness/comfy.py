@@ -47,7 +47,7 @@ def serve(base: Path, options: Sequence[str] = (), port: int | None = None, time
             command(base, port, options), cwd=comfyui(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=isolated()
         )
     try:
-        with exit_on_terminate():
+        with interrupt_on_terminate():
             wait_until_ready(server, process, timeout)
             yield server
     finally:
@@ -131,9 +131,9 @@ def stop(process: subprocess.Popen) -> None:
 
 
 @contextmanager
-def exit_on_terminate() -> Iterator[None]:
-    """Let a terminated test run still stop its server."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+def interrupt_on_terminate() -> Iterator[None]:
+    """Let a terminated run still stop its server, as an interrupted one does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

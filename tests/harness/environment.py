@@ -1,6 +1,7 @@
 """Sets up what the commands need, in one cache folder, and prints the Python to run them with.
 
-    python3 tests/harness/environment.py
+    python3 tests/harness/environment.py            sets up
+    python3 tests/harness/environment.py --remove   takes away what it made
 
 Standard library only: this is the part that runs before anything is installed.
 
@@ -236,6 +237,15 @@ def scratch() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove() -> None:
+    """Take away what is in the cache folder by name: it may be a folder that holds other things."""
+    for pattern in ("env-*", "comfyui-*", "tmp-*", "standins-*", "shapesworld", "work", "typing", "mypy", "pip.log", "lock"):
+        for path in cache().glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with suppress(OSError):
+        cache().rmdir()
+
+
 def say(text: str) -> None:
     print(f"[{time.monotonic() - STARTED:4.0f} s] {text}", file=sys.stderr, flush=True)
 
@@ -243,7 +253,7 @@ def say(text: str) -> None:
 if __name__ == "__main__":
     with suppress(KeyboardInterrupt):
         try:
-            print(set_up())
+            print(set_up() if sys.argv[1:] != ["--remove"] else remove() or f"removed {cache()}")
             sys.exit()
         except Unfit as unfit:
             sys.exit(f"Cannot set up: {unfit}")
