@@ -1,6 +1,7 @@
-"""Makes the pack importable as `reward_guidance` without putting its root on sys.path.
+"""Gives the checkout an importable name: `from reward_guidance.guidance import process`, `from reward_guidance.tests.harness import graphs`.
 
-Its folder `nodes` and ComfyUI's own nodes.py must never meet there. The root `__init__.py` is not executed: it needs ComfyUI.
+The name stands for the folder without running its __init__.py, which needs a ComfyUI around it. The folder itself stays off sys.path:
+its `nodes` must not hide ComfyUI's nodes.py from tests that use ComfyUI in-process.
 """
 
 import sys
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import torch
 
+CHECKOUT = Path(__file__).resolve().parents[1]
+
 package = types.ModuleType("reward_guidance")
-package.__path__ = [str(Path(__file__).parents[1])]
+package.__path__ = [str(CHECKOUT)]
 sys.modules.setdefault("reward_guidance", package)
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != CHECKOUT]
 
 torch.set_num_threads(1)

@@ -1,9 +1,10 @@
 """ComfyUI inside this process, for tests and benchmarks that look behind the HTTP API."""
 
-import os
 import sys
 import types
 from pathlib import Path
+
+from .environment import comfyui
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,9 +18,9 @@ def register_pack() -> None:
 
 
 def load_comfyui() -> None:
-    """Import ComfyUI from COMFYUI_DIR, on the CPU unless an accelerator is there."""
+    """Make ComfyUI importable, on the CPU unless an accelerator is there."""
     register_pack()
-    sys.path.insert(0, os.environ["COMFYUI_DIR"])
+    sys.path.insert(0, str(comfyui()))
     import torch
     from comfy.cli_args import args
 

@@ -1,0 +1,27 @@
+PYTHON ?= python3
+# Makes what is missing, then names the environment's Python; the second time it only names it.
+ENVIRONMENT = python=$$($(PYTHON) tests/harness/environment.py) && bin=$$(dirname "$$python")
+
+.PHONY: demo test ui lint unit bench clean
+
+demo: ## a real ComfyUI, unguided and guided, in demo.png
+	@$(ENVIRONMENT) && "$$python" tests/harness demo
+
+test: lint ## everything
+	@$(ENVIRONMENT) && "$$bin/pytest" tests/unit tests/comfy
+
+unit: ## the tests that need no ComfyUI
+	@$(ENVIRONMENT) && "$$bin/pytest" tests/unit
+
+lint: ## ruff and mypy
+	@$(ENVIRONMENT) && "$$python" tests/harness lint
+
+ui: ## the same ComfyUI for a person
+	@$(ENVIRONMENT) && "$$python" tests/harness ui
+
+bench: ## the numbers in the README
+	@$(ENVIRONMENT) && for file in tests/bench/*.py; do echo "== $$file" && "$$python" "$$file" || exit 1; done
+
+clean: ## the environment, ComfyUI and stand-ins in the cache folder, and what the demo wrote
+	@$(PYTHON) tests/harness/environment.py --remove
+	@rm -rf demo.png demo.json .pytest_cache .ruff_cache .mypy_cache .hypothesis tests/.pytest_cache tests/.hypothesis

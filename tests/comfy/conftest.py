@@ -1,0 +1,25 @@
+"""One ComfyUI for all tests of this folder, with the pack, every format stand-in and ShapesWorld."""
+
+from collections.abc import Iterator
+
+import pytest
+from reward_guidance.tests.harness import comfy, environment, models
+from reward_guidance.tests.harness.client import Client
+
+SHAPESWORLD = environment.CHECKOUT / "tests" / "standins" / "shapesworld" / "expand.py"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[comfy.Server]:
+    base = environment.cache() / "work" / "test"
+    sources = [models.format_standins()]
+    if SHAPESWORLD.exists():
+        sources.append(models.shapesworld())
+    models.link_models(base / "models", *sources)
+    with comfy.serve(base) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server) -> Client:
+    return Client(server.url)

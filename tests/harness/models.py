@@ -1,0 +1,48 @@
+"""Models folders in the cache: the stand-ins of every format, and ShapesWorld."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from .environment import CHECKOUT, cache, comfyui, locked, say, scratch
+
+FORMATS = CHECKOUT / "tests" / "standins" / "formats.py"
+
+
+def format_standins() -> Path:
+    """A models folder with a random stand-in of every format, made once for each version of the script and of ComfyUI."""
+    made_by = [FORMATS, comfyui() / "comfyui_version.py"]
+    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in made_by)).hexdigest()[:16]
+    target = cache() / f"standins-{digest}"
+    if target.is_dir():
+        return target
+    with locked(), scratch() as work:
+        if not target.is_dir():
+            say("making the format stand-ins")
+            subprocess.run([sys.executable, str(FORMATS), str(comfyui()), str(work / "models")], check=True, stdout=sys.stderr)
+            (work / "models").rename(target)
+    return target
+
+
+def shapesworld() -> Path:
+    """A models folder with the trained stand-in; `expand` rewrites only what is out of date."""
+    from ..standins.shapesworld.expand import expand
+
+    target = cache() / "shapesworld"
+    with locked():
+        expand(target)
+    return target
+
+
+def link_models(target: Path, *sources: Path) -> None:
+    """A models folder of links to the files of others; later ones win. What a test adds to it stays out of the cache."""
+    shutil.rmtree(target, ignore_errors=True)
+    for source in sources:
+        for file in filter(Path.is_file, source.rglob("*")):
+            link = target / file.relative_to(source)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            os.symlink(file, link)

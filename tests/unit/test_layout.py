@@ -1,0 +1,137 @@
+"""What the layout promises: guidance/ is plain PyTorch, the pack finds itself by relative imports, and what ships is harmless."""
+
+import ast
+import fnmatch
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "latent_preview", "nodes", "server"}
+BLOCKED = """
+import sys, types
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names}:
+            raise ImportError(name + " is ComfyUI's")
+sys.meta_path.insert(0, Blocker())
+package = types.ModuleType("reward_guidance")
+package.__path__ = [{checkout!r}]
+sys.modules["reward_guidance"] = package
+import importlib
+for module in {modules}:
+    importlib.import_module("reward_guidance." + module)
+"""
+
+
+def tracked() -> list[str]:
+    answer = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, capture_output=True, text=True)
+    if answer.returncode:
+        pytest.skip("not a git checkout")
+    return [name for name in answer.stdout.splitlines() if (CHECKOUT / name).is_file()]
+
+
+def shipped() -> list[str]:
+    """What the registry's archive holds: the files that git knows, less .comfyignore."""
+    patterns = [line for line in (CHECKOUT / ".comfyignore").read_text().splitlines() if line]
+    return [name for name in tracked() if not any(ignored(name, pattern) for pattern in patterns)]
+
+
+def ignored(name: str, pattern: str) -> bool:
+    return name.startswith(pattern) if pattern.endswith("/") else fnmatch.fnmatch(name, pattern)
+
+
+def sources(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((CHECKOUT / folder).rglob("*.py"))]
+
+
+SHIPPED_SOURCES = [CHECKOUT / "__init__.py", *sources("guidance", "nodes")]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(CHECKOUT).as_posix()
+
+
+def imports(path: Path) -> list[tuple[str, int]]:
+    """(module, level) of every import in a file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, 0) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.module or "", node.level))
+    return found
+
+
+def test_guidance_imports_without_comfyui():
+    modules = [name_of(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in sources("guidance")]
+    modules = [module for module in modules if not module.endswith("__main__")]
+    code = BLOCKED.format(names=COMFYUI, checkout=str(CHECKOUT), modules=modules)
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CHECKOUT / "tests")
+    assert answer.returncode == 0, answer.stderr
+
+
+@pytest.mark.parametrize("path", sources("guidance"), ids=name_of)
+def test_guidance_names_no_comfyui(path):
+    absolute = {module.split(".")[0] for module, level in imports(path) if level == 0}
+    assert not absolute & COMFYUI
+
+
+@pytest.mark.parametrize("path", sources("guidance"), ids=name_of)
+def test_guidance_stays_within_itself(path):
+    depth = len(path.relative_to(CHECKOUT / "guidance").parts)
+    assert all(level <= depth for _, level in imports(path))
+
+
+@pytest.mark.parametrize("path", SHIPPED_SOURCES, ids=name_of)
+def test_own_modules_are_imported_relatively(path):
+    """`nodes` alone is ComfyUI's nodes.py."""
+    assert not {module.split(".")[0] for module, level in imports(path) if level == 0} & {"guidance", "reward_guidance", "tests"}
+
+
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+FORBIDDEN_MODULES = {"pickle", "subprocess", "requests", "urllib", "socket", "http", "importlib", "ctypes", "sqlite3", "marshal", "shelve", "dill"}
+
+
+def trespasses(tree: ast.AST) -> list[str]:
+    """What a registry's scanner or a cautious reader would stop at."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            safe = any(option.arg == "weights_only" and ast.unparse(option.value) == "True" for option in node.keywords)
+            if name in FORBIDDEN_CALLS or name in ("os.system", "os.popen") or (name == "torch.load" and not safe):
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv", "os.putenv"):
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("path", SHIPPED_SOURCES, ids=name_of)
+def test_shipped_code_is_harmless(path):
+    assert trespasses(ast.parse(path.read_text())) == []
+    assert not {module.split(".")[0] for module, _ in imports(path)} & FORBIDDEN_MODULES
+
+
+def test_trespasses_are_found():
+    bad = "torch.load(f)\ntorch.load(f, weights_only=False)\neval('1')\nos.environ['A']\nos.system('ls')"
+    assert len(trespasses(ast.parse(bad))) == 5
+    assert trespasses(ast.parse("torch.load(f, weights_only=True)\nmodel.eval()\nos.path.join(a)")) == []
+
+
+def test_only_the_pack_ships():
+    extra = {name.split("/")[0] for name in shipped()} - {
+        "__init__.py", "CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "requirements.txt",
+        "guidance", "nodes", "workflows", "locales",
+    }  # fmt: skip
+    assert not extra
+    assert {path for path in shipped() if path.endswith(".py")} <= {name_of(path) for path in SHIPPED_SOURCES}
+
+
+def test_dependencies_are_written_alike():
+    required = (CHECKOUT / "requirements.txt").read_text().split()
+    line = next(line for line in (CHECKOUT / "pyproject.toml").read_text().splitlines() if line.startswith("dependencies"))
+    assert ast.literal_eval(line.split("=", 1)[1].strip()) == required
+    assert not any(name.startswith(("torch", "Pillow", "aiohttp")) for name in required)
