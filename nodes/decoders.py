@@ -1,6 +1,7 @@
 """From denoised latents to pixels that a reward can see, differentiably."""
 
 import copy
+import os
 
 import comfy.latent_formats
 import comfy.sd
@@ -56,11 +57,13 @@ class TAESD(Decoder):
 
     def __init__(self, latent_format: comfy.latent_formats.LatentFormat, path: str):
         self.video = latent_format.latent_dimensions == 3
-        if self.video:
-            self.module = comfy.sd.VAE(sd=comfy.utils.load_torch_file(path, safe_load=True)).first_stage_model
-            self.module.show_progress_bar = False
-        else:
-            self.module = comfy.taesd.taesd.TAESD(None, path, latent_channels=latent_format.latent_channels)
+        try:
+            self.module = _video_taesd(path) if self.video else comfy.taesd.taesd.TAESD(None, path, latent_format.latent_channels)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise GuidanceError(
+                f"{os.path.basename(path)} is not a tiny autoencoder for this model's {latent_format.latent_channels} latent channels. "
+                "Replace the file in models/vae_approx, or choose another decoder."
+            ) from error
         self.modules = (self.module.eval().requires_grad_(False),)
 
     def pixels(self, latents: Tensor) -> Tensor:
@@ -68,6 +71,13 @@ class TAESD(Decoder):
         if self.video:
             return self.module.decode(latents.unsqueeze(2)).float()[:, :, -1]
         return (self.module.decode(latents).float() + 1) / 2
+
+
+def _video_taesd(path: str) -> nn.Module:
+    vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(path, safe_load=True))
+    vae.throw_exception_if_invalid()
+    vae.first_stage_model.show_progress_bar = False
+    return vae.first_stage_model
 
 
 class FullVAE(Decoder):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..guidance.errors import GuidanceError
 from ..guidance.estimators import ESTIMATORS, Estimator, Jacobian, Settings
 from ..guidance.process import Diffusion, Flow, Process
-from ..guidance.rewards import Reward, evaluate
+from ..guidance.rewards import Reward, evaluate, require_prompt
 from .decoders import Decoder
 
 _serial = count()
@@ -117,6 +117,7 @@ class LatentReward:
     """
 
     def __init__(self, loaded: LoadedReward, decoder: Decoder, prompt: str, frames: int = 3):
+        require_prompt(loaded.reward, [prompt])
         self.loaded = loaded
         self.decoder = decoder
         self.prompt = prompt

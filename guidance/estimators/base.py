@@ -1,5 +1,6 @@
 """The one object guidance is about: D -> D_q, the posterior mean replaced by the reward-weighted posterior mean."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ def tilt_gradient(reward: LatentReward, denoised: Tensor, offsets: list[Tensor],
     logits = torch.stack(scores) / temperature
     weights = logits.softmax(0)
     gradient = sum(w.view(-1, *[1] * (denoised.ndim - 1)) * g for w, g in zip(weights, gradients, strict=True)) / temperature
-    value = temperature * (logits.logsumexp(0) - torch.log(torch.tensor(float(len(offsets)))).to(logits))
+    value = temperature * (logits.logsumexp(0) - math.log(len(offsets)))
     return gradient, value
 
 

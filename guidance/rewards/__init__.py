@@ -1,4 +1,4 @@
-from .base import Reward, RewardError, evaluate
+from .base import Reward, RewardError, evaluate, require_prompt
 from .clip import ClipReward
 from .combine import CombinedReward
 from .image_similarity import LIKENESSES, ClipImageSimilarity, ImageSimilarity
@@ -18,4 +18,5 @@ __all__ = [
     "RewardError",
     "evaluate",
     "load_reward",
+    "require_prompt",
 ]

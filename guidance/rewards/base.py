@@ -42,6 +42,11 @@ def at_least_float32(pixels: Tensor) -> Tensor:
     return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
 
 
+def require_prompt(reward: Reward, prompts: Sequence[str]) -> None:
+    if reward.needs_prompt and not all(prompt.strip() for prompt in prompts):
+        raise RewardError(f"{reward.name} compares pictures with a prompt, but the prompt is empty; write one into the prompt field.")
+
+
 def evaluate(reward: Reward, pixels: Tensor, prompts: str | Sequence[str]) -> Tensor:
     """Raw scores (B,), float32, of pixels (B,3,H,W), with everything that can go wrong said in a sentence.
 
@@ -54,8 +59,7 @@ def evaluate(reward: Reward, pixels: Tensor, prompts: str | Sequence[str]) -> Te
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if len(prompts) == 1:
         prompts = prompts * len(pixels)
-    if reward.needs_prompt and not all(prompt.strip() for prompt in prompts):
-        raise RewardError(f"{reward.name} compares pictures with a prompt, but the prompt is empty; write one into the prompt field.")
+    require_prompt(reward, prompts)
     if len(prompts) != len(pixels):
         raise RewardError(f"{reward.name} got {len(prompts)} prompts for {len(pixels)} pictures; give one prompt, or one for each picture.")
     scores = reward(pixels, prompts)

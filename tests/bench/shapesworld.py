@@ -1,0 +1,249 @@
+"""Guidance on ShapesWorld, where everything can be checked: rewards, held-out reward, what is in the picture, distance to the truth.
+
+Samples 32 prompts through ComfyUI's own loader and sampler. The truth q(x|c) ∝ p(x|c)·exp(r/β) is a reweighted pool of unguided
+pictures; energy distances are taken per prompt in the held-out encoder's features and averaged. Prints markdown tables.
+
+usage: COMFYUI_DIR=... python tests/bench/shapesworld.py MODELS_DIR [--tables estimators,sweep] [--per-prompt 8] [--pool 128]
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness.inprocess import load_comfyui
+
+load_comfyui()
+
+import comfy.sample
+import comfy.sd
+import torch
+from reward_guidance.guidance.estimators import Settings, Smoothing
+from reward_guidance.guidance.rewards import evaluate, load_reward
+from reward_guidance.nodes.runtime import RewardGuidance
+from reward_guidance.tests.standins.shapesworld import expand, oracle, world
+from torch import Tensor
+
+
+class World:
+    """The model, both rewards, and the prompts' conditionings, one per picture of a batch."""
+
+    def __init__(self, models: Path, cfg: float, steps: int, prompts=world.PROMPTS):
+        files = expand.expand(models)
+        self.model, clip, _, _ = comfy.sd.load_checkpoint_guess_config(str(files[0]), output_vae=False)
+        self.reward = load_reward(models / "reward_models" / "shapes_clip.safetensors")
+        self.heldout = load_reward(models / "reward_models" / "shapes_heldout.safetensors")
+        self.decoder = expand.narrow_decoder().float()
+        self.cfg, self.steps, self.prompts = cfg, steps, prompts
+        with torch.inference_mode():
+            encoded = [clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True) for prompt in (*prompts, "")]
+        self.context = torch.cat([context for context, _ in encoded[:-1]])
+        self.pooled = torch.cat([pooled for _, pooled in encoded[:-1]])
+        self.empty = [[encoded[-1][0], {"pooled_output": encoded[-1][1]}]]
+
+    def sample(self, model, per_prompt: int, seed: int) -> Tensor:
+        """Model-space latents (prompts·per_prompt,16,8,8), prompt by prompt."""
+        context, pooled = (part.repeat_interleave(per_prompt, 0) for part in (self.context, self.pooled))
+        latent = torch.zeros(len(context), 16, 8, 8)
+        noise = comfy.sample.prepare_noise(latent, seed)
+        positive = [[context, {"pooled_output": pooled}]]
+        options = {"seed": seed, "disable_pbar": True}
+        with torch.inference_mode():
+            out = comfy.sample.sample(model, noise, self.steps, self.cfg, "euler", "simple", positive, self.empty, latent, **options)
+            return self.model.model.process_latent_in(out).clone()
+
+    def repeated_prompts(self, per_prompt: int) -> list[str]:
+        return [prompt for prompt in self.prompts for _ in range(per_prompt)]
+
+
+class BatchReward:
+    """Standardized reward of decoded latents, a prompt for each picture; stands where a LatentReward stands."""
+
+    patchers: list = []
+
+    def __init__(self, world: World, per_prompt: int):
+        self.reward, self.decoder = world.reward, world.decoder
+        self.prompts = world.repeated_prompts(per_prompt)
+        self.modules = [self.reward, self.decoder]
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        return self.reward.standardize(evaluate(self.reward, self.decoder(latents), self.prompts))
+
+    def activation_bytes(self, shape):
+        return 0
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Everything measured of a set of pictures; (prompts, n) or (prompts, n, ...)."""
+
+    pixels: Tensor
+    reward: Tensor
+    heldout: Tensor
+    features: Tensor
+    right: Tensor
+
+    @staticmethod
+    @torch.no_grad()
+    def of(world_: World, latents: Tensor) -> "Pictures":
+        per_prompt = len(latents) // len(world_.prompts)
+        shape = (len(world_.prompts), per_prompt)
+        prompts = world_.repeated_prompts(per_prompt)
+        pixels = torch.cat([world_.decoder(part) for part in latents.split(256)]).clamp(0, 1)
+        score = lambda reward: reward.standardize(evaluate(reward, pixels, prompts)).view(shape)  # noqa: E731
+        asked = torch.tensor([world.parse(prompt) for prompt in prompts])
+        right = (oracle.read(pixels) == asked).all(1).float().view(shape)
+        features = world_.heldout.image_features(pixels).view(*shape, -1)
+        return Pictures(pixels.view(*shape, 3, world.SIDE, world.SIDE), score(world_.reward), score(world_.heldout), features, right)
+
+    def best_of(self, n: int) -> dict[str, float]:
+        groups = self.reward.shape[1] // n
+        split = lambda values: values[:, : groups * n].unflatten(1, (groups, n))  # noqa: E731
+        best = split(self.reward).argmax(2, keepdim=True)
+        return {name: float(split(getattr(self, name)).gather(2, best).mean()) for name in ("reward", "heldout", "right")}
+
+    @property
+    def diversity(self) -> float:
+        """Mean pixel RMS distance between two pictures of one prompt."""
+        flat = self.pixels.flatten(2)
+        n = flat.shape[1]
+        return float(torch.cdist(flat, flat).sum() / (len(flat) * n * (n - 1)) / flat.shape[2] ** 0.5)
+
+
+def energy_to_truth(pictures: Pictures, pool: Pictures, temperature: float) -> float:
+    """Mean over prompts of the energy distance between features of the pictures and of the pool reweighted by exp(r/β)."""
+    weights = (pool.reward / temperature).softmax(1)
+    n = pictures.features.shape[1]
+    across = torch.cdist(pictures.features, pool.features)
+    within = torch.cdist(pictures.features, pictures.features).sum((1, 2)) / (n * (n - 1))
+    pairs = weights[:, :, None] * weights[:, None, :]
+    truth = (pairs * torch.cdist(pool.features, pool.features)).sum((1, 2)) / (1 - weights.square().sum(1))
+    return float((2 * torch.einsum("pij,pj->pi", across, weights).mean(1) - within - truth).mean())
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    estimator: str = "shift"
+    strength: float = 1.0
+    samples: int = 4
+    radius: float = 0.3
+    grid: int = 4
+    options: dict = field(default_factory=dict)
+    interval: tuple[float, float] = (0.0, 1.0)
+
+
+class Bench:
+    def __init__(self, world_: World, per_prompt: int, pool: int, temperature: float):
+        self.world, self.per_prompt, self.temperature = world_, per_prompt, temperature
+        chunks = [Pictures.of(world_, world_.sample(world_.model, min(pool, 32), 1000 + i)) for i in range(max(1, pool // 32))]
+        self.pool = Pictures(*(torch.cat([getattr(chunk, name) for chunk in chunks], 1) for name in Pictures.__annotations__))
+        self.rows: list[dict] = []
+
+    def run(self, setting: Setting | None) -> dict:
+        if setting is None:
+            model, name = self.world.model, "unguided"
+        else:
+            settings = Settings(
+                strength=setting.strength,
+                temperature=self.temperature,
+                smoothing=Smoothing(setting.samples, setting.radius, setting.grid),
+                **setting.options,
+            )
+            reward = BatchReward(self.world, self.per_prompt)
+            model = RewardGuidance(reward, setting.estimator, settings, *setting.interval).attach(self.world.model)
+            name = setting.name
+        began = time.perf_counter()
+        latents = self.world.sample(model, self.per_prompt, seed=0)
+        seconds = time.perf_counter() - began
+        calls = {None: 1, "shift_two_pass": 2}.get(setting and setting.estimator, 1)
+        return self.add(name, Pictures.of(self.world, latents), calls, seconds)
+
+    def add(self, name: str, pictures: Pictures, calls: int, seconds: float) -> dict:
+        row = {
+            "setting": name,
+            "calls": calls,
+            "reward": float(pictures.reward.mean()),
+            "heldout": float(pictures.heldout.mean()),
+            "right": float(pictures.right.mean()),
+            "energy": energy_to_truth(pictures, self.pool, self.temperature),
+            "diversity": pictures.diversity,
+            "seconds": seconds,
+        }
+        self.rows.append(row)
+        print(markdown(row), flush=True)
+        return row
+
+    def references(self) -> None:
+        """The truth itself and best-of-n, from the pool."""
+        weights = (self.pool.reward / self.temperature).softmax(1)
+        mean = lambda values: float((weights * values).sum(1).mean())  # noqa: E731
+        ess = float((1 / weights.square().sum(1)).mean())
+        print(f"Temperature {self.temperature}; effective sample size of the truth {ess:.1f} of {weights.shape[1]} pictures per prompt.\n")
+        print(HEADER)
+        blank = {"energy": float("nan"), "diversity": float("nan"), "seconds": float("nan")}
+        truth = {"reward": mean(self.pool.reward), "heldout": mean(self.pool.heldout), "right": mean(self.pool.right)}
+        for row in (
+            {"setting": "truth (reweighted pool)", "calls": 0, **truth, **blank},
+            *({"setting": f"best of {n}", "calls": n, **self.pool.best_of(n), **blank} for n in (2, 4, 8)),
+        ):
+            self.rows.append(row)
+            print(markdown(row), flush=True)
+
+
+HEADER = "| setting | model calls per step | reward | held-out | oracle | energy | diversity | seconds |\n|---|---|---|---|---|---|---|---|"
+
+
+def markdown(row: dict) -> str:
+    numbers = [row["reward"], row["heldout"], row["right"], row["energy"], row["diversity"]]
+    cells = ["" if number != number else f"{number:.3f}" for number in numbers]
+    seconds = "" if row["seconds"] != row["seconds"] else f"{row['seconds']:.0f}"
+    return f"| {row['setting']} | {row['calls']} | " + " | ".join(cells) + f" | {seconds} |"
+
+
+ESTIMATORS = (
+    Setting("`shift`"),
+    Setting("`shift`, no smoothing", samples=0),
+    Setting("`shift`, white noise", grid=0),
+    Setting("`shift_two_pass`", "shift_two_pass"),
+    Setting("`denoised`", "denoised"),
+    Setting("`jacobian`", "jacobian"),
+    Setting("`jacobian`, no smoothing", "jacobian", samples=0),
+)
+SWEEP = (
+    *(Setting(f"`shift`, strength {s}", strength=s) for s in (0.25, 0.5, 2.0)),
+    *(Setting(f"`shift`, radius {r}", radius=r) for r in (0.1, 0.6, 1.0)),
+    *(Setting(f"`shift`, momentum {m}", options={"momentum": m}) for m in (0.3, 0.6)),
+    *(Setting(f"`shift`, cap {c}", options={"cap": c}) for c in (0.25, 0.5, 1.0, 4.0)),
+    *(Setting(f"`shift`, {low} to {high}", interval=(low, high)) for low, high in ((0.0, 0.5), (0.0, 0.8), (0.2, 1.0))),
+    *(Setting(f"`shift`, every {n}", options={"every": n}) for n in (2, 4)),
+)
+TABLES = {"estimators": ESTIMATORS, "sweep": SWEEP}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path)
+    parser.add_argument("--tables", default="estimators")
+    parser.add_argument("--per-prompt", type=int, default=8)
+    parser.add_argument("--pool", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.3)
+    parser.add_argument("--cfg", type=float, default=1.0)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    bench = Bench(World(arguments.models, arguments.cfg, arguments.steps), arguments.per_prompt, arguments.pool, arguments.temperature)
+    bench.references()
+    bench.run(None)
+    for table in arguments.tables.split(","):
+        for setting in TABLES[table]:
+            bench.run(setting)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(bench.rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

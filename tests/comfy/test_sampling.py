@@ -1,0 +1,265 @@
+"""Guidance inside ComfyUI's samplers, on models whose answers are known."""
+
+from types import SimpleNamespace
+
+import pytest
+from reward_guidance.tests.harness.inprocess import load_comfyui
+
+load_comfyui()
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import torch
+from reward_guidance.guidance.errors import GuidanceError
+from reward_guidance.guidance.estimators import ESTIMATORS, Settings, Smoothing
+from reward_guidance.guidance.process import Diffusion, Flow
+from reward_guidance.guidance.rewards import Reward
+from reward_guidance.nodes.runtime import LatentReward, LoadedReward, RewardGuidance, gradients, normal_weights
+from reward_guidance.tests.standins.analytic import analytic_model
+from reward_guidance.tests.standins.mixture import Mixture
+
+RING = Mixture.ring(radius=1.5, std=0.15)
+CENTRE = torch.tensor([1.2, 0.9])
+CONDITION = [[torch.zeros(1, 1, 1), {}]]
+
+
+def ring_reward(latents):
+    return -0.6 * (latents.flatten(1) - CENTRE).pow(2).sum(1)
+
+
+
+
+class Plain:
+    """A reward on latents, without a decoder."""
+
+    modules: list = []
+    patchers: list = []
+
+    def __init__(self, function=ring_reward):
+        self.function = function
+
+    def __call__(self, latents):
+        return self.function(latents)
+
+    def activation_bytes(self, shape):
+        return 0
+
+
+def flow_model():
+    return analytic_model(RING, Flow(), flow=True, shift=3.0)
+
+
+def guidance(function=ring_reward, estimator="shift", start=0.0, end=1.0, report=lambda step: None, **settings):
+    settings = Settings(**{"smoothing": Smoothing(4, 1.0, 0), "variance": 1.15, "cap": 8.0, **settings})
+    return RewardGuidance(Plain(function), estimator, settings, start, end, report)
+
+
+def sample(model, sampler="euler", scheduler="simple", steps=8, count=64, seed=3, cfg=1.0, latent=None, **options):
+    latent = torch.zeros(count, 2, 1, 1) if latent is None else latent
+    noise = comfy.sample.prepare_noise(latent, seed)
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            model, noise, steps, cfg, sampler, scheduler, CONDITION, CONDITION, latent, seed=seed, disable_pbar=True, **options
+        ).clone()
+
+
+@pytest.mark.parametrize("sampler", comfy.samplers.KSampler.SAMPLERS)
+@pytest.mark.parametrize("flow", [True, False], ids=["flow", "diffusion"])
+def test_every_sampler_follows_the_reward(sampler, flow):
+    model = analytic_model(RING, Flow() if flow else Diffusion(), flow, 3.0)
+    plain, guided = sample(model, sampler), sample(guidance().attach(model), sampler)
+    assert guided.isfinite().all()
+    assert ring_reward(guided).mean() > ring_reward(plain).mean() + 0.5
+
+
+@pytest.mark.parametrize("scheduler", comfy.samplers.KSampler.SCHEDULERS)
+def test_every_scheduler_follows_the_reward(scheduler):
+    plain, guided = (sample(model, scheduler=scheduler) for model in (flow_model(), guidance().attach(flow_model())))
+    assert ring_reward(guided).mean() > ring_reward(plain).mean() + 0.5
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "euler_ancestral", "dpm_2", "dpmpp_sde", "res_multistep"])
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_no_additional_model_call(sampler, cfg):
+    model = flow_model()
+    network = model.model.diffusion_model
+    counts = []
+    for candidate in (model, guidance().attach(model)):
+        network.calls = 0
+        sample(candidate, sampler, cfg=cfg)
+        counts.append(network.calls)
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("sampler", comfy.samplers.KSampler.SAMPLERS)
+def test_a_reward_without_slope_changes_not_one_bit(sampler):
+    """Also of the noise that ancestral and SDE samplers draw."""
+    flat = guidance(lambda latents: 0 * latents.sum((1, 2, 3))).attach(flow_model())
+    assert torch.equal(sample(flat, sampler), sample(flow_model(), sampler))
+
+
+def test_strength_zero_and_an_empty_interval_leave_the_model_alone():
+    model = flow_model()
+    assert guidance(strength=0.0).attach(model) is model
+    assert guidance(start=0.5, end=0.5).attach(model) is model
+
+
+def test_guidance_acts_only_inside_its_interval():
+    sigmas = []
+    model = guidance(start=0.25, end=0.75, report=lambda step: sigmas.append(step.sigma)).attach(flow_model())
+    sample(model, steps=20)
+    sampling = model.get_model_object("model_sampling")
+    assert sigmas
+    assert max(sigmas) <= sampling.percent_to_sigma(0.25)
+    assert min(sigmas) > sampling.percent_to_sigma(0.75)
+
+
+def test_a_second_run_starts_from_clean_state():
+    model = guidance().attach(flow_model())
+    first = sample(model, seed=1)
+    sample(model, seed=2)
+    assert torch.equal(sample(model, seed=1), first)
+
+
+def test_a_failed_run_leaves_no_state_behind():
+    armed = [False]
+
+    def fragile(latents):
+        if armed[0]:
+            raise RuntimeError("out of luck")
+        return ring_reward(latents)
+
+    one = guidance(fragile)
+    model = one.attach(flow_model())
+    first = sample(model)
+    armed[0] = True
+    with pytest.raises(RuntimeError, match="out of luck"):
+        sample(model)
+    armed[0] = False
+    assert not one.runs
+    assert torch.equal(sample(model), first)
+    assert comfy.model_management.in_training is False
+
+
+class Slow(Reward):
+    """Presses the interrupt button while it is being evaluated."""
+
+    def forward(self, pixels, prompts):
+        comfy.model_management.interrupt_current_processing()
+        return pixels.mean((1, 2, 3))
+
+
+def test_interrupt_stops_inside_the_reward_loop():
+    decoder = SimpleNamespace(pixels=lambda latents: latents[:, :1].expand(-1, 3, -1, -1), modules=(), upscale=1, bytes_per_pixel=0)
+    reward = LatentReward(LoadedReward(Slow()), decoder, "")
+    calls = []
+    model = RewardGuidance(reward, "shift", Settings(smoothing=Smoothing(4)), report=calls.append).attach(flow_model())
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sample(model)
+    assert not calls, "the first model call's second reward evaluation was not reached"
+    assert sample(guidance().attach(flow_model())).isfinite().all()
+
+
+def test_two_rewards_compose():
+    left = guidance(lambda latents: -latents[:, 0, 0, 0])
+    down = guidance(lambda latents: -latents[:, 1, 0, 0])
+    both = sample(down.attach(left.attach(flow_model()))).flatten(1).mean(0)
+    assert (both < -0.5).all()
+
+
+def test_inpainting_keeps_what_the_mask_keeps():
+    latent = torch.full((4, 2, 1, 1), 0.7)
+    kept = sample(guidance().attach(flow_model()), latent=latent, noise_mask=torch.zeros(4, 1, 1, 1))
+    assert torch.allclose(kept, latent)
+
+
+def test_image_to_image_starts_below_full_noise():
+    seen = []
+    model = guidance(report=lambda step: seen.append(step)).attach(flow_model())
+    sample(model, denoise=0.5, steps=10)
+    assert len(seen) == 10
+    assert seen[0].sigma < 0.9
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2"])
+def test_steps_are_counted_once_however_often_the_model_is_called(sampler):
+    seen = []
+    sample(guidance(report=seen.append).attach(flow_model()), sampler, steps=6)
+    assert [step.step for step in seen] == sorted(step.step for step in seen)
+    assert seen[-1].step == seen[-1].steps == 6
+    assert seen[-1].model_calls == len(seen)
+
+
+def restart_sampler():
+    """Euler that twice climbs back from the middle of the schedule, as restart sampling does (arXiv 2306.14878)."""
+
+    def function(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        generator = torch.Generator().manual_seed(0)
+        one = x.new_ones([x.shape[0]])
+        levels = sigmas.tolist()
+        middle = len(levels) // 2
+        path = [*levels[: middle + 2], *levels[middle - 2 : middle + 2], *levels[middle - 2 :]]
+        for sigma, following in zip(path, path[1:], strict=False):
+            if following > sigma:
+                scale = (1 - following) / (1 - sigma)
+                spread = (following**2 - (scale * sigma) ** 2) ** 0.5
+                x = scale * x + spread * torch.randn(x.shape, generator=generator)
+                continue
+            x = x + (following - sigma) * (x - model(x, sigma * one, **extra_args)) / sigma
+        return x
+
+    return comfy.samplers.KSAMPLER(function)
+
+
+def test_restarts_do_not_break_the_lagged_gradient():
+    model = guidance().attach(flow_model())
+    latent = torch.zeros(256, 2, 1, 1)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 12)
+    with torch.inference_mode():
+        noise = comfy.sample.prepare_noise(latent, 0)
+        restarted, plain = (
+            comfy.sample.sample_custom(candidate, noise, 1.0, restart_sampler(), sigmas, CONDITION, CONDITION, latent, disable_pbar=True)
+            for candidate in (model, flow_model())
+        )
+    assert ring_reward(restarted).mean() > ring_reward(plain).mean() + 0.5
+
+
+def test_normal_weights_are_the_same_memory_and_are_put_back():
+    with torch.inference_mode():
+        layer = torch.nn.Linear(3, 3)
+    original = layer.weight
+    with gradients(layer), torch.enable_grad():
+        assert not layer.weight.is_inference()
+        assert layer.weight.data_ptr() == original.data_ptr()
+        point = torch.ones(1, 3, requires_grad=True)
+        layer(point).sum().backward()
+    assert point.grad is not None
+    assert layer.weight is original
+    with pytest.raises(ZeroDivisionError), normal_weights(layer):
+        raise ZeroDivisionError
+    assert layer.weight is original
+
+
+def test_bad_settings_are_refused_in_a_sentence():
+    with pytest.raises(GuidanceError, match="start must not lie after the end"):
+        guidance(start=0.8, end=0.2)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_estimators_agree_with_the_library_outside_comfyui(estimator):
+    """The sampler path adds nothing of its own: same Euler steps, same numbers."""
+    model = guidance(estimator=estimator).attach(flow_model())
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 8).tolist()
+    one = ESTIMATORS[estimator](
+        Flow(), ring_reward, Settings(smoothing=Smoothing(4, 1.0, 0), variance=1.15, cap=8.0), torch.Generator().manual_seed(3)
+    )
+    x = comfy.sample.prepare_noise(torch.zeros(64, 2, 1, 1), 3)
+    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+
+        def denoise(point, sigma=sigma):
+            return RING.denoised(point.flatten(1).double(), Flow(), sigma).float().view_as(point)
+
+        denoised = one(denoise, x, sigma)
+        x = x + (following - sigma) * (x - denoised) / sigma
+    assert (sample(model) - x).abs().max() < 2e-4
