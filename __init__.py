@@ -15,6 +15,3 @@ class RewardGuidanceExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> RewardGuidanceExtension:
     return RewardGuidanceExtension()
-
-
-WEB_DIRECTORY = "./nodes/web"

@@ -1,6 +1,7 @@
 """From denoised latents to pixels that a reward can see, differentiably."""
 
 import copy
+import functools
 import os
 from typing import Any
 
@@ -10,8 +11,10 @@ import comfy.taesd.taesd
 import comfy.utils
 import folder_paths
 import torch
+from comfy.ldm.modules.diffusionmodules.model import AttnBlock, ResnetBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..guidance.errors import GuidanceError
 
@@ -71,7 +74,7 @@ class TAESD(Decoder):
     def pixels(self, latents: Tensor) -> Tensor:
         latents = latents.to(next(self.module.parameters()).dtype)
         if self.video:
-            return self.module.decode(latents.unsqueeze(2)).float()[:, :, -1]
+            return self.module.decode(latents.unsqueeze(2)).to(latents.device).float()[:, :, -1]
         return (self.module.decode(latents).float() + 1) / 2
 
 
@@ -79,6 +82,7 @@ def _video_taesd(path: str) -> nn.Module:
     vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(path, safe_load=True))
     vae.throw_exception_if_invalid()
     vae.first_stage_model.show_progress_bar = False
+    vae.first_stage_model.parallel = True  # frame by frame, it detaches its memory of past frames from the graph
     return vae.first_stage_model
 
 
@@ -101,7 +105,7 @@ class FullVAE(Decoder):
         self.scale, self.offset = _affine(vae.process_output)
         self.upscale = vae.spacial_compression_decode()
         self.bytes_per_pixel = 2 * vae.memory_used_decode((1, 1, 1, 1), self.dtype) // self.upscale**2 if not self.video else 100_000
-        self.module = _private_copy(vae)
+        self.module = checkpointed(_private_copy(vae))
         self.modules = (self.module,)
 
     def pixels(self, latents: Tensor) -> Tensor:
@@ -124,6 +128,14 @@ def _private_copy(vae: comfy.sd.VAE) -> nn.Module:
     else:
         module = copy.deepcopy(vae.first_stage_model)
     return module.eval().requires_grad_(False)
+
+
+def checkpointed(module: nn.Module) -> nn.Module:
+    """Keep only the blocks' inputs for the backward pass, and compute the rest again."""
+    for block in module.modules():
+        if isinstance(block, (ResnetBlock, AttnBlock)):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    return module
 
 
 def make_decoder(choice: str, latent_format: comfy.latent_formats.LatentFormat, vae: comfy.sd.VAE | None) -> Decoder:
