@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +37,16 @@ class Server:
 
 
 @contextmanager
-def serve(base: Path, options: Sequence[str] = (), port: int | None = None, timeout: float = 300) -> Iterator[Server]:
+def serve(
+    base: Path, options: Sequence[str] = (), port: int | None = None, variables: Mapping[str, str] = {}, timeout: float = 300
+) -> Iterator[Server]:
     """A running server over the folder `base`; ComfyUI's own folder stays as it is."""
     install(base)
     port = port or free_port()
     server = Server(f"http://127.0.0.1:{port}", base, base / "server.log")
     with open(server.log, "w") as log:
         process = subprocess.Popen(
-            command(base, port, options), cwd=comfyui(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=isolated()
+            command(base, port, options), cwd=comfyui(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env={**isolated(), **variables}
         )
     try:
         with interrupt_on_terminate():

@@ -72,8 +72,8 @@ class Stage:
     def strength(self) -> float:
         return self.workflow[nodes_of(self.workflow, SAMPLER)[0]]["inputs"]["strength"]
 
-    def play(self, text: str, column: str, strength: float) -> Cell:
-        prompt = adapt(self.workflow, text, strength)
+    def play(self, text: str, column: str, strength: float, seed: int = SEED) -> Cell:
+        prompt = adapt(self.workflow, text, strength, seed)
         result = self.client.run(prompt).check()
         images = self.client.images(result, nodes_of(prompt, "SaveImage")[0])
         pictures = torch.stack([pil_to_tensor(image) for image in images]).float() / 255
@@ -89,8 +89,8 @@ class Stage:
         )
 
 
-def adapt(workflow: Prompt, text: str, strength: float) -> Prompt:
-    """The workflow with this prompt and strength, pictures of the stand-in's size, and a counter on the model."""
+def adapt(workflow: Prompt, text: str, strength: float, seed: int) -> Prompt:
+    """The workflow with this prompt, strength and seed, pictures of the stand-in's size, and a counter on the model."""
     prompt = {node: content | {"inputs": dict(content["inputs"])} for node, content in workflow.items()}
     for content in prompt.values():
         inputs = content["inputs"]
@@ -100,7 +100,7 @@ def adapt(workflow: Prompt, text: str, strength: float) -> Prompt:
             inputs.update(width=world.SIDE, height=world.SIDE, batch_size=BATCH)
         elif content["class_type"] == SAMPLER:
             prompt_model = inputs["model"]
-            inputs.update(seed=SEED, strength=strength, model=["probe", 0])
+            inputs.update(seed=seed, strength=strength, model=["probe", 0])
     return prompt | {"probe": {"class_type": "ProbeModelCalls", "inputs": {"model": prompt_model}}}
 
 
@@ -112,7 +112,7 @@ def score(reward: Reward, pictures: Tensor, text: str) -> list[float]:
 
 def perform(stage: Stage) -> list[Cell]:
     say("loading the models")
-    stage.play(world.DEMO_PROMPTS[0], "warm-up", 0)
+    stage.play(world.DEMO_PROMPTS[0], "warm-up", 0, SEED + 1)
     cells = []
     for i, text in enumerate(world.DEMO_PROMPTS, 1):
         for column, strength in (("unguided", 0.0), ("guided", stage.strength())):
