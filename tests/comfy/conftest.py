@@ -1,10 +1,12 @@
 """One ComfyUI for all tests of this folder, with the pack, every format stand-in and ShapesWorld."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from reward_guidance.tests.harness import comfy, environment, models
 from reward_guidance.tests.harness.client import Client
+from reward_guidance.tests.harness.guided import Bench
 
 SHAPESWORLD = environment.CHECKOUT / "tests" / "standins" / "shapesworld" / "expand.py"
 
@@ -16,6 +18,7 @@ def server() -> Iterator[comfy.Server]:
     if SHAPESWORLD.exists():
         sources.append(models.shapesworld())
     models.link_models(base / "models", *sources)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # Threads that wait for each other over tiny tensors are slow, on a busy machine hopeless.
     with comfy.serve(base) as running:
         yield running
 
@@ -23,3 +26,8 @@ def server() -> Iterator[comfy.Server]:
 @pytest.fixture(scope="session")
 def client(server) -> Client:
     return Client(server.url)
+
+
+@pytest.fixture(scope="session")
+def bench(client) -> Bench:
+    return Bench(client)
