@@ -2,6 +2,7 @@
 
 import copy
 import os
+from typing import Any
 
 import comfy.latent_formats
 import comfy.sd
@@ -53,6 +54,7 @@ class TAESD(Decoder):
     """The tiny autoencoder of the latent format from models/vae_approx: close to the VAE at a fraction of the cost."""
 
     name = "taesd"
+    module: Any
     bytes_per_pixel = 3000
 
     def __init__(self, latent_format: comfy.latent_formats.LatentFormat, path: str):
@@ -84,6 +86,7 @@ class FullVAE(Decoder):
     """The connected VAE itself: exact, slow, and with the memory of a graph through it."""
 
     name = "vae"
+    module: Any
 
     def __init__(self, latent_format: comfy.latent_formats.LatentFormat, vae: comfy.sd.VAE):
         vae.throw_exception_if_invalid()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, count
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import comfy.model_management
@@ -63,10 +64,10 @@ def normal_weights(*modules: nn.Module) -> Iterator[None]:
 
     Autograd refuses to save inference tensors. Nothing is copied.
     """
-    swapped = []
+    swapped: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for module in chain.from_iterable(m.modules() for m in modules):
-            for tensors in (module._parameters, module._buffers):
+            for tensors in cast(list[dict[str, Any]], [module._parameters, module._buffers]):
                 for name, tensor in tensors.items():
                     if tensor is not None and tensor.is_inference():
                         swapped.append((tensors, name, tensor))

@@ -1,4 +1,4 @@
-"""Gives the checkout an importable name: `from reward_guidance.guidance import process`, `from reward_guidance.tests.harness import graphs`.
+"""Gives the checkout an importable name: `from reward_guidance.guidance import process`.
 
 The name stands for the folder without running its __init__.py, which needs a ComfyUI around it. The folder itself stays off sys.path:
 its `nodes` must not hide ComfyUI's nodes.py from tests that use ComfyUI in-process.
@@ -8,8 +8,6 @@ import sys
 import types
 from pathlib import Path
 
-import torch
-
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 package = types.ModuleType("reward_guidance")
@@ -17,4 +15,8 @@ package.__path__ = [str(CHECKOUT)]
 sys.modules.setdefault("reward_guidance", package)
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != CHECKOUT]
 
-torch.set_num_threads(1)
+
+def pytest_configure() -> None:
+    import torch
+
+    torch.set_num_threads(1)

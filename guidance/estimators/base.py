@@ -55,7 +55,7 @@ class Estimator:
         self.settings = settings
         self.generator = generator
         self.gradient: Tensor | None = None
-        self.rewards: Tensor | None = None
+        self.rewards = torch.empty(0)
         self.calls = 0
 
     def __call__(self, denoise: Denoiser, x: Tensor, sigma: float) -> Tensor:
@@ -78,8 +78,7 @@ class Estimator:
             std = self.process.posterior_variance(sigma, self.settings.variance) ** 0.5
             offsets = self.settings.smoothing.offsets(denoised, std, self.generator)
             fresh, self.rewards = tilt_gradient(self.reward, denoised, offsets, self.settings.temperature)
-            keep = self.settings.momentum if self.gradient is not None else 0.0
-            self.gradient = keep * self.gradient + (1 - keep) * fresh if keep else fresh
+            self.gradient = fresh if self.gradient is None else torch.lerp(fresh, self.gradient, self.settings.momentum)
         self.calls += 1
 
     def capped_gradient(self, sigma: float) -> Tensor:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ def _read_checkpoint(file: Path) -> StateDict:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        if isinstance(error, pickle.UnpicklingError) and (code := re.search(r"GLOBAL (\S+)", str(error))):
+        if type(error).__name__ == "UnpicklingError" and (code := re.search(r"GLOBAL (\S+)", str(error))):
             raise RewardError(f"{file.name} contains code ({code[1]}), which is not run; use a safetensors version of it.") from error
         if "TorchScript" in str(error):
             raise RewardError(f"{file.name} is a TorchScript program, which is not run; use a safetensors version of it.") from error

@@ -39,7 +39,7 @@ NEEDED_GIGABYTES = 12
 STARTED = time.monotonic()
 
 
-class Unfit(Exception):
+class UnfitError(Exception):
     """The machine lacks something. The message says what to do."""
 
 
@@ -53,7 +53,7 @@ def own_comfyui() -> Path | None:
     if named:
         folder = Path(named).expanduser().absolute()
         if not (folder / "main.py").is_file():
-            raise Unfit(f"COMFYUI_DIR is {folder}, but there is no main.py in it. Point it at a ComfyUI, or unset it to download one.")
+            raise UnfitError(f"COMFYUI_DIR is {folder}, but there is no main.py in it. Point it at a ComfyUI, or unset it to download one.")
         return folder
     around = CHECKOUT.parents[1]
     return around if CHECKOUT.parent.name == "custom_nodes" and (around / "main.py").is_file() else None
@@ -67,7 +67,7 @@ def comfyui() -> Path:
 def comfyui_version() -> str:
     version = os.environ.get("COMFYUI_VERSION", next(iter(RELEASES)))
     if version not in RELEASES:
-        raise Unfit(f"COMFYUI_VERSION is {version}; known are {', '.join(RELEASES)}. For any other, set COMFYUI_DIR to its folder.")
+        raise UnfitError(f"COMFYUI_VERSION is {version}; known are {', '.join(RELEASES)}. For any other, set COMFYUI_DIR to its folder.")
     return version
 
 
@@ -109,9 +109,9 @@ def set_up() -> Path:
 
 def check_python() -> None:
     if sys.version_info < OLDEST_PYTHON:
-        raise Unfit(f"Python {platform.python_version()} is too old: {'.'.join(map(str, OLDEST_PYTHON))} is needed, 3.11 recommended.")
+        raise UnfitError(f"Python {platform.python_version()} is too old: {'.'.join(map(str, OLDEST_PYTHON))} is needed, 3.11 recommended.")
     if fcntl is None:
-        raise Unfit("These commands need Linux or macOS; on Windows, run them inside WSL.")
+        raise UnfitError("These commands need Linux or macOS; on Windows, run them inside WSL.")
 
 
 def check_machine() -> None:
@@ -119,10 +119,10 @@ def check_machine() -> None:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError:
-        raise Unfit("This Python cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv.") from None
+        raise UnfitError("This Python cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv.") from None
     free = shutil.disk_usage(cache()).free / 1e9
     if free < NEEDED_GIGABYTES:
-        raise Unfit(f"{cache()} has {free:.0f} GB free, {NEEDED_GIGABYTES} are needed. REWARD_GUIDANCE_CACHE can name a roomier folder.")
+        raise UnfitError(f"{cache()} has {free:.0f} GB free; {NEEDED_GIGABYTES} are needed. REWARD_GUIDANCE_CACHE can name a roomier one.")
 
 
 @contextmanager
@@ -191,7 +191,7 @@ def pip(env: Path, *arguments: str) -> None:
                 say(notice)
     if process.wait():
         tail = "".join(log.read_text().splitlines(keepends=True)[-15:])
-        raise Unfit(f"pip could not {arguments[0]} the requirements. Its last words (all of them are in {log}):\n{tail}")
+        raise UnfitError(f"pip could not {arguments[0]} the requirements. Its last words (all of them are in {log}):\n{tail}")
 
 
 def with_heartbeat(lines, seconds: float = 20) -> Iterator[str]:
@@ -250,11 +250,17 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - STARTED:4.0f} s] {text}", file=sys.stderr, flush=True)
 
 
+def main() -> None:
+    if sys.argv[1:] == ["--remove"]:
+        remove()
+    else:
+        print(set_up())
+
+
 if __name__ == "__main__":
-    with suppress(KeyboardInterrupt):
-        try:
-            print(set_up() if sys.argv[1:] != ["--remove"] else remove() or f"removed {cache()}")
-            sys.exit()
-        except Unfit as unfit:
-            sys.exit(f"Cannot set up: {unfit}")
-    sys.exit("Interrupted; the next run goes on from here.")
+    try:
+        main()
+    except UnfitError as unfit:
+        sys.exit(f"Cannot set up: {unfit}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; the next run goes on from here.")

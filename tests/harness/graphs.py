@@ -26,7 +26,8 @@ class Family:
 
 
 def checkpoint(file: str, **options) -> Family:
-    return Family({"checkpoint": ("CheckpointLoaderSimple", {"ckpt_name": file})}, ["checkpoint", 0], ["checkpoint", 1], ["checkpoint", 2], **options)
+    loaders = {"checkpoint": ("CheckpointLoaderSimple", {"ckpt_name": file})}
+    return Family(loaders, ["checkpoint", 0], ["checkpoint", 1], ["checkpoint", 2], **options)
 
 
 def parts(model: str, clip_type: str, vae: str, **options) -> Family:
@@ -80,8 +81,9 @@ def text_to_image(
 ) -> Prompt:
     """Loaders to SaveImage, in the node ids of Family.loaders, positive, negative, latent, sampler, decode and save.
 
-    vae: the file of another decoder than the family's. before_sampler(graph, model link) may put nodes between loader and sampler and returns
-    the model to sample; sampler(graph, KSampler's inputs) may put another sampler in its place and returns its latent. settings: of the sampler.
+    vae: the file of another decoder than the family's. before_sampler(graph, model link) may put nodes between loader and sampler and
+    returns the model to sample; sampler(graph, KSampler's inputs) may put another sampler in its place and returns its latent.
+    settings: inputs of the sampler.
     """
     family = FAMILIES[family] if isinstance(family, str) else family
     graph = Graph()

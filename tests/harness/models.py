@@ -28,12 +28,15 @@ def format_standins() -> Path:
 
 
 def shapesworld() -> Path:
-    """A models folder with the trained stand-in; `expand` rewrites only what is out of date."""
+    """A models folder with the trained stand-in, of which only what is out of date is written. The reward also has PickScore's name."""
     from ..standins.shapesworld.expand import expand
 
     target = cache() / "shapesworld"
     with locked():
         expand(target)
+        named = target / "reward_models" / "PickScore_v1.safetensors"
+        named.unlink(missing_ok=True)
+        named.symlink_to("shapes_clip.safetensors")
     return target
 
 

@@ -2,9 +2,9 @@
 
     python tests/standins/formats.py COMFYUI_DIR MODELS_DIR [name ...]
 
-Shapes are read off ComfyUI's classes, built on the meta device. Where a format fixes the size (a text encoder, a VAE's encoder), every large
-tensor of a .ckpt or .pt is a strided view into a small pool of random numbers, and torch.save stores the pool once: 400 million parameters
-in 6 MB. A safetensors file cannot share storage; there the networks themselves are small.
+Shapes are read off ComfyUI's classes, built on the meta device. Where a format fixes the size (a text encoder, a VAE's encoder), every
+large tensor of a .ckpt or .pt is a strided view into a small pool of random numbers, and torch.save stores the pool once: 400 million
+parameters in 4 MB. A safetensors file cannot share storage; there the networks themselves are small.
 
 Random networks draw noise. They show that a path runs, not that it draws well; the trained stand-in is shapesworld/.
 """
@@ -228,7 +228,8 @@ def open_clip_names(text: Shapes) -> Shapes:
         "text_model.final_layer_norm.bias": "ln_final.bias",
         "text_projection.weight": "text_projection",
     }
-    inner = {"self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    inner = {"self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2"}
+    inner |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
     renamed = {}
     for name, shape in text.items():
         if name in outer:

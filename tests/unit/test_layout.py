@@ -92,7 +92,8 @@ def test_own_modules_are_imported_relatively(path):
 
 
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
-FORBIDDEN_MODULES = {"pickle", "subprocess", "requests", "urllib", "socket", "http", "importlib", "ctypes", "sqlite3", "marshal", "shelve", "dill"}
+NETWORK, PROCESS = {"requests", "urllib", "socket", "http", "sqlite3"}, {"subprocess", "importlib", "ctypes"}
+FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill"} | NETWORK | PROCESS
 
 
 def trespasses(tree: ast.AST) -> list[str]:
