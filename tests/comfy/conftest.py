@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 from reward_guidance.tests.harness import comfy, environment, models
 from reward_guidance.tests.harness.client import Client
+from reward_guidance.tests.harness.guided import Bench
 
 SHAPESWORLD = environment.CHECKOUT / "tests" / "standins" / "shapesworld" / "expand.py"
 
@@ -24,3 +25,8 @@ def server() -> Iterator[comfy.Server]:
 @pytest.fixture(scope="session")
 def client(server) -> Client:
     return Client(server.url)
+
+
+@pytest.fixture(scope="session")
+def bench(client) -> Bench:
+    return Bench(client)

@@ -29,6 +29,7 @@ WAN, WAN_VAE = "diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors", "vae/wan_2.1
 CLIP_L, KL4, KL16 = "text_encoders/tiny_clip_l.pt", "vae/vae-ft-mse-840000-ema-pruned.ckpt", "vae/ae.safetensors"
 TAESDS = {"taesd": 4, "taesdxl": 4, "taesd3": 16, "taef1": 16}
 """Tiny autoencoders and their latent channels; each is a file vae_approx/<name>_encoder and one _decoder."""
+CONTROLNET = "controlnet/control_v11p_sd15_canny.pth"
 TAEW = "vae_approx/lighttaew2_1.safetensors"
 
 POOL = 1 << 18
@@ -85,27 +86,34 @@ def under(prefix: str, part: Shapes) -> Shapes:
 
 
 def unet(context: int, **options) -> Shapes:
-    """One resolution, one block: 320 channels are the least that ComfyUI recognises."""
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-    return shapes(
-        lambda: UNetModel(
-            image_size=32,
-            in_channels=4,
-            out_channels=4,
-            model_channels=320,
-            num_res_blocks=[1],
-            channel_mult=[1],
-            transformer_depth=[1],
-            transformer_depth_output=[0, 0],
-            transformer_depth_middle=-2,
-            context_dim=context,
-            use_spatial_transformer=True,
-            legacy=False,
-            operations=operations(),
-            **options,
-        )
-    )
+    fixed = {"out_channels": 4, "transformer_depth_output": [0, 0], "transformer_depth_middle": -2}
+    return shapes(lambda: UNetModel(**unet_sizes(context), **fixed, **options))
+
+
+def unet_sizes(context: int) -> dict:
+    """One resolution, one block: 320 channels are the least that ComfyUI recognises."""
+    return {
+        "image_size": 32,
+        "in_channels": 4,
+        "model_channels": 320,
+        "num_res_blocks": [1],
+        "channel_mult": [1],
+        "transformer_depth": [1],
+        "context_dim": context,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "operations": operations(),
+    }
+
+
+def controlnet() -> Shapes:
+    """For SD1.5, in the layout of lllyasviel's files; without attention in the middle."""
+    from comfy.cldm.cldm import ControlNet
+
+    network = shapes(lambda: ControlNet(**unet_sizes(768), hint_channels=3, num_heads=8, transformer_depth_middle=-1))
+    return under("control_model.", network)
 
 
 def mmdit(depth: int = 2) -> Shapes:
@@ -265,6 +273,7 @@ STANDINS: dict[str, Callable[[], Shapes]] = {
     FLUX: flux,
     LARGE_FLUX: lambda: flux(512, 2, 2),
     WAN: wan,
+    CONTROLNET: controlnet,
     CLIP_L: clip_l,
     KL4: lambda: kl(4),
     KL16: lambda: kl(16, quantised=False),
