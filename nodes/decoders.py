@@ -7,6 +7,7 @@ from typing import Any
 
 import comfy.latent_formats
 import comfy.sd
+import comfy.taesd.taehv
 import comfy.taesd.taesd
 import comfy.utils
 import folder_paths
@@ -63,8 +64,8 @@ class TAESD(Decoder):
     def __init__(self, latent_format: comfy.latent_formats.LatentFormat, path: str):
         self.video = latent_format.latent_dimensions == 3
         try:
-            self.module = _video_taesd(path) if self.video else comfy.taesd.taesd.TAESD(None, path, latent_format.latent_channels)
-        except (RuntimeError, KeyError, ValueError) as error:
+            self.module = (_video_taesd if self.video else _picture_taesd)(path, latent_format.latent_channels)
+        except Exception as error:
             raise GuidanceError(
                 f"{os.path.basename(path)} is not a tiny autoencoder for this model's {latent_format.latent_channels} latent channels. "
                 "Replace the file in models/vae_approx, or choose another decoder."
@@ -78,9 +79,14 @@ class TAESD(Decoder):
         return (self.module.decode(latents).float() + 1) / 2
 
 
-def _video_taesd(path: str) -> nn.Module:
+def _picture_taesd(path: str, channels: int) -> nn.Module:
+    return comfy.taesd.taesd.TAESD(None, path, channels)
+
+
+def _video_taesd(path: str, channels: int) -> nn.Module:
     vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(path, safe_load=True))
-    vae.throw_exception_if_invalid()
+    if not isinstance(vae.first_stage_model, comfy.taesd.taehv.TAEHV) or vae.latent_channels != channels:
+        raise ValueError("not a tiny autoencoder of videos, or of others")
     vae.first_stage_model.show_progress_bar = False
     vae.first_stage_model.parallel = True  # frame by frame, it detaches its memory of past frames from the graph
     return vae.first_stage_model
@@ -99,6 +105,11 @@ class FullVAE(Decoder):
                 f"The connected VAE decodes {vae.latent_channels} latent channels, but this model has {latent_format.latent_channels}. "
                 "Connect the VAE that belongs to the model, or choose another decoder."
             )
+        if vae.latent_dim != latent_format.latent_dimensions:
+            raise GuidanceError(
+                f"The connected VAE belongs to a {_kind(vae.latent_dim)} model, but this is a {_kind(latent_format.latent_dimensions)} model. "
+                "Connect the VAE that belongs to the model, or choose another decoder."
+            )
         self.latent_format = latent_format
         self.video = vae.latent_dim == 3
         self.dtype = vae.vae_dtype
@@ -112,6 +123,10 @@ class FullVAE(Decoder):
         latents = self.latent_format.process_out(latents.unsqueeze(2) if self.latent_format.latent_dimensions == 3 else latents)
         pixels = self.module.decode(latents.to(self.dtype)).float()
         return (pixels[:, :, -1] if pixels.ndim == 5 else pixels) * self.scale + self.offset
+
+
+def _kind(latent_dimensions: int) -> str:
+    return {2: "picture", 3: "video"}.get(latent_dimensions, f"{latent_dimensions}-dimensional")
 
 
 def _affine(process_output) -> tuple[float, float]:
