@@ -1,6 +1,7 @@
 """Nodes that make, combine and read rewards."""
 
 import os
+import re
 
 import comfy.model_management
 import folder_paths
@@ -95,10 +96,10 @@ class ImageStatisticReward(io.ComfyNode):
 
 def _rgb(colour: str) -> tuple[float, float, float]:
     """#rrggbb -> three numbers in [0,1]."""
-    digits = colour.removeprefix("#")
-    if len(digits) < 6:
+    if not (digits := re.fullmatch("#?([0-9a-fA-F]{2})([0-9a-fA-F]{2})([0-9a-fA-F]{2})(?:[0-9a-fA-F]{2})?", colour)):
         raise GuidanceError(f"A colour is written as #rrggbb, not as {colour!r}.")
-    return tuple(int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4))  # type: ignore[return-value]
+    red, green, blue = (int(pair, 16) / 255 for pair in digits.groups())
+    return red, green, blue
 
 
 class ImageSimilarityReward(io.ComfyNode):
