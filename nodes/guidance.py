@@ -136,7 +136,7 @@ class RewardGuidanceModel(io.ComfyNode):
             category=CATEGORY,
             description="Makes a model follow a reward while it samples, with any sampler and guider, without finetuning.",
             search_aliases=["alignment", "preference guidance", "reward gradient", "PickScore guidance", "CLIP guidance"],
-            inputs=[io.Model.Input("model"), *reward_inputs(), *tuning_inputs()],
+            inputs=[io.Model.Input("model", tooltip="The model to guide."), *reward_inputs(), *tuning_inputs()],
             outputs=[io.Model.Output(tooltip="The model, guided by the reward.")],
             hidden=HIDDEN,
         )
@@ -156,7 +156,7 @@ class RewardGuidanceKSampler(io.ComfyNode):
             description="A KSampler whose pictures follow a reward, at the model calls of the plain one.",
             search_aliases=["reward sampler", "aligned sampling", "preference sampler"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="The model to guide."),
                 io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="The seed of the noise."),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps."),
                 io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Classifier-free guidance scale."),

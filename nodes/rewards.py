@@ -187,7 +187,7 @@ class ScoreImages(io.ComfyNode):
             search_aliases=["rate images", "reward score", "aesthetic score"],
             inputs=[
                 io.Image.Input("images", tooltip="A batch of pictures; each gets its own score."),
-                REWARD.Input("reward"),
+                REWARD.Input("reward", tooltip="What to score by."),
                 io.String.Input(
                     "prompt", multiline=True, default="", tooltip="The prompt of the pictures, for rewards that compare with one."
                 ),
