@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 from reward_guidance.tests.harness import comfy, environment, models
 from reward_guidance.tests.harness.client import Client
 from reward_guidance.tests.harness.guided import Bench
+from safetensors.torch import save_file
 
 SHAPESWORLD = environment.CHECKOUT / "tests" / "standins" / "shapesworld" / "expand.py"
 
@@ -30,3 +32,19 @@ def client(server) -> Client:
 @pytest.fixture(scope="session")
 def bench(client) -> Bench:
     return Bench(client)
+
+
+@pytest.fixture(scope="session")
+def clip_reward(server):
+    """A random CLIP of open_clip's layout in models/reward_models."""
+    import open_clip  # slow, and few need it
+
+    torch.manual_seed(0)
+    vision = open_clip.model.CLIPVisionCfg(layers=2, width=32, head_width=16, patch_size=8, image_size=24, mlp_ratio=2.0)
+    text = open_clip.model.CLIPTextCfg(context_length=12, width=24, heads=3, layers=2)
+    weights = open_clip.model.CLIP(16, vision, text).state_dict()
+    folder = server.base / "models" / "reward_models"
+    folder.mkdir(exist_ok=True)
+    hints = {"vision_heads": "2", "text_heads": "3"}
+    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, folder / "tiny_clip.safetensors", hints)
+    return lambda graph: graph.add("clip_reward", "RewardGuidanceLoadReward", reward_name="tiny_clip.safetensors")

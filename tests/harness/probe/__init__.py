@@ -1,5 +1,9 @@
-"""A pack for tests: counts the calls of a diffusion model from outside the pack under test."""
+"""A pack for tests: counts the calls of a diffusion model and breaks rewards, from outside the pack under test."""
 
+import copy
+import dataclasses
+
+import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
@@ -29,9 +33,36 @@ class ProbeModelCalls(io.ComfyNode):
         return io.NodeOutput(probed)
 
 
+BREAKAGES = {
+    "nan": lambda scores: scores * torch.nan,
+    "one number for all": lambda scores: scores.mean(),
+    "a number for each pixel": lambda scores: scores[:, None].expand(-1, 3),
+    "no gradient": lambda scores: scores.detach(),
+    "steep": lambda scores: (scores - scores.detach()).sqrt(),
+}
+
+
+class ProbeBrokenReward(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ProbeBrokenReward",
+            category="probe",
+            description="A reward that goes wrong.",
+            inputs=[io.Custom("REWARD").Input("reward"), io.Combo.Input("breakage", options=list(BREAKAGES))],
+            outputs=[io.Custom("REWARD").Output()],
+        )
+
+    @classmethod
+    def execute(cls, reward, breakage: str) -> io.NodeOutput:
+        broken, whole = copy.copy(reward.reward), reward.reward
+        broken.forward = lambda pixels, prompts: BREAKAGES[breakage](whole(pixels, prompts))
+        return io.NodeOutput(dataclasses.replace(reward, reward=broken))
+
+
 class Probe(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ProbeModelCalls]
+        return [ProbeModelCalls, ProbeBrokenReward]
 
 
 async def comfy_entrypoint() -> Probe:

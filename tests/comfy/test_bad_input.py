@@ -1,0 +1,208 @@
+"""What goes wrong is said in a sentence, and the queue goes on."""
+
+import itertools
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from reward_guidance.tests.harness.guided import latents, one_box, statistic, two_nodes
+from safetensors.torch import save_file
+
+SEEDS = itertools.count(1000)
+"""Each prompt has its own, so that ComfyUI runs it and does not remember it."""
+
+
+@pytest.fixture
+def refused(bench):
+    """Queue a guided prompt that must fail with these words, and then one that must not."""
+
+    def queue(family, words, guide=one_box, **options):
+        result = bench.queue(latents(family, guide(**{"decoder": "latent_rgb"} | options), seed=next(SEEDS)))
+        assert result.error is not None, "the prompt succeeded"
+        assert words in result.error
+        assert "\n" not in result.error
+        assert "Traceback" not in result.error
+        assert len(result.error) < 300
+        assert bench.queue(latents("flux", one_box(decoder="latent_rgb"), seed=next(SEEDS))).error is None
+
+    return queue
+
+
+def reward_file(name):
+    return lambda graph: graph.add("loaded", "RewardGuidanceLoadReward", reward_name=name)
+
+
+@pytest.fixture
+def reward_folder(server):
+    folder = server.base / "models" / "reward_models"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def test_reward_file_of_unknown_architecture(refused, reward_folder):
+    save_file({"some.weight": torch.zeros(2)}, reward_folder / "unknown.safetensors")
+    refused("flux", "unknown.safetensors is not a reward that can be read", reward=reward_file("unknown.safetensors"))
+
+
+def test_truncated_reward_file(refused, reward_folder):
+    save_file({"visual.conv1.weight": torch.zeros(1000)}, reward_folder / "truncated.safetensors")
+    os.truncate(reward_folder / "truncated.safetensors", 900)
+    refused("flux", "truncated.safetensors is damaged or only half downloaded", reward=reward_file("truncated.safetensors"))
+
+
+def test_empty_reward_file(refused, reward_folder):
+    (reward_folder / "empty.safetensors").touch()
+    refused("flux", "empty.safetensors is empty", reward=reward_file("empty.safetensors"))
+
+
+class RunsCode:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("save", [lambda thing, path: path.write_bytes(pickle.dumps(thing, 2)), torch.save], ids=["bare", "checkpoint"])
+def test_reward_file_with_code_does_not_run_it(refused, reward_folder, tmp_path, save):
+    save(RunsCode(str(tmp_path / "code_was_run")), reward_folder / "code.pt")
+    refused("flux", "code.pt contains code", reward=reward_file("code.pt"))
+    assert not (tmp_path / "code_was_run").exists()
+
+
+@pytest.fixture
+def vae_approx(server):
+    """The folder of tiny autoencoders, put back afterwards."""
+    folder = server.base / "models" / "vae_approx"
+    kept = server.base / "vae_approx_kept"
+    shutil.copytree(folder, kept, symlinks=True)
+    yield folder
+    shutil.rmtree(folder)
+    kept.rename(folder)
+
+
+def test_tiny_autoencoder_with_other_channels(refused, vae_approx):
+    (vae_approx / "taesd3_decoder.safetensors").unlink()
+    shutil.copy(vae_approx / "taesd_decoder.safetensors", vae_approx / "taesd3_decoder.safetensors")
+    refused("sd3", "taesd3_decoder.safetensors is not a tiny autoencoder for this model's 16 latent channels", decoder="taesd")
+
+
+@pytest.mark.parametrize(("family", "file"), [("sd3", "taesd3_decoder.safetensors"), ("wan", "lighttaew2_1.safetensors")])
+@pytest.mark.parametrize("content", [b"", b"<html>Sign in</html>", None], ids=["empty", "web page", "truncated"])
+def test_damaged_tiny_autoencoder(refused, vae_approx, family, file, content):
+    content = (vae_approx / file).read_bytes()[:100_000] if content is None else content
+    (vae_approx / file).unlink()
+    (vae_approx / file).write_bytes(content)
+    refused(family, f"{file} is not a tiny autoencoder", decoder="taesd")
+
+
+def test_tiny_autoencoder_of_another_kind(refused, vae_approx):
+    """A picture's in place of a video's: the names can be mixed up."""
+    (vae_approx / "lighttaew2_1.safetensors").unlink()
+    shutil.copy(vae_approx / "taef1_decoder.safetensors", vae_approx / "lighttaew2_1.safetensors")
+    refused("wan", "lighttaew2_1.safetensors is not a tiny autoencoder", decoder="taesd")
+
+
+def test_missing_tiny_autoencoder(refused, bench, vae_approx):
+    (vae_approx / "taesd3_decoder.safetensors").unlink()
+    refused("sd3", "Put taesd3_decoder.safetensors into models/vae_approx", decoder="taesd")
+    automatic = bench.run(latents("sd3", one_box(decoder="auto"), seed=next(SEEDS)))
+    assert automatic.outputs["sampler"]["reward_guidance"][0]["decoder"] == "latent_rgb"
+
+
+def test_no_vae(refused):
+    refused("flux", "needs a VAE: connect one", decoder="vae")
+
+
+@pytest.mark.parametrize(
+    ("family", "other", "words"),
+    [
+        ("flux", "vae-ft-mse-840000-ema-pruned.ckpt", "decodes 4 latent channels, but this model has 16"),
+        ("sd15", "ae.safetensors", "decodes 16 latent channels, but this model has 4"),
+        ("flux", "wan_2.1_vae.safetensors", "belongs to a video model"),
+        ("wan", "ae.safetensors", "belongs to a picture model"),
+    ],
+)
+def test_vae_of_another_family(refused, family, other, words):
+    def with_vae(**options):
+        return lambda graph, inputs: one_box(vae=graph.add("other", "VAELoader", vae_name=other), **options)(graph, inputs)
+
+    refused(family, words, with_vae, decoder="vae")
+
+
+def broken(breakage):
+    return lambda graph: graph.add("broken", "ProbeBrokenReward", reward=statistic()(graph), breakage=breakage)
+
+
+BROKEN = {
+    "nan": "returned a score that is not a finite number",
+    "one number for all": "returned scores of shape (); it must return one number for each of 1 pictures",
+    "a number for each pixel": "returned scores of shape (1, 3)",
+    "no gradient": "This reward has no gradient to guide by",
+    "steep": "The reward's gradient is not a finite number",
+}
+
+
+@pytest.mark.parametrize(("breakage", "words"), BROKEN.items(), ids=BROKEN)
+@pytest.mark.parametrize("guide", [one_box, two_nodes], ids=["one box", "two nodes"])
+def test_reward_that_goes_wrong(refused, guide, breakage, words):
+    refused("flux", words, guide, reward=broken(breakage))
+
+
+def test_combined_reward_that_goes_wrong(refused):
+    def half_broken(graph):
+        parts = {"reward_1": broken("nan")(graph), "reward_2": statistic("contrast", "other")(graph)}
+        return graph.add("combined", "RewardGuidanceCombineRewards", **parts)
+
+    refused("flux", "brightness returned a score that is not a finite number", reward=half_broken)
+
+
+def test_combination_of_nothing(refused):
+    def nothing(graph):
+        return graph.add("combined", "RewardGuidanceCombineRewards", reward_1=statistic()(graph), weight_1=0.0)
+
+    refused("flux", "every weight is 0", reward=nothing)
+
+
+@pytest.mark.parametrize("prompt", ["", " \n "])
+def test_empty_prompt_for_a_reward_that_reads_it(refused, clip_reward, prompt):
+    refused("flux", "the prompt is empty; write one into the prompt field", reward=clip_reward, prompt=prompt)
+
+
+def number(value):
+    """Wired in, where ComfyUI does not check the limits of the widget."""
+    return lambda graph: graph.add("number", "PrimitiveFloat", value=value)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_temperature_that_is_not_positive(refused, value):
+    refused("flux", "smaller than min of 0.001 (temperature)", temperature=value)
+    refused("flux", "The temperature must be above 0", temperature=number(value))
+
+
+def test_start_above_the_end(refused):
+    refused("flux", "the start must not lie after the end", start_percent=0.8, end_percent=0.2)
+
+
+def test_likeness_in_meaning_without_a_clip(refused):
+    def likeness(graph):
+        image = graph.add("image", "EmptyImage", width=64, height=64, batch_size=1, color=0)
+        return graph.add("likeness", "RewardGuidanceImageSimilarity", image=image, likeness="meaning")
+
+    refused("flux", "connect Load Reward Model with a CLIP", reward=likeness)
+
+
+@pytest.mark.parametrize("colour", ["", "blue", "#12", "#gggggg"])
+def test_colour_that_is_none(refused, colour):
+    refused("flux", "A colour is written as #rrggbb", reward=statistic("colour", colour=colour))
+
+
+@pytest.mark.parametrize("frames", [1, 2, 64])
+def test_video_is_rewarded_by_its_frames(bench, frames):
+    prompt = latents("wan", one_box(decoder="latent_rgb", frames=frames), batch=2, seed=next(SEEDS))
+    prompt["latent"]["inputs"]["length"] = 9
+    result = bench.run(prompt)
+    assert bench.latent(result).shape[:3] == (2, 16, 3)
+    assert [len(step["rewards"]) for step in result.outputs["sampler"]["reward_guidance"]] == [2, 2]
