@@ -149,7 +149,7 @@ def checkpointed(module: nn.Module) -> nn.Module:
     """Keep only the blocks' inputs for the backward pass, and compute the rest again."""
     for block in module.modules():
         if isinstance(block, (ResnetBlock, AttnBlock)):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return module
 
 
