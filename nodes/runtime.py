@@ -91,12 +91,12 @@ def gradients(*modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def differentiable_model(model: nn.Module) -> Iterator[None]:
+def differentiable_model(*models: nn.Module) -> Iterator[None]:
     """Inside, autograd also works through a diffusion model: pure torch kernels, in-place updates of saved tensors allowed."""
     before = comfy.model_management.in_training
     comfy.model_management.in_training = True
     try:
-        with normal_weights(model), torch.autograd.graph.allow_mutation_on_saved_tensors():
+        with normal_weights(*models), torch.autograd.graph.allow_mutation_on_saved_tensors():
             yield
     finally:
         comfy.model_management.in_training = before
@@ -238,7 +238,7 @@ class RewardGuidance:
 
         if not run.active(sigma):
             return denoise(x)
-        denoised = self.guide(run, denoise, x, sigma, guider.inner_model)
+        denoised = self.guide(run, denoise, x, sigma, guider)
         self.record(run, sigma)
         return denoised
 
@@ -248,7 +248,7 @@ class RewardGuidance:
         sigmas = model_options.get("transformer_options", {}).get("sample_sigmas", torch.zeros(1))
         return Run(estimator, model_sampling.percent_to_sigma(self.start), model_sampling.percent_to_sigma(self.end), sigmas)
 
-    def guide(self, run: Run, denoise, x: Tensor, sigma: float, model: nn.Module) -> Tensor:
+    def guide(self, run: Run, denoise, x: Tensor, sigma: float, guider) -> Tensor:
         inference = torch.is_inference_mode_enabled()
 
         def plain_denoise(point: Tensor) -> Tensor:
@@ -258,7 +258,8 @@ class RewardGuidance:
         with ExitStack() as stack:
             stack.enter_context(gradients(*self.reward.modules))
             if self.needs_model_gradient:
-                stack.enter_context(differentiable_model(model))
+                control_models = [patcher.model for patcher in guider.loaded_models]
+                stack.enter_context(differentiable_model(guider.inner_model, *control_models))
                 return run.estimator(denoise, x.clone(), sigma)
             return run.estimator(plain_denoise, x, sigma)
 
