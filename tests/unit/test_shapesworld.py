@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from ..standins.shapesworld import autoencoder, clip, compact, oracle, text, world
+from reward_guidance.tests.standins.shapesworld import autoencoder, clip, compact, oracle, text, world
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -39,8 +39,8 @@ def files(checkpoint: str = CHECKPOINT) -> dict:
         "vae_approx/taesd3_encoder.safetensors": lambda: (tiny_vae("encoder"), {}),
         "vae_approx/taesd3_decoder.safetensors": lambda: (tiny_vae("decoder"), {}),
         "text_encoders/shapes_clip_l.safetensors": lambda: (text.clip_l(), {}),
-        "reward_models/shapes_clip.safetensors": lambda: (guide(), compact.notes("guide")),
-        "reward_models/shapes_heldout.safetensors": lambda: (heldout(), compact.notes("heldout")),
+        "reward_models/shapes_clip.safetensors": lambda: (guide(), notes("guide")),
+        "reward_models/shapes_heldout.safetensors": lambda: (heldout(), notes("heldout")),
     }
 
 
@@ -92,6 +92,11 @@ def heldout() -> dict[str, Tensor]:
     return clip.to_transformers(clip.full_vocabulary(compact.load("heldout")))
 
 
+def notes(kind: str) -> dict[str, str]:
+    """What a reward's weights do not say: its typical scores, and the activation."""
+    return compact.notes(kind) | {"quick_gelu": "false"}
+
+
 def _mark(path: Path) -> str | None:
     if not path.exists():
         return None
@@ -99,10 +104,10 @@ def _mark(path: Path) -> str | None:
         return (file.metadata() or {}).get("shapesworld")
 
 
-def _write(path: Path, weights: dict[str, Tensor], notes: dict[str, str], mark: str) -> None:
+def _write(path: Path, weights: dict[str, Tensor], metadata: dict[str, str], mark: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({key: value.contiguous() for key, value in weights.items()}, partial, notes | {"shapesworld": mark})
+    save_file({key: value.contiguous() for key, value in weights.items()}, partial, metadata | {"shapesworld": mark})
     os.replace(partial, path)
 
 
