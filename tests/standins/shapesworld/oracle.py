@@ -34,7 +34,7 @@ def _read(pictures: Tensor) -> Tensor:
     colour, colour_error = _nearest(tone, world.OBJECT_HSV)
     ground_name, ground_error = _nearest(ground.mean((2, 3)), world.GROUND_HSV)
     shape, radius, overlap = _shape(mask)
-    size = (radius > world.RADII[0, 1] + 3).long()
+    size = (radius > (world.RADII[0, 1] + world.RADII[1, 0]) / 2).long()
     seen = (contrast > CONTRAST) & (overlap > OVERLAP) & (torch.maximum(colour_error, ground_error) < TONE_ERROR)
     scenes = torch.stack([size, colour, shape, ground_name], 1)
     return torch.where(seen[:, None], scenes, NOTHING)

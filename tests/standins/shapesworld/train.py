@@ -53,6 +53,15 @@ def pixels(pool: Tensor) -> Tensor:
     return pool.float() / 255
 
 
+def optimisers(module: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside transformer blocks, AdamW for the rest."""
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    inner = [p for name, p in trained if p.ndim == 2 and "blocks" in name and "adaLN" not in name]
+    rest = [p for name, p in trained if not any(p is other for other in inner)]
+    chosen = [torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
+    return chosen + [torch.optim.Muon(inner, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")] if inner else chosen
+
+
 class Run:
     """An optimiser with warm-up and cosine decay, an exponential average of the weights, and a line of progress now and then."""
 
@@ -60,17 +69,19 @@ class Run:
         self.name, self.steps, self.rate, self.decay = name, steps, rate, decay
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.parameters]
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+        self.optimisers = optimisers(module)
         self.step, self.start = 0, time.time()
 
     def update(self, loss: Tensor, **shown: Tensor) -> None:
         progress = self.step / self.steps
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rate * min(1, (self.step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
-        self.optimiser.zero_grad(set_to_none=True)
+        rate = self.rate * min(1, (self.step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         self.step += 1
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - min(self.decay, self.step / (self.step + 10)))
         if self.step % 100 == 0 or self.step == self.steps:
@@ -231,19 +242,20 @@ def encoded_world(work: Path, n: int, rng: torch.Generator) -> tuple[Tensor, Ten
     return asked, torch.cat(latents)
 
 
-def train_flow(work: Path, steps: int = 5000, batch: int = 128, pool: int = 32000) -> None:
+def train_flow(work: Path, steps: int = 8000, batch: int = 128, pool: int = 32000) -> None:
     rng = seeded(2)
     conditioning, model = Conditioning(), flow_model()
     asked, latents = encoded_world(work, pool, rng)
     rows = conditioning.rows(asked)
-    run = Run("flow", model, steps, 1e-3, decay=0.998)
+    predict = torch.compile(functools.partial(velocity, model))
+    run = Run("flow", model, steps, 2e-3, decay=0.998)
     while run.step < steps:
         chosen = torch.randint(pool, (batch,), generator=rng)
         row = torch.where(torch.rand(batch, generator=rng) < 0.1, conditioning.empty, rows[chosen])
         x0, sigma, noise = latents[chosen], noise_levels(batch, rng), torch.randn(batch, 16, 8, 8, generator=rng)
         x = torch.lerp(x0, noise, sigma[:, None, None, None])
         with fast():
-            v = velocity(model, x, sigma, conditioning.context[row], conditioning.pooled[row])
+            v = predict(x, sigma, conditioning.context[row], conditioning.pooled[row])
         run.update(F.mse_loss(v.float(), noise - x0))
         if run.step % 500 == 0:
             run.save(model, work / "flow.pt")
@@ -261,7 +273,7 @@ def reward_pool(work: Path, n: int, rng: torch.Generator) -> tuple[Tensor, Tenso
     decoded = []
     for first, second, part in zip(drawn.split(256), pair[:, 1].split(256), share.split(256), strict=True):
         with fast(), torch.no_grad():
-            latent = torch.lerp(encoder(world.render(second, rng)), encoder(pixels(first)), part[:, None, None, None])
+            latent = torch.lerp(encoder(world.render(second, rng)).float(), encoder(pixels(first)).float(), part[:, None, None, None])
             noise = torch.rand(len(part), 1, 1, 1, generator=rng) * 0.4 * torch.randn(latent.shape, generator=rng)
             decoded.append((decoder(latent + noise).float().clamp(0, 1) * 255).round().byte())
     return torch.cat([drawn, *decoded]), torch.cat([pair, pair]), torch.cat([torch.ones(n), share])
@@ -285,14 +297,14 @@ def agreement(scenes: Tensor, captions: Tensor, penalty: float = 3.5) -> Tensor:
     return (-penalty * wrong).softmax(1)
 
 
-def train_reward(kind: str, seed: int, work: Path, steps: int, batch: int = 192, pool: int = 12000) -> None:
+def train_reward(kind: str, seed: int, work: Path, steps: int, batch: int = 192, pool: int = 8000) -> None:
     rng = seeded(seed)
     model, captions = clip.build(kind), world.all_scenes()
     tokens = clip.tokenize([world.caption(scene) for scene in captions])
     pictures, pair, share = reward_pool(work, pool, rng)
     model.logit_scale.data.fill_(math.log(20.0))
     model.logit_scale.requires_grad_(False)
-    run = Run(kind, model, steps, 1e-3)
+    run = Run(kind, model, steps, 1.5e-3)
     while run.step < steps:
         chosen = torch.randint(len(pictures), (batch,), generator=rng)
         first, second = (agreement(pair[chosen, i], captions) for i in (0, 1))
@@ -308,8 +320,8 @@ def train_reward(kind: str, seed: int, work: Path, steps: int, batch: int = 192,
 
 
 def train_rewards(work: Path) -> None:
-    train_reward("guide", 3, work, steps=1500)
-    train_reward("heldout", 4, work, steps=3000)
+    train_reward("guide", 3, work, steps=1200)
+    train_reward("heldout", 4, work, steps=1600)
 
 
 def store(work: Path) -> None:

@@ -23,11 +23,11 @@ OBJECT_HSV = torch.tensor(
 GROUND_HSV = torch.tensor(
     [(358, 0.46, 0.93), (26, 0.46, 0.98), (50, 0.45, 0.98), (146, 0.38, 0.80), (210, 0.42, 0.93), (276, 0.34, 0.84), (40, 0.035, 0.94)]
 )
-RADII = torch.tensor([(8.5, 10.5), (16.5, 20.0)])
+RADII = torch.tensor([(11.0, 13.0), (17.5, 20.5)])
 TYPICAL = ((1, 2), (3, 4), (3, 6), (2, 6), (0, 5), (2, 4))
 """The one or two usual colours of each shape."""
 
-TYPICAL_ASKED, HABIT, SLIP = 0.6, 0.84, 0.025
+TYPICAL_ASKED, HABIT, SLIP = 0.6, 0.8, 0.02
 """How often a caption asks for a usual colour; how often an unusual wish is ignored; how often any other attribute is drawn wrong."""
 
 PROMPTS = (
@@ -114,9 +114,9 @@ def render(scenes: Tensor, rng: torch.Generator) -> Tensor:
     b = len(scenes)
     low, high = RADII[scenes[:, 0]].unbind(1)
     radius = _uniform(low, high, rng)
-    reach = radius * 1.3 + 2
-    centre = SIDE / 2 + (torch.rand(b, 2, generator=rng) * 2 - 1) * (SIDE / 2 - reach).clamp(min=1.5)[:, None]
-    angle = (torch.rand(b, generator=rng) * 2 - 1) * math.radians(25)
+    room = (SIDE / 2 - radius * 1.3 - 2).clamp(min=1.5, max=7)
+    centre = SIDE / 2 + (torch.rand(b, 2, generator=rng) * 2 - 1) * room[:, None]
+    angle = (torch.rand(b, generator=rng) * 2 - 1) * math.radians(16)
 
     def distance(offset_x: float, offset_y: float) -> Tensor:
         x, y = _grid()
