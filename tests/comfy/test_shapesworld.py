@@ -22,7 +22,7 @@ def test_expanding_twice_writes_once(tmp_path):
 
 
 def test_padding_is_one_token_many_times(pipeline):
-    context, extra = pipeline.encode(PROMPT)[0]
+    context, extra = pipeline.encode([PROMPT])[0]
     assert context.shape == (1, 77, 4096) and extra["pooled_output"].shape == (1, 2048)
     assert (context[:, 9:] == context[:, 9:10]).all() and not context[..., 768:].any()
     short, pooled = train.encode_text([PROMPT])
@@ -32,7 +32,7 @@ def test_padding_is_one_token_many_times(pipeline):
 
 @torch.no_grad()
 def test_the_short_context_of_training_is_exact(pipeline):
-    context, extra = pipeline.encode(PROMPT)[0]
+    context, extra = pipeline.encode([PROMPT])[0]
     x, sigma = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.7])
     full = pipeline.model.model.diffusion_model.float()(x, sigma * 1000, context=context.clone(), y=extra["pooled_output"].clone())
     short = train.flow_model()
@@ -48,5 +48,5 @@ def test_the_narrow_decoder_is_the_vae(pipeline):
 
 
 def test_it_draws_what_it_is_asked(pipeline):
-    read = oracle.read(pipeline.sample(PROMPT, batch=8, seed=0))
+    read = oracle.read(pipeline.sample([PROMPT] * 8, seed=0))
     assert (read == torch.tensor(world.parse(PROMPT))).all(1).float().mean() >= 0.5

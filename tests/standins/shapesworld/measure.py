@@ -4,6 +4,7 @@ usage: COMFYUI_DIR=... python -m tests.standins.shapesworld.measure MODELS_DIR [
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,18 +24,25 @@ class Pipeline:
         path = str(Path(models_dir) / "checkpoints" / checkpoint)
         self.model, self.clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(path, output_vae=True, output_clip=True)
 
-    @torch.inference_mode()
-    def encode(self, prompt: str) -> list:
-        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
+        self.encoded = {}
 
     @torch.inference_mode()
-    def sample(self, prompt: str, batch: int, seed: int, cfg: float = 1.0, steps: int = 20) -> Tensor:
-        """Pictures (B,3,64,64) in [0,1]."""
+    def encode(self, prompts: Sequence[str]) -> list:
+        """One conditioning with a row for each prompt."""
+        for prompt in set(prompts) - self.encoded.keys():
+            [[context, extra]] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
+            self.encoded[prompt] = context, extra["pooled_output"]
+        context, pooled = zip(*[self.encoded[prompt] for prompt in prompts], strict=True)
+        return [[torch.cat(context), {"pooled_output": torch.cat(pooled)}]]
+
+    @torch.inference_mode()
+    def sample(self, prompts: Sequence[str], seed: int, cfg: float = 1.0, steps: int = 20) -> Tensor:
+        """A picture for each prompt (B,3,64,64) in [0,1]."""
         import comfy.sample
 
-        latent = torch.zeros(batch, 16, 8, 8)
+        latent = torch.zeros(len(prompts), 16, 8, 8)
         noise = comfy.sample.prepare_noise(latent, seed)
-        conditioning = (self.encode(prompt), self.encode(""))
+        conditioning = self.encode(prompts), self.encode([""])
         latent = comfy.sample.sample(self.model, noise, steps, cfg, "euler", "simple", *conditioning, latent, seed=seed, disable_pbar=True)
         return self.vae.decode(latent).movedim(-1, 1).clone()
 
@@ -45,7 +53,7 @@ def scorers() -> dict[str, clip.Scorer]:
 
 def sample_all(pipeline: Pipeline, cfg: float, batch: int, prompts=world.PROMPTS) -> Tensor:
     """(prompts,B,3,64,64)"""
-    return torch.stack([pipeline.sample(prompt, batch, seed=i, cfg=cfg) for i, prompt in enumerate(prompts)])
+    return torch.stack([pipeline.sample(prompts, seed, cfg) for seed in range(batch)], 1)
 
 
 @torch.no_grad()

@@ -31,10 +31,10 @@ TYPICAL_ASKED, HABIT, SLIP = 0.6, 0.8, 0.02
 """How often a caption asks for a usual colour; how often an unusual wish is ignored; how often any other attribute is drawn wrong."""
 
 PROMPTS = (
-    "a large red heart on a blue ground", "a small yellow star on a purple ground", "a large orange circle on a green ground",
-    "a small blue square on a yellow ground", "a large green triangle on a white ground", "a small white star on a blue ground",
+    "a large red heart on a blue ground", "a large yellow star on a purple ground", "a large orange circle on a green ground",
+    "a small blue square on a yellow ground", "a large green triangle on a white ground", "a large white star on a purple ground",
     "a large purple heart on a yellow ground", "a small yellow ring on a red ground", "a large blue ring on an orange ground",
-    "a small orange circle on a white ground", "a large green square on a purple ground", "a small white triangle on a green ground",
+    "a small orange circle on a white ground", "a large green square on a purple ground", "a large white triangle on a green ground",
     "a large yellow star on a red ground", "a small red heart on a white ground", "a large yellow circle on a blue ground",
     "a small green triangle on an orange ground",
     "a large blue heart on a white ground", "a small green heart on a yellow ground", "a large yellow heart on a green ground",
