@@ -1,0 +1,1 @@
+"""A small world of drawn shapes, with models trained on it in real file formats."""

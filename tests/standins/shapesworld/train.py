@@ -1,0 +1,369 @@
+"""Trains ShapesWorld from nothing and writes the compact weights. About 75 minutes on two cores with AMX.
+
+usage: COMFYUI_DIR=... python -m tests.standins.shapesworld.train [--stages autoencoder,flow,rewards,store,statistics] [--work DIR]
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor, nn
+
+from . import clip, compact, measure, text, world
+from .autoencoder import Decoder, Encoder
+
+# ComfyUI's SD3 preview: model-space latents -> RGB in [-1,1]
+LATENT_RGB = torch.tensor(
+    [
+        (-0.0922, -0.0175, 0.0749), (0.0311, 0.0633, 0.0954), (0.1994, 0.0927, 0.0458), (0.0856, 0.0339, 0.0902),
+        (0.0587, 0.0272, -0.0496), (-0.0006, 0.1104, 0.0309), (0.0978, 0.0306, 0.0427), (-0.0042, 0.1038, 0.1358),
+        (-0.0194, 0.0020, 0.0669), (-0.0488, 0.0130, -0.0268), (0.0922, 0.0988, 0.0951), (-0.0278, 0.0524, -0.0542),
+        (0.0332, 0.0456, 0.0895), (-0.0069, -0.0030, -0.0810), (-0.0596, -0.0465, -0.0293), (-0.1448, -0.1463, -0.1189),
+    ]
+)  # fmt: skip
+LATENT_RGB_BIAS = torch.tensor((0.2394, 0.2135, 0.1925))
+
+
+DEPTH = 3  # the flow model's width is 64 times this
+
+
+def seeded(seed: int) -> torch.Generator:
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def fast() -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def draw(scenes: Tensor, rng: torch.Generator) -> Tensor:
+    """Pictures as bytes (B,3,64,64): a pool of floats would not fit."""
+    return torch.cat([(world.render(part, rng) * 255).round().byte() for part in scenes.split(256)])
+
+
+def pixels(pool: Tensor) -> Tensor:
+    return pool.float() / 255
+
+
+def optimisers(module: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside transformer blocks, AdamW for the rest."""
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    inner = [p for name, p in trained if p.ndim == 2 and "blocks" in name and "adaLN" not in name]
+    rest = [p for name, p in trained if not any(p is other for other in inner)]
+    chosen = [torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
+    return chosen + [torch.optim.Muon(inner, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")] if inner else chosen
+
+
+class Run:
+    """An optimiser with warm-up and cosine decay, an exponential average of the weights, and a line of progress now and then."""
+
+    def __init__(self, name: str, module: nn.Module, steps: int, rate: float, decay: float = 0.995):
+        self.name, self.steps, self.rate, self.decay = name, steps, rate, decay
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.optimisers = optimisers(module)
+        self.step, self.start = 0, time.time()
+
+    def update(self, loss: Tensor, **shown: Tensor) -> None:
+        progress = self.step / self.steps
+        rate = self.rate * min(1, (self.step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - min(self.decay, self.step / (self.step + 10)))
+        if self.step % 100 == 0 or self.step == self.steps:
+            values = " ".join(f"{k} {float(v):.4f}" for k, v in {"loss": loss.detach(), **shown}.items())
+            print(f"{self.name} {self.step}/{self.steps} {time.time() - self.start:.0f}s {values}", flush=True)
+
+    @torch.no_grad()
+    def save(self, module: nn.Module, path: Path) -> None:
+        """A snapshot with the averaged weights."""
+        averages = dict(zip([n for n, p in module.named_parameters() if p.requires_grad], self.average, strict=True))
+        torch.save(module.state_dict() | averages, path)
+
+    def finish(self) -> None:
+        """Put the averaged weights in place."""
+        for parameter, average in zip(self.parameters, self.average, strict=True):
+            parameter.data.copy_(average)
+
+
+def slopes(x: Tensor) -> Tensor:
+    """Differences to the right and downwards (B,6,H,W)."""
+    return torch.cat([F.pad(x.diff(dim=3), (0, 1)), F.pad(x.diff(dim=2), (0, 0, 0, 1))], 1)
+
+
+def reconstruction_loss(decoded: Tensor, picture: Tensor) -> Tensor:
+    """Absolute error in units of the picture's contrast, heaviest along outlines: a faint star is a star too."""
+    contrast = picture.std((2, 3), keepdim=True).mean(1, keepdim=True).clamp(min=0.03)
+    outline = F.max_pool2d(slopes(picture).abs().amax(1, keepdim=True), 3, 1, 1)
+    weight = 1 + 8 * outline / outline.amax((2, 3), keepdim=True)
+    error = (decoded - picture) / contrast
+    return (weight * error.abs()).mean() * 0.1 + slopes(error).abs().mean() * 0.2
+
+
+def autoencoder_loss(encoder: nn.Module, decoder: nn.Module, picture: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Reconstruction under latent noise, unit statistics per channel, and a linear preview that shows the picture."""
+    latent = encoder(picture).float()
+    noise = torch.rand(len(latent), 1, 1, 1, generator=rng) * 0.12 * torch.randn(latent.shape, generator=rng)
+    decoded = decoder(latent + noise).float()
+    mean, variance = latent.mean((0, 2, 3)), latent.var((0, 2, 3))
+    unit = mean.square().mean() + (variance.log()).square().mean()
+    small = F.avg_pool2d(picture, 8) * 2 - 1
+    preview = (torch.einsum("bchw,cd->bdhw", latent, LATENT_RGB) + LATENT_RGB_BIAS[:, None, None] - small).square().mean()
+    return reconstruction_loss(decoded, picture) + 0.02 * unit + 0.1 * preview, F.mse_loss(decoded, picture), preview
+
+
+def train_autoencoder(work: Path, steps: int = 3000, batch: int = 48) -> None:
+    rng = seeded(1)
+    scenes = world.all_scenes()
+    pool = draw(scenes[torch.randint(len(scenes), (20000,), generator=rng)], rng)
+    model = nn.ModuleDict({"encoder": Encoder(), "decoder": Decoder()}).to(memory_format=torch.channels_last)
+    run = Run("autoencoder", model, steps, 1.5e-3)
+    while run.step < steps:
+        picture = pixels(pool[torch.randint(len(pool), (batch,), generator=rng)]).contiguous(memory_format=torch.channels_last)
+        with fast():
+            loss, error, preview = autoencoder_loss(model["encoder"], model["decoder"], picture, rng)
+        run.update(loss, mse=error, preview=preview)
+    run.finish()
+    torch.save(model.state_dict(), work / "autoencoder.pt")
+
+
+class Conditioning:
+    """Text features of every caption and of the empty one (the last row), as the flow model sees them in ComfyUI."""
+
+    def __init__(self):
+        scenes = world.all_scenes()
+        self.row = torch.zeros([len(values) for values in world.VALUES], dtype=torch.long)
+        self.row[scenes.unbind(1)] = torch.arange(len(scenes))
+        self.empty = len(scenes)
+        encoded = [encode_text(part) for part in batched([world.caption(scene) for scene in scenes] + [""], 32)]
+        self.context, self.pooled = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+
+    def rows(self, scenes: Tensor) -> Tensor:
+        return self.row[scenes.unbind(1)]
+
+
+def batched(items: list, n: int) -> list[list]:
+    return [items[i : i + n] for i in range(0, len(items), n)]
+
+
+@functools.cache
+def text_encoder() -> nn.Module:
+    """ComfyUI's CLIP, cut to what matters: two layers, and no places behind the caption (attention is causal)."""
+    import comfy.ops
+    import comfy.sd1_clip
+    from comfy.clip_model import CLIPTextModel
+
+    config = json.loads(Path(comfy.sd1_clip.__file__).with_name("sd1_clip_config.json").read_text())
+    config |= {"num_hidden_layers": 2, "max_position_embeddings": text.CONTEXT}
+    model = CLIPTextModel(config, torch.float32, "cpu", comfy.ops.disable_weight_init)
+    weights = text.clip_l(2)
+    places = "text_model.embeddings.position_embedding.weight"
+    model.load_state_dict(weights | {places: weights[places][: text.CONTEXT]})
+    return model
+
+
+@torch.no_grad()
+def encode_text(captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Context (B,10,768), of which the last token stands for all padding, and pooled (B,768)."""
+    tokens = [[text.START, *SimpleTokenizer().encode(caption), text.END] for caption in captions]
+    padded = torch.tensor([row + [text.END] * (text.CONTEXT - len(row)) for row in tokens])
+    options = {"intermediate_output": 1, "final_layer_norm_intermediate": False, "num_tokens": [len(row) for row in tokens]}
+    _, context, _, pooled = text_encoder()(padded, **options)
+    return context, pooled
+
+
+def flow_model() -> nn.Module:
+    """ComfyUI's own SD3 transformer; text channels that are always zero in its format are left out."""
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
+
+    embedder = {"target": "torch.nn.Linear", "params": {"in_features": text.WIDTH, "out_features": 64 * DEPTH}}
+    model = OpenAISignatureMMDITWrapper(
+        input_size=None, patch_size=2, in_channels=16, out_channels=16, depth=DEPTH, adm_in_channels=text.WIDTH,
+        context_embedder_config=embedder, qk_norm="rms", operations=comfy.ops.disable_weight_init, dtype=torch.float32,
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            nn.init.constant_(parameter, float(name.endswith(("ln_q.weight", "ln_k.weight"))))
+        elif "adaLN" in name or name == "final_layer.linear.weight":
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.xavier_uniform_(parameter.flatten(1))
+    return model
+
+
+def weighted_attention(_, q: Tensor, k: Tensor, v: Tensor, heads: int, **__) -> Tensor:
+    """Attention in which the last context token counts as often as the padding it stands for."""
+    weight = torch.zeros(k.shape[1], dtype=q.dtype)
+    weight[text.CONTEXT - 1] = math.log(text.PADDING)
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=weight[None, None, None]).transpose(1, 2).flatten(2)
+
+
+def velocity(model: nn.Module, x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+    options = {"optimized_attention_override": weighted_attention}
+    return model(x, sigma * 1000, context=context, y=pooled, transformer_options=options)
+
+
+def noise_levels(n: int, rng: torch.Generator) -> Tensor:
+    """Half uniform, half as the sampler visits them (shift 3)."""
+    u = torch.rand(n, generator=rng)
+    return torch.where(torch.rand(n, generator=rng) < 0.5, u, 3 * u / (1 + 2 * u))
+
+
+def load_autoencoder(work: Path) -> tuple[Encoder, Decoder]:
+    encoder, decoder = Encoder(), Decoder()
+    nn.ModuleDict({"encoder": encoder, "decoder": decoder}).load_state_dict(torch.load(work / "autoencoder.pt"))
+    return encoder.requires_grad_(False), decoder.requires_grad_(False)
+
+
+def encoded_world(work: Path, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Captions' scenes (n,4) and the latents (n,16,8,8) of their pictures, which follow the world's habits."""
+    encoder, _ = load_autoencoder(work)
+    asked = world.wishes(n, rng)
+    latents = []
+    for part in asked.split(256):
+        with fast(), torch.no_grad():
+            latents.append(encoder(world.render(world.depicted(part, rng), rng)).float())
+    return asked, torch.cat(latents)
+
+
+def train_flow(work: Path, steps: int = 8000, batch: int = 128, pool: int = 32000) -> None:
+    rng = seeded(2)
+    conditioning, model = Conditioning(), flow_model()
+    asked, latents = encoded_world(work, pool, rng)
+    rows = conditioning.rows(asked)
+    predict = torch.compile(functools.partial(velocity, model))
+    run = Run("flow", model, steps, 2e-3, decay=0.998)
+    while run.step < steps:
+        chosen = torch.randint(pool, (batch,), generator=rng)
+        row = torch.where(torch.rand(batch, generator=rng) < 0.1, conditioning.empty, rows[chosen])
+        x0, sigma, noise = latents[chosen], noise_levels(batch, rng), torch.randn(batch, 16, 8, 8, generator=rng)
+        x = torch.lerp(x0, noise, sigma[:, None, None, None])
+        with fast():
+            v = predict(x, sigma, conditioning.context[row], conditioning.pooled[row])
+        run.update(F.mse_loss(v.float(), noise - x0))
+        if run.step % 500 == 0:
+            run.save(model, work / "flow.pt")
+    run.finish()
+    torch.save(model.state_dict(), work / "flow.pt")
+
+
+def reward_pool(work: Path, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures as bytes (2n,3,64,64), the two scenes in each (2n,2,4) and the share of the first: n drawn, n decoded from mixed latents."""
+    encoder, decoder = load_autoencoder(work)
+    scenes = world.all_scenes()
+    pair = scenes[torch.randint(len(scenes), (n, 2), generator=rng)]
+    drawn = draw(pair[:, 0], rng)
+    share = torch.rand(n, generator=rng).mul(1.5).clamp(max=1)
+    decoded = []
+    for first, second, part in zip(drawn.split(256), pair[:, 1].split(256), share.split(256), strict=True):
+        with fast(), torch.no_grad():
+            latent = torch.lerp(encoder(world.render(second, rng)).float(), encoder(pixels(first)).float(), part[:, None, None, None])
+            noise = torch.rand(len(part), 1, 1, 1, generator=rng) * 0.4 * torch.randn(latent.shape, generator=rng)
+            decoded.append((decoder(latent + noise).float().clamp(0, 1) * 255).round().byte())
+    return torch.cat([drawn, *decoded]), torch.cat([pair, pair]), torch.cat([torch.ones(n), share])
+
+
+def roughened(pictures: Tensor, rng: torch.Generator) -> Tensor:
+    """A third of the pictures blurred, a third with noise: what early estimates look like."""
+    blurred = pictures.clone()
+    third = len(pictures) // 3
+    factor = (2, 4, 8)[int(torch.randint(3, (1,), generator=rng))]
+    small = F.avg_pool2d(pictures[:third], factor)
+    blurred[:third] = F.interpolate(small, size=world.SIDE, mode="bilinear")
+    noise = torch.randn(third, 3, world.SIDE, world.SIDE, generator=rng) * torch.rand(third, 1, 1, 1, generator=rng) * 0.15
+    blurred[third : 2 * third] += noise
+    return blurred
+
+
+def agreement(scenes: Tensor, captions: Tensor, penalty: float = 3.5) -> Tensor:
+    """How likely each caption should be called (B,captions): every wrong attribute costs the same."""
+    wrong = (scenes[:, None] != captions[None]).sum(-1)
+    return (-penalty * wrong).softmax(1)
+
+
+def train_reward(kind: str, seed: int, work: Path, steps: int, batch: int = 192, pool: int = 8000) -> None:
+    rng = seeded(seed)
+    model, captions = clip.build(kind), world.all_scenes()
+    tokens = clip.tokenize([world.caption(scene) for scene in captions])
+    pictures, pair, share = reward_pool(work, pool, rng)
+    model.logit_scale.data.fill_(math.log(20.0))
+    model.logit_scale.requires_grad_(False)
+    run = Run(kind, model, steps, 1.5e-3)
+    while run.step < steps:
+        chosen = torch.randint(len(pictures), (batch,), generator=rng)
+        first, second = (agreement(pair[chosen, i], captions) for i in (0, 1))
+        target = torch.lerp(second, first, share[chosen, None])
+        with fast():
+            seen = model.encode_image(clip.normalize(roughened(pixels(pictures[chosen]), rng)), normalize=True)
+            said = model.encode_text(tokens, normalize=True)
+        logits = model.logit_scale.exp() * seen.float() @ said.float().T
+        right = (logits.argmax(1) == target.argmax(1)).float().mean()
+        run.update(F.cross_entropy(logits, target), right=right)
+    run.finish()
+    torch.save(model.state_dict(), work / f"{kind}.pt")
+
+
+def train_rewards(work: Path) -> None:
+    train_reward("guide", 3, work, steps=1200)
+    train_reward("heldout", 4, work, steps=1600)
+
+
+def store(work: Path) -> None:
+    for name in ("autoencoder", "flow", "guide", "heldout"):
+        compact.save(name, torch.load(work / f"{name}.pt"))
+
+
+def note_statistics(work: Path, batch: int = 8) -> None:
+    """Store mean and deviation of both rewards over unguided pictures of the benchmark prompts."""
+    numbers = measure.report(measure.sample_all(measure.Pipeline(work / "models"), 1.0, batch))
+    print(numbers)
+    for kind in ("guide", "heldout"):
+        notes = {"reference_mean": str(numbers[f"{kind} mean"]), "reference_std": str(numbers[f"{kind} deviation"])}
+        compact.save(kind, torch.load(work / f"{kind}.pt"), notes)
+
+
+STAGES = {
+    "autoencoder": train_autoencoder,
+    "flow": train_flow,
+    "rewards": train_rewards,
+    "store": store,
+    "statistics": note_statistics,
+}
+
+
+def use_comfyui() -> None:
+    sys.path.append(os.environ["COMFYUI_DIR"])
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--work", type=Path, default=Path("build/shapesworld"))
+    chosen = parser.parse_args()
+    use_comfyui()
+    chosen.work.mkdir(parents=True, exist_ok=True)
+    for stage in chosen.stages.split(","):
+        STAGES[stage](chosen.work)
+
+
+if __name__ == "__main__":
+    main()
