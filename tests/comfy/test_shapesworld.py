@@ -1,18 +1,18 @@
 """The expanded files behind ComfyUI's own loaders, in process."""
 
-import os
-
 import pytest
 import torch
+from reward_guidance.tests.harness.inprocess import load_comfyui
+
+load_comfyui()
+
 from reward_guidance.tests.standins.shapesworld import compact, expand, measure, oracle, train, world
 
-pytestmark = pytest.mark.skipif("COMFYUI_DIR" not in os.environ, reason="COMFYUI_DIR names no ComfyUI")
 PROMPT = world.PROMPTS[0]
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> measure.Pipeline:
-    train.use_comfyui()
     return measure.Pipeline(tmp_path_factory.mktemp("models"), "shapes.safetensors")
 
 

@@ -16,7 +16,7 @@ def path(name: str) -> Path:
 
 def save(name: str, weights: dict[str, Tensor], notes: dict[str, str] | None = None) -> None:
     FOLDER.mkdir(exist_ok=True)
-    packed = {}
+    packed: dict[str, Tensor] = {}
     for key, weight in weights.items():
         packed |= _pack(key, weight.detach().float())
     save_file(packed, path(name), notes)

@@ -28,7 +28,8 @@ def expand(models_dir: str | Path, checkpoint: str = CHECKPOINT) -> list[Path]:
     for name, make in files(checkpoint).items():
         path = models / name
         if _mark(path) != mark:
-            _write(path, *make(), mark)
+            weights, metadata = make()
+            _write(path, weights, metadata, mark)
         written.append(path)
     return written
 

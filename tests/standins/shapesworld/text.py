@@ -36,8 +36,8 @@ def clip_l(layers: int = LAYERS) -> dict[str, Tensor]:
 
 
 def _mirrored(code: np.ndarray) -> Tensor:
-    code = torch.from_numpy(code).float()
-    return torch.cat([code, -code], 1)
+    half = torch.from_numpy(code).float()
+    return torch.cat([half, -half], 1)
 
 
 def _signs(random: np.random.RandomState, rows: int) -> Tensor:
@@ -59,7 +59,7 @@ def _places(random: np.random.RandomState) -> Tensor:
 
 
 def _idle_layer() -> dict[str, Tensor]:
-    layer = {}
+    layer: dict[str, Tensor] = {}
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
         layer |= {f"self_attn.{name}.weight": torch.zeros(WIDTH, WIDTH), f"self_attn.{name}.bias": torch.zeros(WIDTH)}
     for name, rows, columns in (("fc1", 4 * WIDTH, WIDTH), ("fc2", WIDTH, 4 * WIDTH)):

@@ -60,7 +60,8 @@ def parse(text: str) -> tuple[int, int, int, int]:
     words = text.split()
     if len(words) != 8:
         raise ValueError(f"not a caption: {text!r}")
-    return tuple(values.index(words[i]) for values, i in zip(VALUES, (1, 2, 3, 6), strict=True))
+    size, colour, shape, ground = (values.index(words[i]) for values, i in zip(VALUES, (1, 2, 3, 6), strict=True))
+    return size, colour, shape, ground
 
 
 def all_scenes() -> Tensor:
