@@ -120,7 +120,7 @@ class FullVAE(Decoder):
         self.modules = (self.module,)
 
     def pixels(self, latents: Tensor) -> Tensor:
-        latents = self.latent_format.process_out(latents.unsqueeze(2) if self.latent_format.latent_dimensions == 3 else latents)
+        latents = self.latent_format.process_out(latents.unsqueeze(2) if self.video else latents)
         pixels = self.module.decode(latents.to(self.dtype)).float()
         return (pixels[:, :, -1] if pixels.ndim == 5 else pixels) * self.scale + self.offset
 
@@ -153,13 +153,10 @@ def checkpointed(module: nn.Module) -> nn.Module:
     return module
 
 
+@torch.inference_mode(False)
 def make_decoder(choice: str, latent_format: comfy.latent_formats.LatentFormat, vae: comfy.sd.VAE | None) -> Decoder:
     """The chosen decoder for a latent format. `auto` takes the tiny autoencoder if its file is there, else the VAE, else latent_rgb."""
-    with torch.inference_mode(False):
-        return _make_decoder(choice, copy.deepcopy(latent_format), vae)
-
-
-def _make_decoder(choice: str, latent_format: comfy.latent_formats.LatentFormat, vae: comfy.sd.VAE | None) -> Decoder:
+    latent_format = copy.deepcopy(latent_format)  # its tensors were made in inference mode
     path = _taesd_path(latent_format)
     if choice == "auto":
         choice = "taesd" if path else "vae" if vae is not None else "latent_rgb"

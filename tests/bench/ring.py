@@ -20,7 +20,7 @@ import torch
 from reward_guidance.guidance.estimators import ESTIMATORS, Settings, Shift, Smoothing
 from reward_guidance.guidance.process import Flow
 from reward_guidance.nodes.runtime import RewardGuidance
-from reward_guidance.tests.standins.analytic import analytic_model
+from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
 
 RING = Mixture.ring(radius=1.5, std=0.15)
@@ -28,18 +28,9 @@ CENTRE = torch.tensor([1.2, 0.9])
 VARIANCE = 1.15
 
 
-class RingReward:
-    """Stands where a decoded reward stands."""
-
-    modules: list = []
-    patchers: list = []
-
-    def __call__(self, latents):
-        point = latents.flatten(1)
-        return -0.6 * (point - CENTRE.to(point)).pow(2).sum(1) + 0.5 * torch.sin(3 * point[:, 0])
-
-    def activation_bytes(self, shape):
-        return 0
+def ring_reward(latents: torch.Tensor) -> torch.Tensor:
+    point = latents.flatten(1)
+    return -0.6 * (point - CENTRE.to(point)).pow(2).sum(1) + 0.5 * torch.sin(3 * point[:, 0])
 
 
 class TiltedShift(Shift):
@@ -66,7 +57,7 @@ def sample(model, seed: int, count: int, steps: int = 20, sampler: str = "euler"
 def truth(seed: int, count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed + 1000)
     candidates = RING.sample(400_000, generator)
-    return resample(candidates, RingReward()(candidates), count, generator)
+    return resample(candidates, ring_reward(candidates), count, generator)
 
 
 def measure(estimator: str | None, samples: int, seeds: int, count: int, temperature: float = 1.0) -> tuple[list[float], float]:
@@ -75,7 +66,7 @@ def measure(estimator: str | None, samples: int, seeds: int, count: int, tempera
     network = model.model.diffusion_model
     if estimator is not None:
         settings = Settings(variance=VARIANCE, smoothing=Smoothing(samples, 1.0, grid=0), cap=8.0, temperature=temperature)
-        model = RewardGuidance(RingReward(), estimator, settings).attach(model)
+        model = RewardGuidance(PlainReward(ring_reward), estimator, settings).attach(model)
     distances = [energy_distance(sample(model, seed, count), truth(seed, count)) for seed in range(seeds)]
     return distances, network.calls / seeds
 

@@ -16,7 +16,7 @@ from reward_guidance.guidance.estimators import ESTIMATORS, Settings, Smoothing
 from reward_guidance.guidance.process import Diffusion, Flow
 from reward_guidance.guidance.rewards import Reward
 from reward_guidance.nodes.runtime import LatentReward, LoadedReward, RewardGuidance, gradients, normal_weights
-from reward_guidance.tests.standins.analytic import analytic_model
+from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.mixture import Mixture
 
 RING = Mixture.ring(radius=1.5, std=0.15)
@@ -30,29 +30,13 @@ def ring_reward(latents):
 
 
 
-class Plain:
-    """A reward on latents, without a decoder."""
-
-    modules: list = []
-    patchers: list = []
-
-    def __init__(self, function=ring_reward):
-        self.function = function
-
-    def __call__(self, latents):
-        return self.function(latents)
-
-    def activation_bytes(self, shape):
-        return 0
-
-
 def flow_model():
     return analytic_model(RING, Flow(), flow=True, shift=3.0)
 
 
 def guidance(function=ring_reward, estimator="shift", start=0.0, end=1.0, report=lambda step: None, **settings):
     settings = Settings(**{"smoothing": Smoothing(4, 1.0, 0), "variance": 1.15, "cap": 8.0, **settings})
-    return RewardGuidance(Plain(function), estimator, settings, start, end, report)
+    return RewardGuidance(PlainReward(function), estimator, settings, start, end, report)
 
 
 def sample(model, sampler="euler", scheduler="simple", steps=8, count=64, seed=3, cfg=1.0, latent=None, **options):

@@ -1,5 +1,7 @@
 """A Gaussian mixture as a ComfyUI MODEL, so that the real sampler path can be held against closed forms."""
 
+from collections.abc import Callable
+
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_patcher
@@ -7,6 +9,22 @@ import comfy.supported_models_base
 import torch
 from comfy.model_base import ModelType
 from torch import Tensor, nn
+
+
+class PlainReward:
+    """A function of latents (B,...) -> (B,) that stands where a decoded reward stands."""
+
+    modules: list = []
+    patchers: list = []
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        self.function = function
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        return self.function(latents)
+
+    def activation_bytes(self, shape: torch.Size) -> int:
+        return 0
 
 
 class PlainLatents(comfy.latent_formats.LatentFormat):
