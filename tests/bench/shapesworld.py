@@ -3,7 +3,7 @@
 Samples 32 prompts through ComfyUI's own loader and sampler. The truth q(x|c) ∝ p(x|c)·exp(r/β) is a reweighted pool of unguided
 pictures; energy distances are taken per prompt in the held-out encoder's features and averaged. Prints markdown tables.
 
-usage: COMFYUI_DIR=... python tests/bench/shapesworld.py MODELS_DIR [--tables estimators,sweep] [--per-prompt 8] [--pool 128]
+usage: python tests/bench/shapesworld.py [MODELS_DIR] [--tables estimators,sweep] [--per-prompt 8] [--pool 128]
 """
 
 import argparse
@@ -24,6 +24,8 @@ import torch
 from reward_guidance.guidance.estimators import Settings, Smoothing
 from reward_guidance.guidance.rewards import evaluate, load_reward
 from reward_guidance.nodes.runtime import RewardGuidance
+from reward_guidance.tests.harness.models import shapesworld
+from reward_guidance.tests.standins.analytic import PlainReward
 from reward_guidance.tests.standins.shapesworld import expand, oracle, world
 from torch import Tensor
 
@@ -59,10 +61,8 @@ class World:
         return [prompt for prompt in self.prompts for _ in range(per_prompt)]
 
 
-class BatchReward:
+class BatchReward(PlainReward):
     """Standardized reward of decoded latents, a prompt for each picture; stands where a LatentReward stands."""
-
-    patchers: list = []
 
     def __init__(self, world: World, per_prompt: int):
         self.reward, self.decoder = world.reward, world.decoder
@@ -71,9 +71,6 @@ class BatchReward:
 
     def __call__(self, latents: Tensor) -> Tensor:
         return self.reward.standardize(evaluate(self.reward, self.decoder(latents), self.prompts))
-
-    def activation_bytes(self, shape):
-        return 0
 
 
 @dataclass(frozen=True)
@@ -226,7 +223,7 @@ TABLES = {"estimators": ESTIMATORS, "sweep": SWEEP}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=Path)
+    parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
     parser.add_argument("--tables", default="estimators")
     parser.add_argument("--per-prompt", type=int, default=8)
     parser.add_argument("--pool", type=int, default=128)
@@ -235,7 +232,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    bench = Bench(World(arguments.models, arguments.cfg, arguments.steps), arguments.per_prompt, arguments.pool, arguments.temperature)
+    models = arguments.models or shapesworld()
+    bench = Bench(World(models, arguments.cfg, arguments.steps), arguments.per_prompt, arguments.pool, arguments.temperature)
     bench.references()
     bench.run(None)
     for table in arguments.tables.split(","):
