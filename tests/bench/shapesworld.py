@@ -18,44 +18,30 @@ from harness.inprocess import load_comfyui
 
 load_comfyui()
 
-import comfy.sample
-import comfy.sd
 import torch
+from comfy.model_patcher import ModelPatcher
 from reward_guidance.guidance.estimators import Settings, Smoothing
 from reward_guidance.guidance.rewards import evaluate, load_reward
 from reward_guidance.nodes.runtime import RewardGuidance
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.analytic import PlainReward
-from reward_guidance.tests.standins.shapesworld import expand, oracle, world
+from reward_guidance.tests.standins.shapesworld import oracle, world
+from reward_guidance.tests.standins.shapesworld.pipeline import Pipeline
 from torch import Tensor
 
 
 class World:
-    """The model, both rewards, and the prompts' conditionings, one per picture of a batch."""
+    """The model, both rewards, and the prompts."""
 
     def __init__(self, models: Path, cfg: float, steps: int, prompts=world.PROMPTS):
-        files = expand.expand(models)
-        self.model, clip, _, _ = comfy.sd.load_checkpoint_guess_config(str(files[0]), output_vae=False)
+        self.pipeline = Pipeline(models)
         self.reward = load_reward(models / "reward_models" / "shapes_clip.safetensors")
         self.heldout = load_reward(models / "reward_models" / "shapes_heldout.safetensors")
-        self.decoder = expand.narrow_decoder().float()
         self.cfg, self.steps, self.prompts = cfg, steps, prompts
-        with torch.inference_mode():
-            encoded = [clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True) for prompt in (*prompts, "")]
-        self.context = torch.cat([context for context, _ in encoded[:-1]])
-        self.pooled = torch.cat([pooled for _, pooled in encoded[:-1]])
-        self.empty = [[encoded[-1][0], {"pooled_output": encoded[-1][1]}]]
 
-    def sample(self, model, per_prompt: int, seed: int) -> Tensor:
+    def sample(self, model: ModelPatcher, per_prompt: int, seed: int) -> Tensor:
         """Model-space latents (prompts·per_prompt,16,8,8), prompt by prompt."""
-        context, pooled = (part.repeat_interleave(per_prompt, 0) for part in (self.context, self.pooled))
-        latent = torch.zeros(len(context), 16, 8, 8)
-        noise = comfy.sample.prepare_noise(latent, seed)
-        positive = [[context, {"pooled_output": pooled}]]
-        options = {"seed": seed, "disable_pbar": True}
-        with torch.inference_mode():
-            out = comfy.sample.sample(model, noise, self.steps, self.cfg, "euler", "simple", positive, self.empty, latent, **options)
-            return self.model.model.process_latent_in(out).clone()
+        return self.pipeline.latents(self.repeated_prompts(per_prompt), seed, self.cfg, self.steps, model)
 
     def repeated_prompts(self, per_prompt: int) -> list[str]:
         return [prompt for prompt in self.prompts for _ in range(per_prompt)]
@@ -65,7 +51,7 @@ class BatchReward(PlainReward):
     """Standardized reward of decoded latents, a prompt for each picture; stands where a LatentReward stands."""
 
     def __init__(self, world: World, per_prompt: int):
-        self.reward, self.decoder = world.reward, world.decoder
+        self.reward, self.decoder = world.reward, world.pipeline.decoder
         self.prompts = world.repeated_prompts(per_prompt)
         self.modules = [self.reward, self.decoder]
 
@@ -89,7 +75,7 @@ class Pictures:
         per_prompt = len(latents) // len(world_.prompts)
         shape = (len(world_.prompts), per_prompt)
         prompts = world_.repeated_prompts(per_prompt)
-        pixels = torch.cat([world_.decoder(part) for part in latents.split(256)]).clamp(0, 1)
+        pixels = world_.pipeline.pictures(latents)
         score = lambda reward: reward.standardize(evaluate(reward, pixels, prompts)).view(shape)  # noqa: E731
         asked = torch.tensor([world.parse(prompt) for prompt in prompts])
         right = (oracle.read(pixels) == asked).all(1).float().view(shape)
@@ -136,13 +122,13 @@ class Setting:
 class Bench:
     def __init__(self, world_: World, per_prompt: int, pool: int, temperature: float):
         self.world, self.per_prompt, self.temperature = world_, per_prompt, temperature
-        chunks = [Pictures.of(world_, world_.sample(world_.model, min(pool, 32), 1000 + i)) for i in range(max(1, pool // 32))]
+        chunks = [Pictures.of(world_, world_.sample(world_.pipeline.model, min(pool, 32), 1000 + i)) for i in range(max(1, pool // 32))]
         self.pool = Pictures(*(torch.cat([getattr(chunk, name) for chunk in chunks], 1) for name in Pictures.__annotations__))
         self.rows: list[dict] = []
 
     def run(self, setting: Setting | None) -> dict:
         if setting is None:
-            model, name = self.world.model, "unguided"
+            model, name = self.world.pipeline.model, "unguided"
         else:
             settings = Settings(
                 strength=setting.strength,
@@ -151,7 +137,7 @@ class Bench:
                 **setting.options,
             )
             reward = BatchReward(self.world, self.per_prompt)
-            model = RewardGuidance(reward, setting.estimator, settings, *setting.interval).attach(self.world.model)
+            model = RewardGuidance(reward, setting.estimator, settings, *setting.interval).attach(self.world.pipeline.model)
             name = setting.name
         began = time.perf_counter()
         latents = self.world.sample(model, self.per_prompt, seed=0)

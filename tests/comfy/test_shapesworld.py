@@ -6,14 +6,15 @@ from reward_guidance.tests.harness.inprocess import load_comfyui
 
 load_comfyui()
 
-from reward_guidance.tests.standins.shapesworld import compact, expand, measure, oracle, train, world
+from reward_guidance.tests.standins.shapesworld import compact, expand, oracle, train, world
+from reward_guidance.tests.standins.shapesworld.pipeline import Pipeline
 
 PROMPT = world.PROMPTS[0]
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> measure.Pipeline:
-    return measure.Pipeline(tmp_path_factory.mktemp("models"), "shapes.safetensors")
+def pipeline(tmp_path_factory) -> Pipeline:
+    return Pipeline(tmp_path_factory.mktemp("models"), "shapes.safetensors")
 
 
 def test_expanding_twice_writes_once(tmp_path):
@@ -48,5 +49,5 @@ def test_the_narrow_decoder_is_the_vae(pipeline):
 
 
 def test_it_draws_what_it_is_asked(pipeline):
-    read = oracle.read(pipeline.sample([PROMPT] * 8, seed=0))
+    read = oracle.read(pipeline.pictures(pipeline.latents([PROMPT] * 8, seed=0)))
     assert (read == torch.tensor(world.parse(PROMPT))).all(1).float().mean() >= 0.5

@@ -1,50 +1,21 @@
 """Samples the benchmark prompts through ComfyUI, unguided, and says how right the pictures are.
 
-usage: COMFYUI_DIR=... python -m tests.standins.shapesworld.measure MODELS_DIR [--cfg 1,2,4] [--batch 16] [--sheet FILE.png]
+usage: python -m tests.standins.shapesworld.measure MODELS_DIR [--cfg 1,2,4] [--batch 16] [--sheet FILE.png]
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
+
+from ...harness.inprocess import load_comfyui
+
+load_comfyui()
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from . import clip, compact, expand, oracle, world
-
-
-class Pipeline:
-    """The expanded checkpoint behind ComfyUI's own loader, sampler and VAE. Needs ComfyUI on the path."""
-
-    def __init__(self, models_dir: str | Path, checkpoint: str = expand.CHECKPOINT):
-        import comfy.sd
-
-        expand.expand(models_dir, checkpoint)
-        path = str(Path(models_dir) / "checkpoints" / checkpoint)
-        self.model, self.clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(path, output_vae=True, output_clip=True)
-
-        self.encoded = {}
-
-    @torch.inference_mode()
-    def encode(self, prompts: Sequence[str]) -> list:
-        """One conditioning with a row for each prompt."""
-        for prompt in set(prompts) - self.encoded.keys():
-            [[context, extra]] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
-            self.encoded[prompt] = context, extra["pooled_output"]
-        context, pooled = zip(*[self.encoded[prompt] for prompt in prompts], strict=True)
-        return [[torch.cat(context), {"pooled_output": torch.cat(pooled)}]]
-
-    @torch.inference_mode()
-    def sample(self, prompts: Sequence[str], seed: int, cfg: float = 1.0, steps: int = 20) -> Tensor:
-        """A picture for each prompt (B,3,64,64) in [0,1]."""
-        import comfy.sample
-
-        latent = torch.zeros(len(prompts), 16, 8, 8)
-        noise = comfy.sample.prepare_noise(latent, seed)
-        conditioning = self.encode(prompts), self.encode([""])
-        latent = comfy.sample.sample(self.model, noise, steps, cfg, "euler", "simple", *conditioning, latent, seed=seed, disable_pbar=True)
-        return self.vae.decode(latent).movedim(-1, 1).clone()
+from . import clip, compact, oracle, world
+from .pipeline import Pipeline
 
 
 def scorers() -> dict[str, clip.Scorer]:
@@ -53,7 +24,7 @@ def scorers() -> dict[str, clip.Scorer]:
 
 def sample_all(pipeline: Pipeline, cfg: float, batch: int, prompts=world.PROMPTS) -> Tensor:
     """(prompts,B,3,64,64)"""
-    return torch.stack([pipeline.sample(prompts, seed, cfg) for seed in range(batch)], 1)
+    return torch.stack([pipeline.pictures(pipeline.latents(prompts, seed, cfg)) for seed in range(batch)], 1)
 
 
 @torch.no_grad()
@@ -98,9 +69,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--sheet")
     chosen = parser.parse_args()
-    from .train import use_comfyui
-
-    use_comfyui()
     pipeline = Pipeline(chosen.models_dir)
     for cfg in chosen.cfg.split(","):
         pictures = sample_all(pipeline, float(cfg), chosen.batch)

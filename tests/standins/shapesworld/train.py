@@ -1,6 +1,6 @@
 """Trains ShapesWorld from nothing and writes the compact weights. About 75 minutes on two cores with AMX.
 
-usage: COMFYUI_DIR=... python -m tests.standins.shapesworld.train [--stages autoencoder,flow,rewards,store,statistics] [--work DIR]
+usage: python -m tests.standins.shapesworld.train [--stages autoencoder,flow,rewards,store,statistics] [--work DIR]
 
 The committed weights were not made in one go: the autoencoder's first 1800 of 3300 steps used a plain error; of the flow model's 12300
 steps the first 2000 used AdamW alone and saw shapes further from the middle, the first 8500 saw smaller small ones.
@@ -12,10 +12,12 @@ import argparse
 import functools
 import json
 import math
-import os
-import sys
 import time
 from pathlib import Path
+
+from ...harness.inprocess import load_comfyui
+
+load_comfyui()
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from . import clip, compact, measure, text, world
 from .autoencoder import Decoder, Encoder
+from .pipeline import Pipeline
 
 # ComfyUI's SD3 preview: model-space latents -> RGB in [-1,1]
 LATENT_RGB = torch.tensor(
@@ -336,7 +339,7 @@ def store(work: Path) -> None:
 
 def note_statistics(work: Path, batch: int = 8) -> None:
     """Store mean and deviation of both rewards over unguided pictures of the benchmark prompts."""
-    numbers = measure.report(measure.sample_all(measure.Pipeline(work / "models"), 1.0, batch))
+    numbers = measure.report(measure.sample_all(Pipeline(work / "models"), 1.0, batch))
     print(numbers)
     for kind in ("guide", "heldout"):
         notes = {"reference_mean": str(numbers[f"{kind} mean"]), "reference_std": str(numbers[f"{kind} deviation"])}
@@ -352,19 +355,11 @@ STAGES = {
 }
 
 
-def use_comfyui() -> None:
-    sys.path.append(os.environ["COMFYUI_DIR"])
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--work", type=Path, default=Path("build/shapesworld"))
     chosen = parser.parse_args()
-    use_comfyui()
     chosen.work.mkdir(parents=True, exist_ok=True)
     for stage in chosen.stages.split(","):
         STAGES[stage](chosen.work)
