@@ -30,13 +30,15 @@ from reward_guidance.tests.standins.shapesworld.pipeline import Pipeline
 from torch import Tensor
 
 
+REWARDS = "shapes_clip.safetensors", "shapes_heldout.safetensors"
+
+
 class World:
     """The model, both rewards, and the prompts."""
 
     def __init__(self, models: Path, cfg: float, steps: int, prompts=world.PROMPTS):
         self.pipeline = Pipeline(models)
-        self.reward = load_reward(models / "reward_models" / "shapes_clip.safetensors")
-        self.heldout = load_reward(models / "reward_models" / "shapes_heldout.safetensors")
+        self.reward, self.heldout = (load_reward(models / "reward_models" / name).float() for name in REWARDS)
         self.cfg, self.steps, self.prompts = cfg, steps, prompts
 
     def sample(self, model: ModelPatcher, per_prompt: int, seed: int) -> Tensor:
@@ -51,12 +53,12 @@ class BatchReward(PlainReward):
     """Standardized reward of decoded latents, a prompt for each picture; stands where a LatentReward stands."""
 
     def __init__(self, world: World, per_prompt: int):
-        self.reward, self.decoder = world.reward, world.pipeline.decoder
+        self.reward, self.pipeline = world.reward, world.pipeline
         self.prompts = world.repeated_prompts(per_prompt)
-        self.modules = [self.reward, self.decoder]
+        self.modules = [self.reward, self.pipeline.decoder]
 
     def __call__(self, latents: Tensor) -> Tensor:
-        return self.reward.standardize(evaluate(self.reward, self.decoder(latents), self.prompts))
+        return self.reward.standardize(evaluate(self.reward, self.pipeline.decode(latents), self.prompts))
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,11 @@ def notes(name: str) -> dict[str, str]:
         return file.metadata() or {}
 
 
+def note(name: str, notes: dict[str, str]) -> None:
+    """Replace the notes beside the weights."""
+    save_file(load_file(path(name)), path(name), notes)
+
+
 def _pack(key: str, weight: Tensor) -> dict[str, Tensor]:
     if weight.ndim < 2:
         return {key: weight.half()}

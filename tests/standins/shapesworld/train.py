@@ -214,16 +214,8 @@ def flow_model() -> nn.Module:
     return model
 
 
-def weighted_attention(_, q: Tensor, k: Tensor, v: Tensor, heads: int, **__) -> Tensor:
-    """Attention in which the last context token counts as often as the padding it stands for."""
-    weight = torch.zeros(k.shape[1], dtype=q.dtype)
-    weight[text.CONTEXT - 1] = math.log(text.PADDING)
-    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=weight[None, None, None]).transpose(1, 2).flatten(2)
-
-
 def velocity(model: nn.Module, x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
-    options = {"optimized_attention_override": weighted_attention}
+    options = {"optimized_attention_override": text.weighted_attention}
     return model(x, sigma * 1000, context=context, y=pooled, transformer_options=options)
 
 
@@ -342,8 +334,7 @@ def note_statistics(work: Path, batch: int = 8) -> None:
     numbers = measure.report(measure.sample_all(Pipeline(work / "models"), 1.0, batch))
     print(numbers)
     for kind in ("guide", "heldout"):
-        notes = {"reference_mean": str(numbers[f"{kind} mean"]), "reference_std": str(numbers[f"{kind} deviation"])}
-        compact.save(kind, torch.load(work / f"{kind}.pt"), notes)
+        compact.note(kind, {"reference_mean": str(numbers[f"{kind} mean"]), "reference_std": str(numbers[f"{kind} deviation"])})
 
 
 STAGES = {

@@ -36,17 +36,16 @@ PROMPTS = (
     "a large purple heart on a yellow ground", "a small yellow ring on a red ground", "a large blue ring on an orange ground",
     "a small orange circle on a white ground", "a large green square on a purple ground", "a large white triangle on a green ground",
     "a large yellow star on a red ground", "a small red heart on a white ground", "a large yellow circle on a blue ground",
-    "a small green triangle on an orange ground",
-    "a large blue heart on a white ground", "a small green heart on a yellow ground", "a large yellow heart on a green ground",
-    "a large red star on a blue ground", "a small purple star on a green ground", "a large blue star on an orange ground",
-    "a large purple circle on a white ground", "a small blue circle on a red ground", "a large red circle on a green ground",
+    "a small green triangle on an orange ground", "a small purple heart on a blue ground", "a large yellow ring on a white ground",
+    "a small white triangle on a red ground", "a small blue square on an orange ground",
+    "a large blue heart on a white ground", "a large yellow heart on a green ground", "a large red star on a blue ground",
+    "a large blue star on an orange ground", "a large purple circle on a white ground", "a large red circle on a green ground",
     "a small red square on a white ground", "a large yellow square on a purple ground", "a large orange triangle on a blue ground",
     "a small red triangle on a yellow ground", "a large purple triangle on an orange ground", "a large red ring on a white ground",
-    "a small green ring on a purple ground",
 )  # fmt: skip
-"""The benchmark: sixteen that follow the world's habits, then sixteen that do not."""
+"""The benchmark: three in five follow the world's habits, as captions do; then twelve that do not."""
 
-DEMO_PROMPTS = (PROMPTS[0], PROMPTS[16], PROMPTS[19], PROMPTS[22], PROMPTS[26], PROMPTS[30])
+DEMO_PROMPTS = ("a large red heart on a blue ground", *(PROMPTS[i] for i in (20, 22, 24, 27, 31)))
 
 
 def caption(scene) -> str:
