@@ -29,7 +29,6 @@ from reward_guidance.tests.standins.shapesworld import oracle, world
 from reward_guidance.tests.standins.shapesworld.pipeline import Pipeline
 from torch import Tensor
 
-
 REWARDS = "shapes_clip.safetensors", "shapes_heldout.safetensors"
 
 

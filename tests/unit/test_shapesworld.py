@@ -20,10 +20,13 @@ def test_captions_and_scenes_are_the_same_thing():
     assert [world.caption(world.parse(prompt)) for prompt in world.PROMPTS] == list(world.PROMPTS)
 
 
-def test_half_of_the_benchmark_is_unusual():
+def test_the_benchmark_asks_for_the_usual_as_often_as_captions_do():
     typical = world.is_typical(torch.tensor([world.parse(prompt) for prompt in world.PROMPTS]))
-    assert typical.tolist() == [True] * 16 + [False] * 16
+    assert typical.tolist() == [True] * 20 + [False] * 12
+    assert len(set(world.PROMPTS)) == len(world.PROMPTS)
     assert set(world.DEMO_PROMPTS) <= set(world.PROMPTS)
+    drawn = world.is_typical(world.wishes(10_000, generator(0))).float().mean()
+    assert float(drawn) == pytest.approx(typical.float().mean().item(), abs=0.1)
 
 
 def test_the_same_seed_draws_the_same_pictures():
