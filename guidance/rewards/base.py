@@ -1,11 +1,15 @@
 """What a reward is: pictures and prompts in, one number per picture out."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import GuidanceError
+
+log = logging.getLogger(__name__)
 
 
 class RewardError(GuidanceError):
@@ -33,9 +37,40 @@ class Reward(nn.Module):
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         raise NotImplementedError
 
+    def unread(self, prompt: str) -> str:
+        """The end of a prompt that is too long to be read; empty for most."""
+        return ""
+
     def standardize(self, scores: Tensor) -> Tensor:
         """Raw scores -> scores in units of the reference spread."""
         return (scores - self.reference_mean) / self.reference_std
+
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class PromptMemory(Generic[K, V]):
+    """What was made of each prompt, for a bounded number of them."""
+
+    size = 256
+
+    def __init__(self) -> None:
+        self.known: dict[K, V] = {}
+
+    def __call__(self, keys: Sequence[K], make: Callable[[list[K]], Iterable[V]]) -> list[V]:
+        """One value for each key, of which the new ones are made together."""
+        if len(self.known) > self.size:
+            self.known.clear()
+        if new := [key for key in dict.fromkeys(keys) if key not in self.known]:
+            self.known |= zip(new, make(new), strict=True)
+        return [self.known[key] for key in keys]
+
+
+def warn_of_unread(reward: Reward, prompts: Iterable[str]) -> None:
+    for prompt in prompts:
+        if unread := reward.unread(prompt):
+            log.warning("%s reads only the beginning of a prompt; it does not see: %s", reward.name, unread)
 
 
 def at_least_float32(pixels: Tensor) -> Tensor:
