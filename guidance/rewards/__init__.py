@@ -1,7 +1,7 @@
 from .aesthetic import AestheticReward
 from .base import Reward, RewardError, evaluate, require_prompt
 from .clip import CLIP_KINDS, ClipReward
-from .combine import CombinedReward
+from .combine import CombinedReward, breakdown
 from .files import LoadOptions
 from .image_reward import ImageReward
 from .image_similarity import LIKENESSES, ClipImageSimilarity, ImageSimilarity
@@ -23,6 +23,7 @@ __all__ = [
     "LoadOptions",
     "Reward",
     "RewardError",
+    "breakdown",
     "evaluate",
     "load_reward",
     "require_prompt",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import PromptMemory, Reward, RewardError, at_least_float32, warn_of_unread
-from .clip_checkpoint import build, has_transformers_layout, image_embedding, image_part, prepare, text_embedding, text_part
+from .clip_checkpoint import build, has_image_tower, has_transformers_layout, image_embedding, image_part, prepare, text_embedding, text_part
 from .files import LoadOptions, Weights, find, read
 from .image import center_crop, fit_square, resize_shortest_side
 
@@ -135,6 +135,7 @@ def layer_activation_bytes(tokens: int, width: int, element_size: int) -> int:
 def load_clip(weights: Weights, options: LoadOptions) -> ClipReward:
     state, quick_gelu = prepare(weights.state, weights.hints, options.precision)
     kind = recognise_kind(weights, options.kind)
+    log.info("%s is used as %s.", weights.path.name, kind)
     return ClipReward(build(state, weights.hints, quick_gelu), CLIP_KINDS[kind])
 
 
@@ -165,7 +166,9 @@ def load_clip_of_towers(weights: Weights, options: LoadOptions) -> ClipReward:
     width = image_embedding(weights.shapes)
     if width is None:
         raise RewardError("its image tower has no projection, so that no text can be compared with what it sees; use a CLIP's.")
-    file = options.text_tower or find([weights.path.parent, *options.text_folders], lambda shapes: text_embedding(shapes) == width)
+    file = options.text_tower or find(
+        [weights.path.parent, *options.text_folders], lambda shapes: text_embedding(shapes) == width and not has_image_tower(shapes)
+    )
     whole = "a whole CLIP" + (f", such as model.safetensors of {_WHOLE_CLIPS[width]}" if width in _WHOLE_CLIPS else "")
     if file is None:
         folder = options.text_folders[0] if options.text_folders else weights.path.parent

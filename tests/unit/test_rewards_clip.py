@@ -245,6 +245,7 @@ def test_a_text_tower_is_found_named_or_asked_for(tmp_path):
     vision, text, options = towers(tmp_path)
     save_file({"unrelated": torch.zeros(1)}, text.parent / "a.safetensors")
     (text.parent / "b.safetensors").write_bytes(b"damaged")
+    save_open_clip(vision.parent / "whole.safetensors")  # whose text tower was trained with another image tower
     found = load_reward(vision, options)
     named = load_reward(vision, LoadOptions(text_tower=text))
     assert found.scale == named.scale == pytest.approx(100)
