@@ -8,10 +8,11 @@ from reward_guidance.tests.harness.inprocess import load_comfyui
 load_comfyui()
 
 import comfy.model_management
+import folder_paths
 import torch
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.rewards import CombinedReward, ImageStatistic, Reward, load_reward
-from reward_guidance.nodes import public, runtime
+from reward_guidance.nodes import public, rewards, runtime
 from reward_guidance.nodes.captions import SMALLEST, Line, caption
 from reward_guidance.nodes.rewards import MOST_PICTURES, score_images, score_parts, to_pixels
 from reward_guidance.nodes.runtime import LoadedReward, manage_reward
@@ -83,6 +84,18 @@ def test_precision(monkeypatch, wanted, fast, stored, chosen):
     for name in ("should_use_fp16", "should_use_bf16"):
         monkeypatch.setattr(comfy.model_management, name, lambda device: fast)
     assert runtime.precision(wanted)(stored) == chosen
+
+
+def test_extra_folders_of_rewards_are_kept(monkeypatch, tmp_path):
+    """As extra_model_paths.yaml adds them, before the pack is imported."""
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {**folder_paths.folder_names_and_paths})
+    folder_paths.add_model_folder_path(rewards.FOLDER, str(tmp_path))
+    (tmp_path / "PickScore_v1").mkdir()
+    for name in ("PickScore_v1/model.safetensors", "PickScore_v1/config.json", "readme.txt", "ImageReward.pt"):
+        (tmp_path / name).touch()
+    rewards.register_folder()
+    assert rewards.reward_names()[:2] == ["ImageReward.pt", "PickScore_v1/model.safetensors"]
+    assert rewards.reward_path("ImageReward.pt") == str(tmp_path / "ImageReward.pt")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1), (64, 64), (512, 512), (2160, 3840)])
