@@ -2,15 +2,16 @@
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from .nodes import guidance, rewards
+from .nodes import guidance, public, rewards, scores
 
 
 class RewardGuidanceExtension(ComfyExtension):
     async def on_load(self) -> None:
         rewards.register_folder()
+        public.publish()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*rewards.NODES, *guidance.NODES]
+        return [*rewards.NODES, *scores.NODES, *guidance.NODES]
 
 
 async def comfy_entrypoint() -> RewardGuidanceExtension:

@@ -1,16 +1,18 @@
-"""Nodes that make, combine and read rewards."""
+"""Nodes that make and combine rewards."""
 
 import os
 import re
+from pathlib import Path
 
 import comfy.model_management
 import folder_paths
 import torch
-from comfy_api.v0_0_2 import io, ui
+from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..guidance.errors import GuidanceError
 from ..guidance.rewards import (
+    CLIP_KINDS,
     LIKENESSES,
     STATISTICS,
     ClipImageSimilarity,
@@ -19,14 +21,21 @@ from ..guidance.rewards import (
     CombinedReward,
     ImageSimilarity,
     ImageStatistic,
-    evaluate,
+    LoadOptions,
+    Reward,
+    breakdown,
     load_reward,
 )
-from .runtime import LoadedReward, manage_reward, normal_weights
+from .runtime import LoadedReward, manage_reward, normal_weights, precision
 
 REWARD = io.Custom("REWARD")
 FOLDER = "reward_models"
 CATEGORY = "reward guidance/rewards"
+IMAGE_TOWERS, TEXT_TOWERS = "clip_vision", "text_encoders"
+AUTO = "auto"
+DTYPES = {AUTO: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOST_PICTURES, MOST_PIXELS = 8, 2**24
+"""Of pictures scored at once."""
 
 
 def register_folder() -> None:
@@ -36,6 +45,17 @@ def register_folder() -> None:
     folder_paths.folder_names_and_paths[FOLDER] = (list(dict.fromkeys([*paths, own])), extensions or folder_paths.supported_pt_extensions)
 
 
+def reward_names() -> list[str]:
+    """Everything in models/reward_models, and the image towers that ComfyUI knows."""
+    return [*folder_paths.get_filename_list(FOLDER), *(f"{IMAGE_TOWERS}/{name}" for name in folder_paths.get_filename_list(IMAGE_TOWERS))]
+
+
+def reward_path(name: str) -> str:
+    if name.startswith(f"{IMAGE_TOWERS}/") and not folder_paths.get_full_path(FOLDER, name):
+        return folder_paths.get_full_path_or_raise(IMAGE_TOWERS, name.removeprefix(f"{IMAGE_TOWERS}/"))
+    return folder_paths.get_full_path_or_raise(FOLDER, name)
+
+
 class LoadReward(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -43,26 +63,77 @@ class LoadReward(io.ComfyNode):
             node_id="RewardGuidanceLoadReward",
             display_name="Load Reward Model",
             category=CATEGORY,
-            description="Loads a reward from models/reward_models: PickScore or any CLIP. The architecture is read off the file.",
-            search_aliases=["PickScore", "CLIP score", "preference model", "scorer"],
+            description="Loads a reward from models/reward_models: PickScore, HPS v2 and v2.1, ImageReward, LAION's aesthetic score, or any CLIP. "
+            "What it is, is read off the file.",
+            search_aliases=["PickScore", "HPS", "HPSv2", "ImageReward", "aesthetic score", "CLIP score", "preference model", "scorer"],
             inputs=[
                 io.Combo.Input(
                     "reward_name",
-                    options=folder_paths.get_filename_list(FOLDER),
-                    tooltip="A file in models/reward_models, for example PickScore_v1's model.safetensors.",
-                )
+                    options=reward_names(),
+                    tooltip="A file in models/reward_models, for example PickScore_v1.safetensors or HPS_v2.1_compressed.pt, or an image tower "
+                    "in models/clip_vision, which together with a text tower gives a CLIP score.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default=AUTO,
+                    tooltip="Precision of the model; what follows it is fp32. auto: that of the file, or fp32 where the device is slow at it. "
+                    "fp16 and bf16 halve the memory and change scores a little, bf16 more than fp16.",
+                    optional=True,
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "clip_kind",
+                    options=[AUTO, *CLIP_KINDS],
+                    default=AUTO,
+                    tooltip="What a CLIP is used as, which its weights alone cannot say. Leave it at auto, unless a renamed file is taken for "
+                    "the wrong one: the log says what it is taken for.",
+                    optional=True,
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "image_tower",
+                    options=[AUTO, *folder_paths.get_filename_list(IMAGE_TOWERS)],
+                    default=AUTO,
+                    tooltip="For an aesthetic head only: the file in models/clip_vision with OpenAI's CLIP ViT-L/14. auto finds it.",
+                    optional=True,
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "text_tower",
+                    options=[AUTO, *folder_paths.get_filename_list(TEXT_TOWERS)],
+                    default=AUTO,
+                    tooltip="For an image tower only: the file in models/text_encoders that was trained with it. auto takes the first that fits.",
+                    optional=True,
+                    advanced=True,
+                ),
             ],
             outputs=[REWARD.Output(display_name="reward", tooltip="How well a picture fits: for scoring and for guidance.")],
         )
 
     @classmethod
-    def execute(cls, reward_name: str) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise(FOLDER, reward_name)
-        return io.NodeOutput(manage_reward(load_reward(path)))
+    def execute(cls, reward_name: str, dtype: str = AUTO, clip_kind: str = AUTO, image_tower: str = AUTO, text_tower: str = AUTO) -> io.NodeOutput:
+        options = LoadOptions(
+            image_folders=_folders(IMAGE_TOWERS) + _folders(FOLDER),
+            text_folders=_folders(TEXT_TOWERS),
+            image_tower=_file(IMAGE_TOWERS, image_tower),
+            text_tower=_file(TEXT_TOWERS, text_tower),
+            kind=None if clip_kind == AUTO else clip_kind,
+            precision=precision(DTYPES[dtype]),
+        )
+        return io.NodeOutput(manage_reward(load_reward(reward_path(reward_name), options)))
 
     @classmethod
-    def fingerprint_inputs(cls, reward_name: str) -> float:
-        return os.path.getmtime(folder_paths.get_full_path_or_raise(FOLDER, reward_name))
+    def fingerprint_inputs(cls, reward_name: str, **choices: str) -> float:
+        return os.path.getmtime(reward_path(reward_name))
+
+
+def _folders(kind: str) -> tuple[Path, ...]:
+    return tuple(map(Path, folder_paths.get_folder_paths(kind)))
+
+
+def _file(kind: str, name: str) -> Path | None:
+    return None if name == AUTO else Path(folder_paths.get_full_path_or_raise(kind, name))
 
 
 class ImageStatisticReward(io.ComfyNode):
@@ -81,9 +152,7 @@ class ImageStatisticReward(io.ComfyNode):
                     tooltip="What to raise. 'colour' pulls the mean colour toward the target and leaves the composition free.",
                 ),
                 io.Color.Input("colour", default="#3366cc", tooltip="The target of the two colour statistics; the others ignore it."),
-                io.Boolean.Input(
-                    "lower", default=False, tooltip="Lower the statistic instead: darker, flatter, greyer, softer, another colour."
-                ),
+                io.Boolean.Input("lower", default=False, tooltip="Lower the statistic instead: darker, flatter, greyer, softer, another colour."),
             ],
             outputs=[REWARD.Output(display_name="reward")],
         )
@@ -176,55 +245,27 @@ class CombineRewards(io.ComfyNode):
         return io.NodeOutput(LoadedReward(reward, tuple(dict.fromkeys(p for loaded, _ in parts for p in loaded.patchers))))
 
 
-class ScoreImages(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="RewardGuidanceScoreImages",
-            display_name="Score Images",
-            category=CATEGORY,
-            description="Scores every picture of a batch by a reward.",
-            search_aliases=["rate images", "reward score", "aesthetic score"],
-            inputs=[
-                io.Image.Input("images", tooltip="A batch of pictures; each gets its own score."),
-                REWARD.Input("reward", tooltip="What to score by."),
-                io.String.Input(
-                    "prompt", multiline=True, default="", tooltip="The prompt of the pictures, for rewards that compare with one."
-                ),
-            ],
-            outputs=[
-                io.Float.Output(display_name="scores", is_output_list=True, tooltip="Raw scores, one for each picture."),
-                io.Float.Output(
-                    display_name="standardized", is_output_list=True, tooltip="Scores in units of the reward's typical spread."
-                ),
-                io.String.Output(display_name="report", tooltip="The scores as readable lines."),
-            ],
-            is_output_node=True,
-        )
-
-    @classmethod
-    def execute(cls, images: Tensor, reward: LoadedReward, prompt: str) -> io.NodeOutput:
-        raw = score_images(images, reward, prompt)
-        standardized = reward.reward.standardize(raw)
-        lines = [f"{i}: {score:.4f} ({z:+.2f})" for i, (score, z) in enumerate(zip(raw.tolist(), standardized.tolist(), strict=True))]
-        report = f"{reward.reward.name}\n" + "\n".join(lines)
-        return io.NodeOutput(raw.tolist(), standardized.tolist(), report, ui=ui.PreviewText(report))
-
-
 def to_pixels(images: Tensor) -> Tensor:
-    """ComfyUI's IMAGE (B,H,W,3 or more channels) -> (B,3,H,W)."""
-    return images[..., :3].movedim(-1, 1)
+    """ComfyUI's IMAGE (B,H,W,C), grey, with colours or with transparency, which is ignored -> (B,3,H,W)."""
+    colours = images[..., :3] if images.shape[-1] >= 3 else images[..., :1].expand(*images.shape[:-1], 3)
+    return colours.movedim(-1, 1)
 
 
-def score_images(images: Tensor, loaded: LoadedReward, prompt: str, chunk: int = 8) -> Tensor:
-    """Raw scores (B,) on the CPU, a few pictures at a time."""
+def score_images(images: Tensor, loaded: LoadedReward, prompt: str) -> Tensor:
+    """Raw scores (B,) on the CPU."""
+    return score_parts(images, loaded, prompt)[0][1]
+
+
+def score_parts(images: Tensor, loaded: LoadedReward, prompt: str) -> list[tuple[Reward, Tensor]]:
+    """The reward with its raw scores (B,) on the CPU, and after it the parts of a combination with theirs; a few pictures at a time."""
     if len(images) == 0:
         raise GuidanceError("There is no picture to score: the batch is empty.")
+    chunk = max(1, min(MOST_PICTURES, MOST_PIXELS // images[0, ..., 0].numel()))
     comfy.model_management.load_models_gpu(list(loaded.patchers), memory_required=chunk * loaded.reward.activation_bytes)
     device = comfy.model_management.get_torch_device()
     with torch.inference_mode(False), torch.no_grad(), normal_weights(loaded.reward):
-        parts = [evaluate(loaded.reward, pixels.to(device), [prompt]).cpu() for pixels in to_pixels(images).clone().split(chunk)]
-    return torch.cat(parts)
+        chunks = [breakdown(loaded.reward, pixels.clone().to(device), [prompt]) for pixels in to_pixels(images).split(chunk)]
+    return [(parts[0][0], torch.cat([scores.cpu() for _, scores in parts])) for parts in zip(*chunks, strict=True)]
 
 
-NODES = [LoadReward, ImageStatisticReward, ImageSimilarityReward, CombineRewards, ScoreImages]
+NODES = [LoadReward, ImageStatisticReward, ImageSimilarityReward, CombineRewards]

@@ -39,6 +39,17 @@ def manage(module: nn.Module) -> GradientPatcher:
     return GradientPatcher(module, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
 
 
+def precision(wanted: torch.dtype | None) -> Callable[[torch.dtype], torch.dtype]:
+    """The precision to load weights in, from the one they are stored in: the wanted, or the stored where the device is fast at it."""
+    device = comfy.model_management.get_torch_device()
+    fast = {torch.float16: comfy.model_management.should_use_fp16, torch.bfloat16: comfy.model_management.should_use_bf16}
+
+    def choose(stored: torch.dtype) -> torch.dtype:
+        return wanted or (stored if stored in fast and fast[stored](device) else torch.float32)
+
+    return choose
+
+
 @dataclass(frozen=True)
 class LoadedReward:
     """What travels along a REWARD link: the reward, and a patcher for each of its parts that has weights."""

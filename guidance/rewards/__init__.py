@@ -1,21 +1,29 @@
+from .aesthetic import AestheticReward
 from .base import Reward, RewardError, evaluate, require_prompt
-from .clip import ClipReward
-from .combine import CombinedReward
+from .clip import CLIP_KINDS, ClipReward
+from .combine import CombinedReward, breakdown
+from .files import LoadOptions
+from .image_reward import ImageReward
 from .image_similarity import LIKENESSES, ClipImageSimilarity, ImageSimilarity
 from .image_statistics import STATISTICS, ColourReward, ImageStatistic
 from .loading import load_reward
 
 __all__ = [
+    "CLIP_KINDS",
     "LIKENESSES",
     "STATISTICS",
+    "AestheticReward",
     "ClipImageSimilarity",
     "ClipReward",
     "ColourReward",
     "CombinedReward",
+    "ImageReward",
     "ImageSimilarity",
     "ImageStatistic",
+    "LoadOptions",
     "Reward",
     "RewardError",
+    "breakdown",
     "evaluate",
     "load_reward",
     "require_prompt",

@@ -1,11 +1,15 @@
 """What a reward is: pictures and prompts in, one number per picture out."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import GuidanceError
+
+log = logging.getLogger(__name__)
 
 
 class RewardError(GuidanceError):
@@ -13,11 +17,12 @@ class RewardError(GuidanceError):
 
 
 class Reward(nn.Module):
-    """Scores pictures. Subclasses implement `forward` and state the class attributes.
+    """Scores pictures. Subclasses implement `forward` and state the class attributes; docs/your_own_reward.md has one in ten lines.
 
     forward(pixels, prompts): pixels (B,3,H,W) in [0,1] of any size, one prompt per picture -> raw scores (B,).
     Values a little outside [0,1], as a decoder makes them, are scored too, never clamped: a clamp has no gradient.
     A differentiable reward has a useful gradient with respect to pixels (resize on tensors, never round).
+    Weights are frozen (`requires_grad_(False)`) and the module is in `eval()`; whoever loads it moves it between devices.
     """
 
     name = "reward"
@@ -33,9 +38,40 @@ class Reward(nn.Module):
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         raise NotImplementedError
 
+    def unread(self, prompt: str) -> str:
+        """The end of a prompt that is too long to be read; empty for most."""
+        return ""
+
     def standardize(self, scores: Tensor) -> Tensor:
         """Raw scores -> scores in units of the reference spread."""
         return (scores - self.reference_mean) / self.reference_std
+
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class PromptMemory(Generic[K, V]):
+    """What was made of each prompt, for a bounded number of them."""
+
+    size = 256
+
+    def __init__(self) -> None:
+        self.known: dict[K, V] = {}
+
+    def __call__(self, keys: Sequence[K], make: Callable[[list[K]], Iterable[V]]) -> list[V]:
+        """One value for each key, of which the new ones are made together."""
+        if len(self.known) > self.size:
+            self.known.clear()
+        if new := [key for key in dict.fromkeys(keys) if key not in self.known]:
+            self.known |= zip(new, make(new), strict=True)
+        return [self.known[key] for key in keys]
+
+
+def warn_of_unread(reward: Reward, prompts: Iterable[str]) -> None:
+    for prompt in prompts:
+        if unread := reward.unread(prompt):
+            log.warning("%s reads only the beginning of a prompt; it does not see: %s", reward.name, unread)
 
 
 def at_least_float32(pixels: Tensor) -> Tensor:

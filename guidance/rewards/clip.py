@@ -1,28 +1,56 @@
-"""CLIP dual encoders (arXiv 2103.00020) as rewards. PickScore v1 (arXiv 2305.01569) is one of them."""
+"""CLIP dual encoders (arXiv 2103.00020) as rewards: CLIP score, PickScore v1 (arXiv 2305.01569), HPS v2 and v2.1 (arXiv 2306.09341)."""
 
 import functools
 import logging
+import math
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Reward, at_least_float32
-from .clip_checkpoint import Hints, StateDict, clip_model, has_transformers_layout
-from .image import center_crop, resize_shortest_side
+from .base import PromptMemory, Reward, RewardError, at_least_float32, warn_of_unread
+from .clip_checkpoint import build, has_image_tower, has_transformers_layout, image_embedding, image_part, prepare, text_embedding, text_part
+from .files import LoadOptions, Weights, find, read
+from .image import center_crop, fit_square, resize_shortest_side
 
 log = logging.getLogger(__name__)
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
-_CACHED_PROMPTS = 256
+_H14_WIDTH = 1280
+_WHOLE_CLIPS = {
+    768: "openai/clip-vit-large-patch14",
+    1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    1280: "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+}
+"""By the width of the embedding."""
 
-# Mean and spread of the cosine. PickScore: 21.5 on Pick-a-Pic v2 at a scale of 100, its spread assumed to be 1.3. CLIP: pictures
-# with their own prompts are reported at 25 to 35; a mean of 25 and a spread of 3 are assumed.
-_PICKSCORE_COSINE = (0.215, 0.013)
-_CLIP_COSINE = (0.25, 0.03)
+
+@dataclass(frozen=True)
+class ClipKind:
+    """What is made of a dual encoder."""
+
+    cosine_mean: float
+    cosine_std: float
+    scaled: bool = True
+    """Whether the score is the cosine times exp(logit_scale)."""
+    whole: bool = False
+    """Whether the whole picture is seen, between black bars, and not the square at its centre."""
+
+
+CLIP_KINDS = {
+    "CLIP score": ClipKind(0.25, 0.03),
+    "PickScore": ClipKind(0.215, 0.013),
+    "HPS v2": ClipKind(0.275, 0.0075, scaled=False, whole=True),
+    "HPS v2.1": ClipKind(0.285, 0.03, scaled=False, whole=True),
+}
+"""Means: pictures with their own prompts are reported at 25 to 35 by CLIP; 21.5 on Pick-a-Pic v2 by PickScore, at a scale of 100; for HPS,
+of the models from Stable Diffusion 1.4 up in the benchmarks of its authors. The spreads are assumed; over all models of those benchmarks
+HPS v2 spreads a fourth as far as v2.1."""
 
 
 @functools.cache
@@ -33,33 +61,39 @@ def tokenizer() -> Any:
     return SimpleTokenizer()
 
 
-def preprocess(pixels: Tensor, image_size: int) -> Tensor:
-    """Pixels (B,3,H,W) in [0,1] -> (B,3,S,S), normalised: CLIP's resize and centre crop, on tensors.
+def preprocess(pixels: Tensor, image_size: int, whole: bool = False) -> Tensor:
+    """Pixels (B,3,H,W) in [0,1] -> (B,3,S,S), normalised, on tensors: CLIP's resize and centre crop, or the whole picture as HPS sees it.
 
     Against the same steps in PIL, photographs differ by less than half of one of 255 levels on average (PIL rounds, and clips bicubic
     overshoot at edges, which has no gradient).
     """
-    cropped = center_crop(resize_shortest_side(pixels, image_size), image_size)
-    return (cropped - cropped.new_tensor(_MEAN).view(3, 1, 1)) / cropped.new_tensor(_STD).view(3, 1, 1)
+    square = fit_square(pixels, image_size) if whole else center_crop(resize_shortest_side(pixels, image_size), image_size)
+    return (square - square.new_tensor(_MEAN).view(3, 1, 1)) / square.new_tensor(_STD).view(3, 1, 1)
+
+
+def embed(tower: Any, pixels: Tensor, image_size: int, whole: bool = False) -> Tensor:
+    """Pixels (B,3,H,W) -> unit vectors (B,E), float32 around a tower of any precision."""
+    prepared = preprocess(at_least_float32(pixels), image_size, whole)
+    return F.normalize(at_least_float32(tower(prepared.to(tower.conv1.weight.dtype))), dim=1)
 
 
 class ClipReward(Reward):
-    """exp(logit_scale) * cosine(picture, prompt). The towers may be bfloat16 or float16; what follows them is float32."""
+    """A multiple of cosine(picture, prompt). The towers may be bfloat16 or float16; what follows them is float32."""
 
     name = "CLIP"
     needs_prompt = True
     model: Any
 
-    def __init__(self, model: Any, image_size: int, cosine_mean: float = _CLIP_COSINE[0], cosine_std: float = _CLIP_COSINE[1]):
+    def __init__(self, model: Any, kind: ClipKind = CLIP_KINDS["CLIP score"]):
         """model: open_clip.CLIP with weights."""
         super().__init__()
         self.model = model
-        self.image_size = image_size
-        self.scale = model.logit_scale.detach().float().exp().item()
-        self.reference_mean = self.scale * cosine_mean
-        self.reference_std = self.scale * cosine_std
-        self.activation_bytes = _activation_bytes(model.visual)
-        self._text_features: dict[str, Tensor] = {}
+        self.kind = kind
+        self.scale = model.logit_scale.detach().float().exp().item() if kind.scaled else 1.0
+        self.reference_mean = self.scale * kind.cosine_mean
+        self.reference_std = self.scale * kind.cosine_std
+        self.activation_bytes = vit_activation_bytes(model.visual)
+        self._text_features = PromptMemory[tuple[torch.dtype, str], Tensor]()
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         pictures = self.image_features(pixels)
@@ -67,42 +101,83 @@ class ClipReward(Reward):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """(B,3,H,W) -> unit vectors (B,E)."""
-        prepared = preprocess(at_least_float32(pixels), self.image_size)
-        features = self.model.encode_image(prepared.to(self.model.visual.conv1.weight.dtype))
-        return F.normalize(at_least_float32(features), dim=1)
+        return embed(self.model.visual, pixels, self.model.visual.image_size[0], self.kind.whole)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Unit vectors (B,E) on the CPU, where the cache survives the model's moves between devices."""
-        if len(self._text_features) > _CACHED_PROMPTS:
-            self._text_features.clear()
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_features]
-        if new:
-            self._text_features |= zip(new, self._encode(new), strict=True)
-        return torch.stack([self._text_features[prompt] for prompt in prompts])
+        """Unit vectors (B,E) on the CPU, where they survive the model's moves between devices; a change of its precision makes them anew."""
+        precision = self.model.token_embedding.weight.dtype
+        return torch.stack(self._text_features([(precision, prompt) for prompt in prompts], self._encode))
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _encode(self, prompts: list[str]) -> Tensor:
-        # Outside inference mode, since a later backward pass reads the cached features.
-        for prompt in prompts:
-            if unread := self.unread(prompt):
-                log.warning("%s reads %d tokens of a prompt and does not see its end: %s", self.name, self.model.context_length, unread)
+    def _encode(self, keys: list[tuple[torch.dtype, str]]) -> Tensor:
+        # Outside inference mode, since a later backward pass reads the features.
+        prompts = [prompt for _, prompt in keys]
+        warn_of_unread(self, prompts)
         tokens = tokenizer()(prompts, self.model.context_length).to(self.model.token_embedding.weight.device)
         return F.normalize(at_least_float32(self.model.encode_text(tokens)), dim=1).cpu()
 
     def unread(self, prompt: str) -> str:
-        """The end of a prompt that does not fit the text tower's context; empty for most."""
         return tokenizer().decode(tokenizer().encode(prompt)[self.model.context_length - 2 :]).strip()
 
 
-def _activation_bytes(tower: Any) -> int:
-    """Per picture: a transformer layer keeps about 17 numbers per token and channel for its backward pass (arXiv 2205.05198)."""
+def vit_activation_bytes(tower: Any) -> int:
+    """Per picture, of open_clip's VisionTransformer with a graph."""
     tokens, width = tower.positional_embedding.shape
-    return 17 * tokens * width * tower.transformer.layers * max(tower.conv1.weight.element_size(), 2)
+    return tower.transformer.layers * layer_activation_bytes(tokens, width, tower.conv1.weight.element_size())
 
 
-def load_clip(state: StateDict, hints: Hints) -> ClipReward:
-    """A ViT-H/14 in transformers' layout is taken for PickScore, the one used as a reward; metadata overrides its reference values."""
-    model, architecture = clip_model(state, hints)
-    pickscore = has_transformers_layout(state) and architecture.vision_width == 1280
-    return ClipReward(model, architecture.image_size, *(_PICKSCORE_COSINE if pickscore else _CLIP_COSINE))
+def layer_activation_bytes(tokens: int, width: int, element_size: int) -> int:
+    """A frozen transformer layer keeps 10 numbers per token and channel for its backward pass; the rest is for what a step holds in passing."""
+    return 12 * tokens * width * element_size
+
+
+def load_clip(weights: Weights, options: LoadOptions) -> ClipReward:
+    state, quick_gelu = prepare(weights.state, weights.hints, options.precision)
+    kind = recognise_kind(weights, options.kind)
+    log.info("%s is used as %s.", weights.path.name, kind)
+    return ClipReward(build(state, weights.hints, quick_gelu), CLIP_KINDS[kind])
+
+
+def recognise_kind(weights: Weights, wanted: str | None = None) -> str:
+    """Which of CLIP_KINDS a dual encoder is.
+
+    Its weights cannot say: PickScore, HPS and LAION's CLIP are all a ViT-H/14. So what was asked for decides, then the metadata entry
+    `kind`, then how the published files are packed (HPS lies under `state_dict`, without the optimizer of a checkpoint to go on training
+    from; LAION's CLIP lies bare), then the name of the file or its folder. What is left is a CLIP score, but a ViT-H/14 in transformers'
+    layout is PickScore, the one used as a reward.
+    """
+    if stated := wanted or weights.hints.get("kind"):
+        if stated not in CLIP_KINDS:
+            raise RewardError(f"there is no kind of CLIP reward called {stated!r}; choose one of {', '.join(CLIP_KINDS)}.")
+        return stated
+    name = weights.name.lower()
+    patches = weights.state.get("visual.conv1.weight", weights.state.get("vision_model.embeddings.patch_embedding.weight"))
+    huge = patches is not None and patches.shape[0] == _H14_WIDTH
+    if "hps" in name or (huge and "state_dict" in weights.wrapper and "optimizer" not in weights.wrapper):
+        return "HPS v2" if "hps" in name and not re.search(r"2[._-]?1", name) else "HPS v2.1"
+    if "pickscore" in name or (huge and has_transformers_layout(weights.state) and "clip" not in name):
+        return "PickScore"
+    return "CLIP score"
+
+
+def load_clip_of_towers(weights: Weights, options: LoadOptions) -> ClipReward:
+    """An image tower, with the text tower that is named or else found by the width of its embedding."""
+    width = image_embedding(weights.shapes)
+    if width is None:
+        raise RewardError("its image tower has no projection, so that no text can be compared with what it sees; use a CLIP's.")
+    file = options.text_tower or find(
+        [weights.path.parent, *options.text_folders], lambda shapes: text_embedding(shapes) == width and not has_image_tower(shapes)
+    )
+    whole = "a whole CLIP" + (f", such as model.safetensors of {_WHOLE_CLIPS[width]}" if width in _WHOLE_CLIPS else "")
+    if file is None:
+        folder = options.text_folders[0] if options.text_folders else weights.path.parent
+        raise RewardError(f"it is an image tower alone; put a text tower with a text_projection to {width} into {folder}, or use {whole}.")
+    text = read(file)
+    if (found := text_embedding(text.shapes)) != width:
+        ends = f"a text_projection to {found}" if found else "no text_projection"
+        raise RewardError(f"the text tower {file.name} has {ends}, but the image tower ends in {width} numbers; use {whole}.")
+    log.info("%s reads prompts with the text tower %s.", weights.path.name, file.name)
+    scale = weights.state.get("logit_scale", torch.tensor(math.log(100)))
+    state = image_part(weights.state) | text_part(text.state) | {"logit_scale": scale}
+    return load_clip(Weights(weights.path, state, {**text.hints, **weights.hints}), options)

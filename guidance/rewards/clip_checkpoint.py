@@ -1,6 +1,6 @@
 """CLIP checkpoints -> open_clip's module. Nobody chooses an architecture: it is read off the shapes of the weights.
 
-Both published layouts are read, open_clip's (and OpenAI's, which is the same) and transformers' CLIPModel.
+Both published layouts are read, open_clip's (and OpenAI's, which is the same) and transformers' CLIPModel, whole or one tower alone.
 Two things leave no trace in a shape:
 
 - Attention heads. All published ViTs have 64 wide heads, but at most 16 of them in the image tower (H, g, bigG: 80, 88 and 104 wide).
@@ -12,16 +12,15 @@ Hints override both rules: vision_heads, text_heads and quick_gelu in the safete
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .base import RewardError
-
-StateDict = dict[str, Tensor]
-Hints = Mapping[str, str]
+from .files import Hints, Shapes, StateDict
 
 _TRANSFORMERS_KEYS = (
     (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
@@ -39,42 +38,95 @@ _TRANSFORMERS_KEYS = (
     (r"\.mlp\.fc1\.", ".mlp.c_fc."),
     (r"\.mlp\.fc2\.", ".mlp.c_proj."),
 )
+_TRANSPOSED = (("visual_projection.weight", "visual.proj"), ("text_projection.weight", "text_projection"))
+_IMAGE_PREFIXES = ("visual.", "vision_model.", "visual_projection.")
+_TEXT_PREFIXES = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_model.", "text_projection")
 _OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
+_OPENAI_WIDTH = 1024
+"""Of the image tower of L/14, the widest ViT OpenAI published."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _VOCABULARY = 49408
 
 
 @dataclass(frozen=True)
-class ClipArchitecture:
-    embed_dim: int
+class VisionArchitecture:
     image_size: int
     patch_size: int
-    vision_width: int
-    vision_layers: int
-    vision_heads: int
-    vision_mlp: int
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+
+    def __post_init__(self) -> None:
+        check_heads("vision", self.width, self.heads)
+
+
+@dataclass(frozen=True)
+class TextArchitecture:
     context_length: int
     vocabulary: int
-    text_width: int
-    text_layers: int
-    text_heads: int
-    text_mlp: int
-    quick_gelu: bool
+    width: int
+    layers: int
+    heads: int
+    mlp: int
 
     def __post_init__(self) -> None:
         if self.vocabulary != _VOCABULARY:
-            raise RewardError(f"The vocabulary has {self.vocabulary} tokens; only CLIP's own, of {_VOCABULARY}, is supported.")
-        for tower, width, heads in (("vision", self.vision_width, self.vision_heads), ("text", self.text_width, self.text_heads)):
-            if heads < 1 or width % heads:
-                raise RewardError(f"A {tower} tower {width} wide cannot have {heads} heads; state {tower}_heads in the file's metadata.")
+            raise RewardError(f"the vocabulary has {self.vocabulary} tokens; only CLIP's own, of {_VOCABULARY}, is supported.")
+        check_heads("text", self.width, self.heads)
 
 
-def has_open_clip_layout(state: StateDict) -> bool:
-    return "visual.conv1.weight" in state and "token_embedding.weight" in state
+def check_heads(tower: str, width: int, heads: int) -> None:
+    if heads < 1 or width % heads:
+        raise RewardError(f"a {tower} tower {width} wide cannot have {heads} heads; state {tower}_heads in the file's metadata.")
 
 
-def has_transformers_layout(state: StateDict) -> bool:
-    return "vision_model.embeddings.patch_embedding.weight" in state and "text_model.embeddings.token_embedding.weight" in state
+def check_floats(state: StateDict) -> None:
+    if unreadable := {tensor.dtype for tensor in state.values()}.difference(_FLOATS):
+        raise RewardError(f"the weights are stored as {', '.join(map(str, unreadable))}; save them as float16, bfloat16 or float32.")
+
+
+def has_image_tower(keys: Iterable[str]) -> bool:
+    return "visual.conv1.weight" in keys or "vision_model.embeddings.patch_embedding.weight" in keys
+
+
+def has_text_tower(keys: Iterable[str]) -> bool:
+    return "token_embedding.weight" in keys or "text_model.embeddings.token_embedding.weight" in keys
+
+
+def has_transformers_layout(keys: Iterable[str]) -> bool:
+    return any(key.startswith(("vision_model.", "text_model.")) for key in keys)
+
+
+def image_embedding(shapes: Shapes) -> int | None:
+    """Width of the embedding that an image tower ends in; None where there is no such tower."""
+    return _columns(shapes, "visual.proj", "visual_projection.weight") if has_image_tower(shapes) else None
+
+
+def text_embedding(shapes: Shapes) -> int | None:
+    """Width of the embedding that a text tower ends in; None where there is no such tower, or no projection after it."""
+    return _columns(shapes, "text_projection", "text_projection.weight") if has_text_tower(shapes) else None
+
+
+def _columns(shapes: Shapes, projection: str, transposed: str) -> int | None:
+    for name, axis in ((projection, 1), (transposed, 0)):
+        if len(shapes.get(name, ())) == 2:
+            return shapes[name][axis]
+    return None
+
+
+def is_openai(shapes: Shapes) -> bool:
+    """Whether the weights count as OpenAI's own (see above)."""
+    width, *_ = shapes.get("vision_model.embeddings.patch_embedding.weight") or (math.inf,)
+    return "input_resolution" in shapes or width <= _OPENAI_WIDTH
+
+
+def image_part(state: StateDict) -> StateDict:
+    return {key: tensor for key, tensor in state.items() if key.startswith(_IMAGE_PREFIXES)}
+
+
+def text_part(state: StateDict) -> StateDict:
+    return {key: tensor for key, tensor in state.items() if key.startswith(_TEXT_PREFIXES)}
 
 
 def to_open_clip_layout(state: StateDict) -> StateDict:
@@ -83,8 +135,9 @@ def to_open_clip_layout(state: StateDict) -> StateDict:
     for query in [key for key in state if ".self_attn.q_proj." in key]:
         parts = [state.pop(query.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
         state[query.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(parts)
-    state["visual.proj"] = state.pop("visual_projection.weight").t().contiguous()
-    state["text_projection"] = state.pop("text_projection.weight").t().contiguous()
+    for linear, matrix in _TRANSPOSED:
+        if linear in state:
+            state[matrix] = state.pop(linear).t().contiguous()
     return {_open_clip_key(key): tensor for key, tensor in state.items()}
 
 
@@ -94,26 +147,30 @@ def _open_clip_key(key: str) -> str:
     return key
 
 
-def infer_architecture(state: StateDict, hints: Hints, quick_gelu: bool) -> ClipArchitecture:
+def infer_vision(state: StateDict, hints: Hints) -> VisionArchitecture:
     """From a state dict in open_clip's layout."""
-    vision_width, _, patch_size, _ = state["visual.conv1.weight"].shape
+    width, _, patch_size, _ = state["visual.conv1.weight"].shape
     patches, _ = state["visual.positional_embedding"].shape
-    vocabulary, text_width = state["token_embedding.weight"].shape
-    return ClipArchitecture(
-        embed_dim=state["visual.proj"].shape[1],
+    return VisionArchitecture(
         image_size=patch_size * math.isqrt(patches - 1),
         patch_size=patch_size,
-        vision_width=vision_width,
-        vision_layers=_count_layers(state, "visual.transformer"),
-        vision_heads=int(hints.get("vision_heads", max(1, min(16, vision_width // 64)))),
-        vision_mlp=len(state["visual.transformer.resblocks.0.mlp.c_fc.bias"]),
+        width=width,
+        layers=_count_layers(state, "visual.transformer"),
+        heads=int(hints.get("vision_heads", max(1, min(16, width // 64)))),
+        mlp=len(state["visual.transformer.resblocks.0.mlp.c_fc.bias"]),
+    )
+
+
+def infer_text(state: StateDict, hints: Hints) -> TextArchitecture:
+    """From a state dict in open_clip's layout."""
+    vocabulary, width = state["token_embedding.weight"].shape
+    return TextArchitecture(
         context_length=len(state["positional_embedding"]),
         vocabulary=vocabulary,
-        text_width=text_width,
-        text_layers=_count_layers(state, "transformer"),
-        text_heads=int(hints.get("text_heads", max(1, text_width // 64))),
-        text_mlp=len(state["transformer.resblocks.0.mlp.c_fc.bias"]),
-        quick_gelu=hints.get("quick_gelu", str(quick_gelu)).lower() == "true",
+        width=width,
+        layers=_count_layers(state, "transformer"),
+        heads=int(hints.get("text_heads", max(1, width // 64))),
+        mlp=len(state["transformer.resblocks.0.mlp.c_fc.bias"]),
     )
 
 
@@ -121,50 +178,56 @@ def _count_layers(state: StateDict, tower: str) -> int:
     return sum(key.startswith(f"{tower}.resblocks.") and key.endswith(".ln_1.weight") for key in state)
 
 
-def build(state: StateDict, architecture: ClipArchitecture) -> nn.Module:
-    """open_clip.CLIP on the given tensors themselves; nothing is allocated twice."""
-    try:
-        import open_clip
-    except ImportError as error:
-        raise RewardError("CLIP rewards need the package open_clip_torch; install it with: pip install open_clip_torch") from error
-    a = architecture
-    with torch.device("meta"):
-        # Half a unit guards the width of the MLP, int(width * ratio), against rounding.
-        model = open_clip.model.CLIP(
-            a.embed_dim,
-            open_clip.model.CLIPVisionCfg(
-                layers=a.vision_layers,
-                width=a.vision_width,
-                head_width=a.vision_width // a.vision_heads,
-                mlp_ratio=(a.vision_mlp + 0.5) / a.vision_width,
-                patch_size=a.patch_size,
-                image_size=a.image_size,
-            ),
-            open_clip.model.CLIPTextCfg(
-                context_length=a.context_length,
-                vocab_size=a.vocabulary,
-                width=a.text_width,
-                heads=a.text_heads,
-                layers=a.text_layers,
-                mlp_ratio=(a.text_mlp + 0.5) / a.text_width,
-            ),
-            quick_gelu=a.quick_gelu,
-        )
+def build(state: StateDict, hints: Hints, quick_gelu: bool) -> nn.Module:
+    """open_clip.CLIP on the given tensors themselves, in open_clip's layout; nothing is allocated twice."""
+    text = infer_text(state, hints)
+    model = _on_meta(state, infer_vision(state, hints), text, quick_gelu)
     model.load_state_dict(state, assign=True)
-    model.attn_mask = torch.full((a.context_length, a.context_length), -torch.inf).triu_(1)
+    model.attn_mask = torch.full((text.context_length, text.context_length), -torch.inf).triu_(1)
     return model.eval().requires_grad_(False)
 
 
-def clip_model(state: StateDict, hints: Hints) -> tuple[nn.Module, ClipArchitecture]:
-    """State dict in either layout -> open_clip.CLIP in the precision of its image tower."""
-    openai = "input_resolution" in state
+def build_image_tower(state: StateDict, hints: Hints, quick_gelu: bool) -> nn.Module:
+    """open_clip.transformer.VisionTransformer on the tensors of an image tower, likewise."""
+    tower = _on_meta(state, infer_vision(state, hints), None, quick_gelu).visual
+    tower.load_state_dict({key.removeprefix("visual."): tensor for key, tensor in state.items()}, assign=True)
+    return tower.eval().requires_grad_(False)
+
+
+def _on_meta(state: StateDict, vision: VisionArchitecture, text: TextArchitecture | None, quick_gelu: bool) -> Any:
+    try:
+        from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+    except ImportError as error:
+        raise RewardError("CLIP rewards need the package open_clip_torch; install it with: pip install open_clip_torch") from error
+    # Half a unit guards the width of the MLP, int(width * ratio), against rounding.
+    vision_cfg = CLIPVisionCfg(
+        layers=vision.layers,
+        width=vision.width,
+        head_width=vision.width // vision.heads,
+        mlp_ratio=(vision.mlp + 0.5) / vision.width,
+        patch_size=vision.patch_size,
+        image_size=vision.image_size,
+    )
+    text_cfg = CLIPTextCfg()
+    if text is not None:
+        text_cfg = CLIPTextCfg(
+            context_length=text.context_length,
+            vocab_size=text.vocabulary,
+            width=text.width,
+            heads=text.heads,
+            layers=text.layers,
+            mlp_ratio=(text.mlp + 0.5) / text.width,
+        )
+    with torch.device("meta"):
+        return CLIP(state["visual.proj"].shape[1], vision_cfg, text_cfg, quick_gelu=quick_gelu)
+
+
+def prepare(state: StateDict, hints: Hints, precision: Callable[[torch.dtype], torch.dtype]) -> tuple[StateDict, bool]:
+    """A state dict in either layout -> open_clip's, in one precision chosen from that of the image tower, and whether to use QuickGELU."""
+    openai = is_openai({key: tuple(tensor.shape) for key, tensor in state.items()})
     state = {key: tensor for key, tensor in state.items() if key not in _OPENAI_SIZES}
     if has_transformers_layout(state):
         state = to_open_clip_layout(state)
-        openai = state["visual.conv1.weight"].shape[0] <= 1024
-    precision = state["visual.conv1.weight"].dtype
-    unreadable = {tensor.dtype for tensor in state.values()}.difference(_FLOATS)
-    if unreadable:
-        raise RewardError(f"The weights are stored as {', '.join(map(str, unreadable))}; save them as float16, bfloat16 or float32.")
-    architecture = infer_architecture(state, hints, openai)
-    return build({key: tensor.to(precision) for key, tensor in state.items()}, architecture), architecture
+    check_floats(state)
+    dtype = precision(state["visual.conv1.weight"].dtype)
+    return {key: tensor.to(dtype) for key, tensor in state.items()}, hints.get("quick_gelu", str(openai)).lower() == "true"

@@ -24,7 +24,7 @@ class CombinedReward(Reward):
             raise RewardError(f"A combination of {len(rewards)} rewards needs as many finite weights, not all 0; it got {list(weights)}.")
         self.rewards = nn.ModuleList(rewards)
         self.weights = [weight / norm for weight in weights]
-        self.name = " + ".join(reward.name for reward in rewards)
+        self.name = " + ".join(reward.name if weight >= 0 else f"less {reward.name}" for reward, weight in zip(rewards, weights, strict=True))
         self.differentiable = all(reward.differentiable for reward in rewards)
         self.needs_prompt = any(reward.needs_prompt for reward in rewards)
 
@@ -33,5 +33,20 @@ class CombinedReward(Reward):
         return [(reward, evaluate(reward, pixels, prompts)) for reward in cast(Iterable[Reward], self.rewards)]
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        parts = zip(self.weights, self.parts(pixels, prompts), strict=True)
-        return torch.stack([weight * reward.standardize(scores) for weight, (reward, scores) in parts]).sum(0)
+        return self.combine(self.parts(pixels, prompts))
+
+    def combine(self, parts: Sequence[tuple[Reward, Tensor]]) -> Tensor:
+        weighted = zip(self.weights, parts, strict=True)
+        return torch.stack([weight * reward.standardize(scores) for weight, (reward, scores) in weighted]).sum(0)
+
+    def unread(self, prompt: str) -> str:
+        """What the part that reads the least does not see."""
+        return max((reward.unread(prompt) for reward in cast(Iterable[Reward], self.rewards)), key=len)
+
+
+def breakdown(reward: Reward, pixels: Tensor, prompts: Sequence[str]) -> list[tuple[Reward, Tensor]]:
+    """A reward with its raw scores (B,), and after it the parts of a combination with theirs."""
+    if not isinstance(reward, CombinedReward):
+        return [(reward, evaluate(reward, pixels, prompts))]
+    parts = reward.parts(pixels, prompts)
+    return [(reward, reward.combine(parts)), *parts]

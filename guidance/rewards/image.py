@@ -7,6 +7,7 @@ from torch import Tensor
 # BT.601, as in JPEG. It is linear in gamma-encoded RGB, which is already close to perceptually uniform, so distances are useful
 # and the gradient is constant; CIELAB and OKLab have roots that fail below zero and explode at it.
 _YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+_LONGEST = 16
 
 
 def ycbcr(pixels: Tensor) -> Tensor:
@@ -20,13 +21,27 @@ def luma(pixels: Tensor) -> Tensor:
 
 
 def resize_shortest_side(pixels: Tensor, size: int) -> Tensor:
-    """Bicubic with antialiasing, aspect kept, the longer side rounded down as torchvision's Resize does."""
+    """Bicubic with antialiasing, aspect kept, the longer side rounded down as torchvision's Resize does.
+
+    Of pictures longer than 16 times their width only the middle is kept, which bounds the memory.
+    """
+    pixels = center_crop(pixels, _LONGEST * min(pixels.shape[-2:]))
     height, width = pixels.shape[-2:]
     shortest = min(height, width)
     return F.interpolate(pixels, (size * height // shortest, size * width // shortest), mode="bicubic", antialias=True)
 
 
 def center_crop(pixels: Tensor, size: int) -> Tensor:
+    """The middle, of at most `size` pixels a side."""
     height, width = pixels.shape[-2:]
-    top, left = round((height - size) / 2), round((width - size) / 2)
+    top, left = max(0, round((height - size) / 2)), max(0, round((width - size) / 2))
     return pixels[..., top : top + size, left : left + size]
+
+
+def fit_square(pixels: Tensor, size: int) -> Tensor:
+    """The whole picture in the middle of a black square: bicubic with antialiasing, the longer side at `size`."""
+    scale = size / max(pixels.shape[-2:])
+    height, width = (max(1, round(side * scale)) for side in pixels.shape[-2:])
+    resized = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+    top, left = (size - height) // 2, (size - width) // 2
+    return F.pad(resized, (left, size - width - left, top, size - height - top))

@@ -279,8 +279,8 @@ def test_score_images(bench):
     brightness = STATISTICS["brightness"]
     assert numbers[1] == pytest.approx([(value - brightness.reference_mean) / brightness.reference_std for value in (0, 1)], abs=1e-3)
     (report,) = result.outputs["report"]["text"]
-    assert report.splitlines()[0] == "brightness"
-    assert len(report.splitlines()) == 3
+    assert report.splitlines()[0].split() == ["|", "picture", "|", "brightness", "|"]
+    assert len(report.splitlines()) == 4
     assert result.outputs["score"]["text"] == [report]
 
 

@@ -15,7 +15,7 @@ ADVICE = (
 MOST_WIDGETS = 8
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR"}
 KEPT = ("default", "min", "max", "step", "options", "advanced", "multiline")
-COMFYUIS_OWN = {"sampler_name", "scheduler", "reward_name"}
+COMFYUIS_OWN = {"sampler_name", "scheduler", "reward_name", "image_tower", "text_tower"}
 """Choices that come from ComfyUI or the models folder."""
 
 

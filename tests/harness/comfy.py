@@ -20,7 +20,9 @@ from .environment import CHECKOUT, comfyui, say
 
 PACK = "reward-guidance"
 """The pack's folder: no identifier, as most folders in custom_nodes are not."""
-PROBE = CHECKOUT / "tests" / "harness" / "probe"
+TESTS = CHECKOUT / "tests"
+PACKS = {"another-pack": TESTS / "packs" / "redness", PACK: CHECKOUT, "probe": TESTS / "harness" / "probe"}
+"""Folder in custom_nodes -> what it holds: the pack, one of somebody else that uses it, and one that watches."""
 FOLDERS = ("models", "custom_nodes", "input", "output", "temp", "user")
 
 
@@ -59,8 +61,8 @@ def serve(
 def install(base: Path) -> None:
     for name in FOLDERS:
         (base / name).mkdir(parents=True, exist_ok=True)
-    add_pack(CHECKOUT, base / "custom_nodes" / PACK)
-    add_pack(PROBE, base / "custom_nodes" / "probe")
+    for name, source in PACKS.items():
+        add_pack(source, base / "custom_nodes" / name)
 
 
 def add_pack(source: Path, target: Path) -> None:
@@ -79,7 +81,7 @@ def add_pack(source: Path, target: Path) -> None:
 
 def command(base: Path, port: int, options: Sequence[str]) -> list[str]:
     fixed = ["--base-directory", str(base), "--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch", "--disable-api-nodes"]
-    packs = ["--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK, "probe"]
+    packs = ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *PACKS]
     database = ["--database-url", "sqlite:///:memory:"]
     device = [] if torch.cuda.is_available() or torch.backends.mps.is_available() else ["--cpu"]
     return [sys.executable, "main.py", *fixed, *packs, *database, *device, *options]

@@ -136,3 +136,9 @@ def test_dependencies_are_written_alike():
     line = next(line for line in (CHECKOUT / "pyproject.toml").read_text().splitlines() if line.startswith("dependencies"))
     assert ast.literal_eval(line.split("=", 1)[1].strip()) == required
     assert not any(name.startswith(("torch", "Pillow", "aiohttp")) for name in required)
+
+
+def test_the_documented_reward_is_the_tested_one():
+    shown = (CHECKOUT / "docs" / "your_own_reward.md").read_text().split("```python\n")[1].split("```")[0]
+    tested = (CHECKOUT / "tests" / "packs" / "redness" / "__init__.py").read_text()
+    assert tested.endswith(shown)

@@ -1,123 +1,42 @@
-"""CLIP rewards against open_clip and transformers themselves, on small random weights in the published layouts."""
+"""CLIP rewards: what is read off shapes, metadata and names, and how prompts are treated."""
 
 import itertools
-from dataclasses import replace
-from pathlib import Path
 
 import open_clip
 import pytest
-import skimage
 import torch
 import transformers
-from PIL import Image
-from reward_guidance.guidance.rewards import ClipImageSimilarity, RewardError, evaluate, load_reward
-from reward_guidance.guidance.rewards.clip import preprocess
-from reward_guidance.guidance.rewards.clip_checkpoint import build, infer_architecture, to_open_clip_layout
-from safetensors.torch import save_file
+from reward_guidance.guidance.rewards import CLIP_KINDS, ClipImageSimilarity, LoadOptions, RewardError, evaluate, load_reward
+from reward_guidance.guidance.rewards.clip import preprocess, recognise_kind
+from reward_guidance.guidance.rewards.clip_checkpoint import build, infer_text, infer_vision, to_open_clip_layout
+from reward_guidance.guidance.rewards.files import Weights
+from reward_guidance.tests.standins.rewards import (
+    HEADS,
+    open_clip_model,
+    open_clip_scores,
+    save_hps,
+    save_open_clip,
+    save_towers,
+    transformers_model,
+)
+from safetensors.torch import load_file, save_file
 
 PROMPTS = ["a large red circle on a blue ground", "two cats, 8k, masterpiece"]
-PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
-
-
-def tiny_open_clip(quick_gelu=False):
-    torch.manual_seed(0)
-    vision = open_clip.model.CLIPVisionCfg(layers=2, width=32, head_width=16, patch_size=8, image_size=24, mlp_ratio=2.0)
-    text = open_clip.model.CLIPTextCfg(context_length=12, width=24, heads=3, layers=2)
-    model = open_clip.model.CLIP(16, vision, text, quick_gelu=quick_gelu).eval()
-    with torch.no_grad():
-        model.token_embedding.weight.mul_(10)
-    return model
-
-
-def tiny_transformers(hidden_act="gelu"):
-    torch.manual_seed(1)
-    shared = {"num_hidden_layers": 2, "intermediate_size": 40, "hidden_act": hidden_act}
-    vision = {"hidden_size": 32, "num_attention_heads": 2, "image_size": 24, "patch_size": 8, **shared}
-    text = {"hidden_size": 24, "num_attention_heads": 3, "max_position_embeddings": 12, **shared}
-    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
-
-
-HINTS = {"vision_heads": "2", "text_heads": "3"}
-
-
-def open_clip_scores(model, pixels, prompts):
-    tokens = open_clip.tokenizer.tokenize(prompts, context_length=12)
-    image_logits, _ = model.get_logits(pixels, tokens)
-    return image_logits.diag()
-
-
-def transformers_scores(model, pixels, prompts):
-    tokens = open_clip.tokenizer.tokenize(prompts, context_length=12)
-    return model(input_ids=tokens, pixel_values=pixels).logits_per_image.diag()
-
-
-def save_open_clip(path, quick_gelu=False):
-    model = tiny_open_clip(quick_gelu)
-    save_file(model.state_dict(), path, HINTS | {"quick_gelu": str(quick_gelu)})
-    return model
-
-
-def save_checkpoint(path):
-    model = tiny_open_clip()
-    torch.save({"epoch": 3, "state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, path)
-    return model
-
-
-CASES = {
-    "open_clip": ("tiny.safetensors", save_open_clip, open_clip_scores),
-    "open_clip, QuickGELU": ("tiny.safetensors", lambda path: save_open_clip(path, quick_gelu=True), open_clip_scores),
-    "transformers folder": ("tiny", lambda path: saved_folder(path, "gelu"), transformers_scores),
-    "transformers folder, QuickGELU": ("tiny", lambda path: saved_folder(path, "quick_gelu"), transformers_scores),
-}
-
-
-def saved_folder(path, hidden_act):
-    model = tiny_transformers(hidden_act)
-    model.save_pretrained(path)
-    return model
-
-
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
-def loaded_and_reference(request, tmp_path_factory):
-    name, save, scores = request.param
-    path = tmp_path_factory.mktemp("reward") / name
-    model = save(path)
-    return load_reward(path), lambda pixels, prompts: scores(model, preprocess(pixels, 24), prompts)
-
-
-def test_scores_and_gradients_equal_the_library(loaded_and_reference):
-    reward, reference = loaded_and_reference
-    pixels = torch.rand(2, 3, 40, 31, requires_grad=True)
-    ours, theirs = reward(pixels, PROMPTS), reference(pixels, PROMPTS)
-    assert torch.allclose(ours, theirs, atol=1e-4)
-    assert ours.std() > 1e-3
-    (our_gradient,) = torch.autograd.grad(ours.sum(), pixels)
-    (their_gradient,) = torch.autograd.grad(theirs.sum(), pixels)
-    assert (our_gradient - their_gradient).norm() < 1e-4 * their_gradient.norm()
-
-
-def test_gradient_equals_finite_differences(loaded_and_reference):
-    reward, _ = loaded_and_reference
-    pixels = torch.rand(1, 3, 24, 24, requires_grad=True)
-    (gradient,) = torch.autograd.grad(reward(pixels, PROMPTS[:1]), pixels)
-    step = 0.02 * gradient / gradient.norm()
-    with torch.no_grad():
-        difference = (reward(pixels + step, PROMPTS[:1]) - reward(pixels - step, PROMPTS[:1])) / 2
-    assert (gradient * step).sum().item() == pytest.approx(difference.item(), rel=1e-2)
 
 
 def test_both_layouts_agree(tmp_path):
-    model = tiny_transformers()
-    save_file(to_open_clip_layout(model.state_dict()), tmp_path / "a.safetensors", HINTS)
+    model = transformers_model()
+    save_file(to_open_clip_layout(model.state_dict()), tmp_path / "a.safetensors", HEADS)
     older = {f"{tower}_model.embeddings.position_ids": torch.arange(12)[None] for tower in ("text", "vision")}
-    save_file(model.state_dict() | older, tmp_path / "b.safetensors", HINTS | {"quick_gelu": "false"})
+    save_file(model.state_dict() | older, tmp_path / "b.safetensors", HEADS | {"quick_gelu": "false"})
     pixels = torch.rand(2, 3, 24, 24)
     a, b = (load_reward(tmp_path / name)(pixels, PROMPTS) for name in ("a.safetensors", "b.safetensors"))
     assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_training_checkpoint_without_hints_falls_back_to_64_wide_heads(tmp_path):
-    save_checkpoint(tmp_path / "epoch_3.pt")
+    state = {f"module.{key}": value for key, value in open_clip_model().state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "epoch_3.pt")
     reward = load_reward(tmp_path / "epoch_3.pt")
     assert reward.name == "epoch_3"
     assert reward.model.visual.transformer.resblocks[0].attn.num_heads == 1
@@ -138,12 +57,13 @@ def test_every_published_vit_is_inferred_from_its_shapes(name):
     config = open_clip.get_model_config(name)
     with torch.device("meta"):
         state = open_clip.model.CLIP(**config).state_dict()
-    architecture = infer_architecture(state, {}, quick_gelu=False)
     vision = open_clip.model.CLIPVisionCfg(**config["vision_cfg"])
-    assert (architecture.image_size, architecture.patch_size) == (vision.image_size, vision.patch_size)
-    assert architecture.vision_heads == vision.width // vision.head_width
-    assert architecture.text_heads == config["text_cfg"]["heads"]
-    assert {key: value.shape for key, value in build(state, architecture).state_dict().items()} == {k: v.shape for k, v in state.items()}
+    inferred = infer_vision(state, {})
+    assert (inferred.image_size, inferred.patch_size) == (vision.image_size, vision.patch_size)
+    assert inferred.heads == vision.width // vision.head_width
+    assert infer_text(state, {}).heads == config["text_cfg"]["heads"]
+    built = build(state, {}, quick_gelu=False).state_dict()
+    assert {key: value.shape for key, value in built.items()} == {key: value.shape for key, value in state.items()}
 
 
 @pytest.mark.parametrize(("width", "quick_gelu", "mean", "std"), [(1024, True, 25, 3), (1280, False, 21.5, 1.3)])
@@ -157,9 +77,7 @@ def test_transformers_layout_without_config_follows_the_published_models(tmp_pat
         "patch_size": 14,
     }
     text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = transformers.CLIPModel(
-        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8, logit_scale_init_value=4.6052)
-    )
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8, logit_scale_init_value=4.6052))
     save_file(model.state_dict(), tmp_path / "a.safetensors")
     reward = load_reward(tmp_path / "a.safetensors")
     assert isinstance(reward.model.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU) == quick_gelu
@@ -167,24 +85,81 @@ def test_transformers_layout_without_config_follows_the_published_models(tmp_pat
     assert (reward.reference_mean, reward.reference_std) == pytest.approx((mean, std), rel=1e-3)
 
 
+H14 = {"visual.conv1.weight": torch.empty(1280, 3, 14, 14)}
+H14_TRANSFORMERS = {"vision_model.embeddings.patch_embedding.weight": torch.empty(1280, 3, 14, 14)}
+L14 = {"visual.conv1.weight": torch.empty(1024, 3, 14, 14)}
+
+
+@pytest.mark.parametrize(
+    ("path", "state", "wrapper", "hints", "kind"),
+    [
+        ("HPS_v2.1_compressed.pt", H14, ("state_dict",), {}, "HPS v2.1"),
+        ("HPS_v2_compressed.pt", H14, ("state_dict",), {}, "HPS v2"),
+        ("downloaded.pt", H14, ("state_dict",), {}, "HPS v2.1"),
+        ("HPS_v2.1_compressed.safetensors", H14, (), {}, "HPS v2.1"),
+        ("HPSv2-hf/model.safetensors", H14_TRANSFORMERS, (), {}, "HPS v2"),
+        ("epoch_10.pt", H14, ("epoch", "name", "state_dict", "optimizer"), {}, "CLIP score"),
+        ("finetuned.pt", L14, ("state_dict",), {}, "CLIP score"),
+        ("open_clip_pytorch_model.bin", H14, (), {}, "CLIP score"),
+        ("PickScore_v1.safetensors", H14_TRANSFORMERS, (), {}, "PickScore"),
+        ("PickScore_v1/model.safetensors", H14_TRANSFORMERS, (), {}, "PickScore"),
+        ("preference.safetensors", H14_TRANSFORMERS, (), {}, "PickScore"),
+        ("CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors", H14_TRANSFORMERS, (), {}, "CLIP score"),
+        ("CLIP-ViT-H-14-laion2B-s32B-b79K/model.safetensors", H14_TRANSFORMERS, (), {}, "CLIP score"),
+        ("a.safetensors", H14, (), {"kind": "HPS v2"}, "HPS v2"),
+        ("PickScore_v1.safetensors", H14_TRANSFORMERS, (), {"kind": "CLIP score"}, "CLIP score"),
+    ],
+)
+def test_kinds_of_one_architecture_are_told_apart(tmp_path, path, state, wrapper, hints, kind):
+    weights = Weights(tmp_path / path, state, hints, wrapper)
+    assert recognise_kind(weights) == kind
+    assert recognise_kind(weights, "HPS v2") == "HPS v2"
+
+
+def test_kind_can_be_chosen_and_misspelt(tmp_path):
+    save_hps(tmp_path / "a.safetensors")
+    hps, clip = (load_reward(tmp_path / "a.safetensors", LoadOptions(kind=kind)) for kind in (None, "CLIP score"))
+    assert (hps.scale, hps.reference_mean, hps.reference_std) == (1, 0.285, 0.03)
+    assert clip.scale == pytest.approx(1 / 0.07, rel=1e-3)
+    square = torch.rand(2, 3, 24, 24)
+    assert torch.allclose(clip(square, PROMPTS), clip.scale * hps(square, PROMPTS), atol=1e-5)
+    save_file(open_clip_model().state_dict(), tmp_path / "b.safetensors", HEADS | {"kind": "HPSv9"})
+    with pytest.raises(RewardError, match=r"b\.safetensors: there is no kind of CLIP reward called 'HPSv9'; choose one of CLIP score"):
+        load_reward(tmp_path / "b.safetensors")
+
+
+def test_wide_pictures_are_seen_whole_by_hps_and_in_the_middle_by_clip(tmp_path):
+    save_hps(tmp_path / "a.safetensors")
+    picture = torch.rand(1, 3, 24, 72)
+    changed = picture.clone()
+    changed[..., :20] = 1 - changed[..., :20]
+    for kind, sees in (("HPS v2.1", True), ("CLIP score", False)):
+        reward = load_reward(tmp_path / "a.safetensors", LoadOptions(kind=kind))
+        assert (abs(reward(picture, PROMPTS[:1]) - reward(changed, PROMPTS[:1])).item() > 1e-4) == sees
+
+
+def test_every_kind_has_a_reference():
+    assert all(kind.cosine_mean > 5 * kind.cosine_std > 0 for kind in CLIP_KINDS.values())
+
+
 def test_openai_archive_means_quick_gelu(tmp_path):
     sizes = {name: torch.tensor(12) for name in ("input_resolution", "context_length", "vocab_size")}
-    torch.save(tiny_open_clip().state_dict() | sizes, tmp_path / "a.pt")
+    torch.save(open_clip_model().state_dict() | sizes, tmp_path / "a.pt")
     assert isinstance(load_reward(tmp_path / "a.pt").model.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
 
 
 def test_open_clip_folder(tmp_path):
-    save_file(tiny_open_clip().state_dict(), tmp_path / "open_clip_model.safetensors")
+    save_file(open_clip_model().state_dict(), tmp_path / "open_clip_model.safetensors")
     (tmp_path / "open_clip_config.json").write_text(
         '{"model_cfg": {"embed_dim": 16, "vision_cfg": {"width": 32, "head_width": 16}, "text_cfg": {"heads": 3}}}'
     )
     pixels = torch.rand(2, 3, 24, 24)
-    expected = open_clip_scores(tiny_open_clip(), preprocess(pixels, 24), PROMPTS)
+    expected = open_clip_scores(open_clip_model())(preprocess(pixels, 24), PROMPTS)
     assert torch.allclose(load_reward(tmp_path)(pixels, PROMPTS), expected, atol=1e-4)
 
 
 def test_metadata_states_the_reference(tmp_path):
-    save_file(tiny_open_clip().state_dict(), tmp_path / "a.safetensors", HINTS | {"reference_mean": "-1.5", "reference_std": "0.25"})
+    save_file(open_clip_model().state_dict(), tmp_path / "a.safetensors", HEADS | {"reference_mean": "-1.5", "reference_std": "0.25"})
     reward = load_reward(tmp_path / "a.safetensors")
     assert (reward.reference_mean, reward.reference_std) == (-1.5, 0.25)
     assert (reward.name, reward.needs_prompt, reward.differentiable) == ("a", True, True)
@@ -194,18 +169,6 @@ def test_metadata_states_the_reference(tmp_path):
 def reward(tmp_path):
     save_open_clip(tmp_path / "tiny.safetensors")
     return load_reward(tmp_path / "tiny.safetensors")
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.15), (torch.float16, 0.03)])
-def test_half_precision_towers_score_in_float32(tmp_path, reward, dtype, tolerance):
-    state = {key: value.to(dtype) for key, value in tiny_open_clip().state_dict().items()}
-    save_file(state | {"ln_final.weight": state["ln_final.weight"].float()}, tmp_path / "half.safetensors", HINTS)
-    half = load_reward(tmp_path / "half.safetensors")
-    pixels = torch.rand(2, 3, 24, 24, requires_grad=True)
-    scores = half(pixels, PROMPTS)
-    assert scores.dtype == torch.float32
-    assert torch.allclose(scores, reward(pixels, PROMPTS), atol=tolerance)
-    assert torch.autograd.grad(scores.sum(), pixels)[0].norm() > 0
 
 
 def test_prompts_are_encoded_once(reward, monkeypatch):
@@ -218,8 +181,19 @@ def test_prompts_are_encoded_once(reward, monkeypatch):
     assert len(encoded) == 2
     reward.text_features([str(i) for i in range(300)])
     reward.text_features(["b", "c"])
-    assert len(reward._text_features) == 2
+    assert len(reward._text_features.known) == 2
     assert torch.allclose(reward(pixels, ["a", "b", "a"]), first)
+
+
+def test_remembered_prompts_follow_the_weights(reward):
+    pixels = torch.rand(1, 3, 24, 24)
+    before = reward(pixels, ["a cat"])
+    reward.to(torch.bfloat16)
+    halved = reward.text_features(["a cat"])
+    assert torch.equal(halved, reward._encode([(torch.bfloat16, "a cat")]))
+    assert reward(pixels, ["a cat"]).dtype == torch.float32
+    reward.to(torch.float32)
+    assert torch.allclose(reward(pixels, ["a cat"]), before, atol=0.2)
 
 
 def test_scores_seen_in_inference_mode_do_not_spoil_later_gradients(tmp_path):
@@ -240,7 +214,7 @@ def test_long_prompts_are_cut_and_say_so(reward, caplog):
     assert reward.unread(f"{start} {end}") == end
     pixels = torch.rand(1, 3, 24, 24)
     assert torch.equal(reward(pixels, [f"{start} {end}"]), reward(pixels, [start]))
-    assert [record.getMessage().endswith(f"does not see its end: {end}") for record in caplog.records] == [True]
+    assert [record.getMessage().endswith(f"does not see: {end}") for record in caplog.records] == [True]
 
 
 @pytest.mark.parametrize("prompt", ["日本語の猫 🐈", "<end_of_text> a <start_of_text>", "\x00\ud800", "a" * 5000, "\n\t . "])
@@ -253,19 +227,61 @@ def test_empty_prompt_is_refused(reward):
         evaluate(reward, torch.rand(1, 3, 24, 24), " ")
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 200), (24, 24), (500, 37)])
-def test_any_size_is_scored(reward, size):
+@pytest.mark.parametrize("kind", ["CLIP score", "HPS v2.1"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (24, 24), (500, 37), (1, 9000), (4320, 7680)])
+def test_any_size_is_scored(tmp_path, kind, size):
+    save_open_clip(tmp_path / "tiny.safetensors")
+    reward = load_reward(tmp_path / "tiny.safetensors", LoadOptions(kind=kind))
     assert evaluate(reward, torch.rand(1, 3, *size), "a cat").shape == (1,)
 
 
-@pytest.mark.parametrize("name", PHOTOGRAPHS)
-def test_preprocessing_equals_pil_on_photographs(name):
-    photo = Image.open(Path(skimage.__file__).parent / "data" / name).convert("RGB")
-    theirs = open_clip.transform.image_transform(224, is_train=False)(photo)
-    pixels = torch.from_numpy(skimage.io.imread(Path(skimage.__file__).parent / "data" / name)[..., :3].copy()).permute(2, 0, 1)[None] / 255
-    difference = (preprocess(pixels, 224)[0] - theirs).abs() * 255 * 0.27
-    assert difference.mean() < 0.5
-    assert difference.quantile(0.999) < 6
+def towers(folder, **options):
+    vision, text = folder / "clip_vision" / "clip_vision_g.safetensors", folder / "text_encoders" / "clip_g.safetensors"
+    save_towers(vision, text)
+    return vision, text, LoadOptions(text_folders=(text.parent,), **options)
+
+
+def test_a_text_tower_is_found_named_or_asked_for(tmp_path):
+    vision, text, options = towers(tmp_path)
+    save_file({"unrelated": torch.zeros(1)}, text.parent / "a.safetensors")
+    (text.parent / "b.safetensors").write_bytes(b"damaged")
+    save_open_clip(vision.parent / "whole.safetensors")  # whose text tower was trained with another image tower
+    found = load_reward(vision, options)
+    named = load_reward(vision, LoadOptions(text_tower=text))
+    assert found.scale == named.scale == pytest.approx(100)
+    pixels = torch.rand(2, 3, 24, 24)
+    assert torch.equal(found(pixels, PROMPTS), named(pixels, PROMPTS))
+    text.unlink()
+    with pytest.raises(RewardError, match=f"clip_vision_g.safetensors: it is an image tower alone; .* text_projection to 16 into {text.parent}, or"):
+        load_reward(vision, options)
+
+
+def test_a_text_tower_that_does_not_fit_is_refused(tmp_path):
+    vision, text, _ = towers(tmp_path)
+    state = load_file(text)
+    save_file({key: value for key, value in state.items() if key != "text_projection.weight"}, tmp_path / "clip_l.safetensors")
+    save_file(state | {"text_projection.weight": torch.zeros(99, 24)}, tmp_path / "other.safetensors")
+    for name, ends in (("clip_l", "no text_projection"), ("other", "a text_projection to 99")):
+        with pytest.raises(RewardError, match=f"the text tower {name}.safetensors has {ends}, but the image tower ends in 16 numbers; use a whole"):
+            load_reward(vision, LoadOptions(text_tower=tmp_path / f"{name}.safetensors"))
+    with pytest.raises(RewardError, match="clip_g.safetensors is a text tower alone; choose the image tower that belongs to it"):
+        load_reward(text)
+
+
+def test_an_image_tower_that_is_no_clips_is_refused(tmp_path):
+    vision, _, options = towers(tmp_path)
+    state = load_file(vision)
+    save_file({key: value for key, value in state.items() if key != "visual_projection.weight"}, vision)
+    with pytest.raises(RewardError, match="its image tower has no projection"):
+        load_reward(vision, options)
+
+
+def test_towers_of_different_layouts_fit_together(tmp_path):
+    vision, text, options = towers(tmp_path)
+    expected = load_reward(vision, options)
+    save_file(to_open_clip_layout(load_file(text)), text, {"text_heads": "3"})
+    pixels = torch.rand(2, 3, 24, 24)
+    assert torch.allclose(load_reward(vision, options)(pixels, PROMPTS), expected(pixels, PROMPTS), atol=1e-4)
 
 
 def test_image_similarity(reward, tmp_path):
@@ -284,13 +300,11 @@ def test_image_similarity(reward, tmp_path):
     assert (gradient * step).sum().item() == pytest.approx(difference.item(), rel=1e-2)
 
 
-@pytest.mark.parametrize("tower", ["vision", "text"])
-def test_impossible_heads_are_refused(tower):
-    state = tiny_open_clip().state_dict()
-    architecture = infer_architecture(state, HINTS, quick_gelu=False)
-    for heads in (0, 5):
-        with pytest.raises(RewardError, match=f"state {tower}_heads in the file's metadata"):
-            replace(architecture, **{f"{tower}_heads": heads})
+@pytest.mark.parametrize(("tower", "infer"), [("vision", infer_vision), ("text", infer_text)])
+@pytest.mark.parametrize("heads", ["0", "5"])
+def test_impossible_heads_are_refused(tower, infer, heads):
+    with pytest.raises(RewardError, match=f"state {tower}_heads in the file's metadata"):
+        infer(open_clip_model().state_dict(), {f"{tower}_heads": heads})
 
 
 def test_loaded_weights_are_frozen_and_real(tmp_path):

@@ -1,14 +1,18 @@
 """Damaged, foreign and hostile reward files: each a sentence, none a crash, and no code run."""
 
+import json
 import os
 import pickle
 import random
 import re
+import sys
+import time
 
 import open_clip
 import pytest
 import torch
-from reward_guidance.guidance.rewards import RewardError, evaluate, load_reward
+from reward_guidance.guidance.rewards import ClipReward, ImageReward, LoadOptions, RewardError, evaluate, load_reward
+from reward_guidance.tests.standins import rewards as standins
 from safetensors.torch import load_file, save_file
 
 
@@ -72,9 +76,10 @@ def test_files_that_are_no_weights(tmp_path, monkeypatch, content, message):
 STATES = {
     "another model": (
         {"a": torch.zeros(1), "model.diffusion_model.x": torch.zeros(1)},
-        r"it holds a, model\.diffusion_model\.x\); supported are CLIP",
+        r"is not a reward that can be read \(it holds a, model\.diffusion_model\.x\); supported are PickScore, HPS v2",
     ),
-    "only the image tower": ({k: v for k, v in STATE.items() if k.startswith("visual")}, "is not a reward that can be read"),
+    "only the image tower": ({k: v for k, v in STATE.items() if k.startswith("visual")}, "it is an image tower alone; put a text tower"),
+    "only the text tower": ({k: v for k, v in STATE.items() if not k.startswith("visual")}, "is a text tower alone; choose the image tower"),
     "no tensors": ({}, "it holds no tensors"),
     "a missing weight": (without("ln_final.bias"), "do not fit together .*Missing key.*ln_final.bias"),
     "a needed shape": (without("visual.positional_embedding"), "do not fit together .*visual.positional_embedding"),
@@ -124,9 +129,7 @@ def test_missing_files_and_folders(tmp_path):
     assert_refused(tmp_path, "holds no weights; it needs one of model.safetensors")
 
 
-@pytest.mark.parametrize(
-    "config", ["", "[]", '"text"', '{"vision_config": []}', '{"model_cfg": {"vision_cfg": {"head_width": 0}}}', "\xff"]
-)
+@pytest.mark.parametrize("config", ["", "[]", '"text"', '{"vision_config": []}', '{"model_cfg": {"vision_cfg": {"head_width": 0}}}', "\xff"])
 def test_damaged_config(good, tmp_path, config):
     (tmp_path / "model.safetensors").write_bytes((good / "tiny.safetensors").read_bytes())
     (tmp_path / "config.json").write_text(config, encoding="latin-1")
@@ -146,14 +149,72 @@ def assert_refused(path, message):
     assert len(str(caught.value)) < 400
 
 
-def mutated(content, state_keys, random):
-    """Cut short, bytes flipped near the start or anywhere, or a key renamed in place."""
-    kind = random.choice(["truncate", "head", "anywhere", "rename"])
+def test_shards_are_read_together(tmp_path):
+    names = [f"model-{i:05}-of-00002.safetensors" for i in (1, 2)]
+    keys = sorted(STATE)
+    for name, part in zip(names, (keys[::2], keys[1::2]), strict=True):
+        save_file({key: STATE[key] for key in part}, tmp_path / name)
+    (tmp_path / "config.json").write_text('{"vision_config": {"num_attention_heads": 2}, "text_config": {"num_attention_heads": 1}}')
+    for path in (tmp_path, *(tmp_path / name for name in names)):
+        reward = load_reward(path)
+        assert reward.name == tmp_path.name
+        assert reward.model.visual.transformer.resblocks[0].attn.num_heads == 2
+    (tmp_path / names[1]).unlink()
+    assert_refused(tmp_path, f"{names[1]} is missing: {names[0]} is one of 2 parts")
+
+
+def test_weights_of_another_reward_in_a_renamed_file(tmp_path):
+    """The content decides, whatever the name says."""
+    standins.save_image_reward(tmp_path / "HPS_v2.1_compressed.safetensors")
+    assert isinstance(load_reward(tmp_path / "HPS_v2.1_compressed.safetensors"), ImageReward)
+    save_file(STATE, tmp_path / "ImageReward.safetensors")
+    assert isinstance(load_reward(tmp_path / "ImageReward.safetensors"), ClipReward)
+    torch.save(standins.head(8).state_dict(), tmp_path / "PickScore_v1.pt")
+    assert_refused(tmp_path / "PickScore_v1.pt", "PickScore_v1.pt: it needs the image tower of OpenAI's CLIP ViT-L/14")
+
+
+MUTATIONS = 48
+"""Of each file."""
+
+
+def save_targets(folder):
+    """Files to damage: name -> what to load then, which reads it."""
+    save_file(STATE, folder / "clip.safetensors")
+    torch.save(STATE, folder / "clip.pt")
+    torch.save(STATE, folder / "clip_legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save({"state_dict": {f"module.{key}": value.half() for key, value in STATE.items()}}, folder / "hps.pt")
+    standins.save_image_reward(folder / "image_reward.safetensors")
+    torch.save(load_file(folder / "image_reward.safetensors"), folder / "image_reward.pt")
+    standins.save_aesthetic(folder / "head.pth", folder / "towers" / "l14.safetensors")
+    (folder / "folder").mkdir()
+    save_file(STATE, folder / "folder" / "model.safetensors")
+    (folder / "folder" / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu"}, "text_config": {"num_attention_heads": 1}}))
+    torch.save({"a": RunsCode(), **STATE}, folder / "hostile.pt")
+    return {
+        "clip.safetensors": "clip.safetensors",
+        "clip.pt": "clip.pt",
+        "clip_legacy.pt": "clip_legacy.pt",
+        "hps.pt": "hps.pt",
+        "image_reward.safetensors": "image_reward.safetensors",
+        "image_reward.pt": "image_reward.pt",
+        "vocab.txt": "image_reward.safetensors",
+        "head.pth": "head.pth",
+        "towers/l14.safetensors": "head.pth",
+        "folder/config.json": "folder",
+        "hostile.pt": "hostile.pt",
+    }
+
+
+def mutated(content, keys, random):
+    """Cut short, filled up, bytes flipped near the start or anywhere, or a key renamed in place."""
+    kind = random.choice(["truncate", "append", "head", "anywhere", "rename"])
     content = bytearray(content)
     if kind == "truncate":
         return content[: random.randrange(len(content))]
+    if kind == "append":
+        return content + random.randbytes(random.randrange(1, 300))
     if kind == "rename":
-        key = random.choice(state_keys).encode()
+        key = random.choice(keys).encode()
         return content.replace(key, bytes(random.sample(list(key), len(key))))
     limit = min(len(content), 6000) if kind == "head" else len(content)
     for _ in range(random.randint(1, 20)):
@@ -161,17 +222,58 @@ def mutated(content, state_keys, random):
     return content
 
 
-@pytest.mark.parametrize("name", ["tiny.safetensors", "tiny.pt", "legacy.pt"])
-def test_mutated_files_are_scored_or_refused(good, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(os, "system", lambda command: pytest.fail("code was run"))
-    content, path = (good / name).read_bytes(), tmp_path / "mutated"
-    generator, refused = random.Random(0), 0
-    for _ in range(60):
-        path.write_bytes(mutated(content, list(STATE), generator))
+class Watch:
+    """Notes what code in a file could do to the machine. An audit hook stays for good, so this one can be told to look away."""
+
+    forbidden = ("os.system", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "subprocess.Popen", "socket.connect", "shutil.rmtree")
+
+    def __init__(self):
+        self.watching, self.seen = False, []
+        sys.addaudithook(self.hook)
+
+    def hook(self, event, arguments):
+        if self.watching and event in self.forbidden:
+            self.seen.append(event)
+
+
+@pytest.fixture(scope="module")
+def watch():
+    return Watch()
+
+
+KEYS = (*STATE, "state_dict", "vision_config", "layers.2.weight", "blip.visual_encoder.norm.bias", "[SEP]", "cat")
+TARGETS = ("clip.safetensors", "clip.pt", "clip_legacy.pt", "hps.pt", "image_reward.safetensors", "image_reward.pt", "vocab.txt", "head.pth")
+TARGETS += ("towers/l14.safetensors", "folder/config.json", "hostile.pt")
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("targets")
+    return folder, save_targets(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", TARGETS)
+def test_damaged_files_are_scored_or_refused_in_a_sentence(targets, watch, name):
+    folder, loads = targets
+    file, options = folder / name, LoadOptions(image_folders=(folder / "towers",))
+    content, generator, refused = file.read_bytes(), random.Random(name), 0
+    keys = [key for key in KEYS if key.encode() in content]
+    for _ in range(MUTATIONS):
+        file.write_bytes(mutated(content, keys, generator))
+        started, watch.watching = time.monotonic(), True
         try:
-            evaluate(load_reward(path), torch.rand(1, 3, 8, 8), "a cat")
+            evaluate(load_reward(folder / loads[name], options), torch.rand(1, 3, 8, 8), "a cat")
         except RewardError as error:
             refused += 1
-            assert re.fullmatch(r"[^\n]+[.)]", str(error))
-    assert refused > 20
-    assert load_file(good / "tiny.safetensors").keys() == STATE.keys()
+            assert re.fullmatch(r"[^\n]{20,400}[.)]", str(error))
+        finally:
+            watch.watching = False
+        assert time.monotonic() - started < 10
+    file.write_bytes(content)
+    assert watch.seen == []
+    assert refused > MUTATIONS // 6
+
+
+def test_there_are_many_mutations():
+    assert len(TARGETS) * MUTATIONS >= 500

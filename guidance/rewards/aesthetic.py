@@ -1,0 +1,83 @@
+"""LAION's aesthetic predictor v2 (github.com/christophschuhmann/improved-aesthetic-predictor): a head on OpenAI's CLIP ViT-L/14."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import Reward, RewardError
+from .clip import embed, vit_activation_bytes
+from .clip_checkpoint import build_image_tower, image_embedding, image_part, is_openai, prepare
+from .files import LoadOptions, Shapes, StateDict, Weights, find, read
+
+log = logging.getLogger(__name__)
+
+_LAYERS = (0, 2, 4, 6, 7)
+"""Places of the linear layers among dropouts."""
+_POSITIONS = 257
+"""Of a ViT with 14 pixel patches at 224 pixels. OpenAI's L/14 for 336 pixels has a space of its own."""
+
+
+class AestheticReward(Reward):
+    """How pleasing people find a picture, from 1 to 10, whatever its prompt. The head is float32 around a tower of any precision."""
+
+    name = "LAION aesthetic"
+    reference_mean = 5.85
+    reference_std = 0.6
+    """Of pictures made by diffusion models; the spread is assumed."""
+    tower: Any
+
+    def __init__(self, tower: Any, weight: Tensor, bias: Tensor):
+        """tower: open_clip's VisionTransformer; weight (E,), bias (): the score is affine in its unit vectors."""
+        super().__init__()
+        self.tower = tower
+        self.weight = nn.Parameter(weight.float(), requires_grad=False)
+        self.bias = nn.Parameter(bias.float(), requires_grad=False)
+        self.activation_bytes = vit_activation_bytes(tower)
+
+    def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        features = embed(self.tower, pixels, self.tower.image_size[0])
+        return features @ self.weight.to(features) + self.bias.to(features)
+
+
+def is_aesthetic_head(keys: Shapes | StateDict) -> bool:
+    return set(keys) == {f"layers.{i}.{part}" for i in _LAYERS for part in ("weight", "bias")}
+
+
+def collapse(state: StateDict) -> tuple[Tensor, Tensor]:
+    """The linear layers, between which there is no activation, as one: (E,) and ()."""
+    weight, bias = state["layers.0.weight"].double(), state["layers.0.bias"].double()
+    for i in _LAYERS[1:]:
+        layer = state[f"layers.{i}.weight"].double()
+        weight, bias = layer @ weight, layer @ bias + state[f"layers.{i}.bias"].double()
+    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+        raise RewardError("the layers of its head do not follow each other; download it again.")
+    if len(weight) != 1:
+        raise RewardError(f"its head ends in {len(weight)} numbers; a score is one.")
+    return weight[0], bias[0]
+
+
+def load_aesthetic(weights: Weights, options: LoadOptions) -> AestheticReward:
+    """The head, with the image tower that is named or else found."""
+    weight, bias = collapse(weights.state)
+    file = options.image_tower or find([weights.path.parent, *options.image_folders], lambda shapes: _is_its_tower(shapes, len(weight)))
+    if file is None:
+        raise RewardError(_advice("it needs the image tower", weights.path.parent, options))
+    tower = read(file)
+    if image_embedding(tower.shapes) != len(weight):
+        raise RewardError(_advice(f"{file.name} has no image tower that ends in {len(weight)} numbers; it needs that", file.parent, options))
+    log.info("%s scores with the image tower of %s.", weights.path.name, file.name)
+    state, _ = prepare(image_part(tower.state), tower.hints, options.precision)
+    return AestheticReward(build_image_tower(state, tower.hints, quick_gelu=True), weight, bias)
+
+
+def _is_its_tower(shapes: Shapes, width: int) -> bool:
+    positions = shapes.get("visual.positional_embedding") or shapes.get("vision_model.embeddings.position_embedding.weight") or (0,)
+    return image_embedding(shapes) == width and positions[0] == _POSITIONS and is_openai(shapes)
+
+
+def _advice(what: str, folder: Path, options: LoadOptions) -> str:
+    folder = options.image_folders[0] if options.image_folders else folder
+    return f"{what} of OpenAI's CLIP ViT-L/14; put model.safetensors of openai/clip-vit-large-patch14 into {folder}."

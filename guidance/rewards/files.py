@@ -1,0 +1,197 @@
+"""Weights files: read without running any code in them, and found by the shapes they hold."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from .base import RewardError
+
+StateDict = dict[str, Tensor]
+Hints = Mapping[str, str]
+Shapes = Mapping[str, tuple[int, ...]]
+
+_WEIGHT_NAMES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+_SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.)")
+"""What Hugging Face puts into the names of the parts of a large file."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file, or all shards of one, holds."""
+
+    path: Path
+    state: StateDict
+    hints: Hints = field(default_factory=dict)
+    """The safetensors metadata, and what a config.json beside the weights says."""
+    wrapper: tuple[str, ...] = ()
+    """Names beside the `state_dict` under which a checkpoint keeps its weights, itself among them."""
+
+    @property
+    def name(self) -> str:
+        """As people call it: the folder's name where the file has the same name in every folder."""
+        return self.path.parent.name if _named_alike(self.path) else self.path.stem
+
+    @property
+    def shapes(self) -> Shapes:
+        return {key: tuple(tensor.shape) for key, tensor in self.state.items()}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a reward is made with, beside its own file."""
+
+    image_folders: tuple[Path, ...] = ()
+    """Where an image tower may lie, beside the file's own folder."""
+    text_folders: tuple[Path, ...] = ()
+    """Where a text tower may lie, beside the file's own folder."""
+    image_tower: Path | None = None
+    """The file to take it from, rather than searching."""
+    text_tower: Path | None = None
+    kind: str | None = None
+    """Of a dual encoder, one of clip.CLIP_KINDS; None to recognise it."""
+    precision: Callable[[torch.dtype], torch.dtype] = lambda stored: stored
+    """Of the towers, from that of the file. What follows them is float32."""
+
+
+def _named_alike(file: Path) -> bool:
+    return file.name in _WEIGHT_NAMES or _SHARD.sub("", file.name) in _WEIGHT_NAMES
+
+
+def read(path: str | Path) -> Weights:
+    """A weights file (safetensors, or a PyTorch checkpoint without code), one of its shards, or a Hugging Face folder."""
+    file = _weights_file(Path(path))
+    state: StateDict = {}
+    hints = _read_config(file.parent) if _named_alike(file) else {}
+    wrapper: tuple[str, ...] = ()
+    for shard in _shards(file):
+        part, metadata, wrapper = _read_one(shard)
+        state |= part
+        hints |= metadata
+    return Weights(file, state, hints, wrapper)
+
+
+def find(folders: Iterable[Path], fits: Callable[[Shapes], bool]) -> Path | None:
+    """The first file below the folders whose shapes fit."""
+    files = (file for folder in dict.fromkeys(folders) for file in sorted(folder.rglob("*")))
+    return next((file for file in files if file.suffix.lower() in _SUFFIXES and file.is_file() and fits(shapes(file))), None)
+
+
+def shapes(file: Path) -> Shapes:
+    """Of every tensor in a file, for which only its header is read; none if that is not possible."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(9)
+        if start[8:9] == b"{":
+            with safe_open(file, framework="pt") as weights:
+                return {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+        if start.startswith(b"PK"):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            return {key: tuple(tensor.shape) for key, tensor in _unwrap(content)[0].items()}
+    except Exception:  # whatever is wrong with it, another file may fit
+        return {}
+    return {}
+
+
+def summary(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _weights_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise RewardError(f"There is no reward file {path.name}; put it into the reward models folder and refresh.")
+    for name in _WEIGHT_NAMES:
+        for file in (path / name, *sorted(path.glob(f"{Path(name).stem}-00001-of-*{Path(name).suffix}"))):
+            if file.is_file():
+                return file
+    raise RewardError(f"The folder {path.name} holds no weights; it needs one of {', '.join(_WEIGHT_NAMES)}.")
+
+
+def _shards(file: Path) -> list[Path]:
+    if not (found := _SHARD.search(file.name)):
+        return [file]
+    files = [file.with_name(_SHARD.sub(f"-{i:05}-of-{found[1]}", file.name)) for i in range(1, int(found[1]) + 1)]
+    if missing := [shard.name for shard in files if not shard.is_file()]:
+        raise RewardError(f"{missing[0]} is missing: {file.name} is one of {len(files)} parts; download the others into the same folder.")
+    return files
+
+
+def _read_one(file: Path) -> tuple[StateDict, dict[str, str], tuple[str, ...]]:
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(512)
+    except OSError as error:
+        raise RewardError(f"{file.name} cannot be read: {error.strerror}.") from error
+    if not start:
+        raise RewardError(f"{file.name} is empty; download it again.")
+    if start.startswith(b"version https://git-lfs"):
+        raise RewardError(f"{file.name} is a git-lfs pointer, not the weights; run git lfs pull, or download the file itself.")
+    if start.lstrip().startswith(b"<"):
+        raise RewardError(f"{file.name} is a web page saved under the name of the weights; download the file itself.")
+    if start[8:9] == b"{":
+        return *_read_safetensors(file), ()
+    if start.startswith((b"PK", b"\x80")):
+        state, wrapper = _unwrap(_read_checkpoint(file))
+        return state, {}, wrapper
+    raise RewardError(f"{file.name} is neither a safetensors file nor a PyTorch checkpoint; download it again.")
+
+
+def _read_safetensors(file: Path) -> tuple[StateDict, dict[str, str]]:
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return {key: weights.get_tensor(key) for key in weights.keys()}, weights.metadata() or {}  # noqa: SIM118
+    except Exception as error:
+        raise RewardError(f"{file.name} is damaged or only half downloaded; download it again.") from error
+
+
+def _read_checkpoint(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if type(error).__name__ == "UnpicklingError" and (code := re.search(r"GLOBAL (\S+)", str(error))):
+            raise RewardError(f"{file.name} contains code ({code[1]}), which is not run; use a safetensors version of it.") from error
+        if "TorchScript" in str(error):
+            raise RewardError(f"{file.name} is a TorchScript program, which is not run; use a safetensors version of it.") from error
+        raise RewardError(f"{file.name} is damaged or only half downloaded; download it again.") from error
+
+
+def _unwrap(content: Any) -> tuple[StateDict, tuple[str, ...]]:
+    """A state dict, bare or as training checkpoints wrap it: under `state_dict`, with the `module.` of data-parallel training."""
+    wrapper: tuple[str, ...] = ()
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content, wrapper = content["state_dict"], tuple(map(str, content))
+    items = content.items() if isinstance(content, dict) else ()
+    return {str(key).removeprefix("module."): value for key, value in items if isinstance(value, Tensor)}, wrapper
+
+
+def _read_config(folder: Path) -> dict[str, str]:
+    """What the weights cannot tell, from transformers' or open_clip's configuration with the defaults those give to entries left out."""
+    for name in ("config.json", "open_clip_config.json"):
+        if (folder / name).is_file():
+            try:
+                return _config_hints(json.loads((folder / name).read_text(encoding="utf-8")))
+            except (ValueError, TypeError, AttributeError, ZeroDivisionError, OSError) as error:
+                raise RewardError(f"{name} in {folder.name} is damaged; download it again ({summary(error)}).") from error
+    return {}
+
+
+def _config_hints(config: Any) -> dict[str, str]:
+    if "model_cfg" in config:
+        model = config["model_cfg"]
+        vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+        heads = vision.get("width", 768) // vision.get("head_width", 64), text.get("heads", 8)
+        quick_gelu = model.get("quick_gelu", False)
+    else:
+        vision, text = config.get("vision_config", {}), config.get("text_config", {})
+        heads = vision.get("num_attention_heads", 12), text.get("num_attention_heads", 8)
+        quick_gelu = vision.get("hidden_act", "quick_gelu") == "quick_gelu"
+    return {"vision_heads": str(heads[0]), "text_heads": str(heads[1]), "quick_gelu": str(quick_gelu)}

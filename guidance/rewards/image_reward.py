@@ -1,0 +1,176 @@
+"""ImageReward v1.0 (arXiv 2304.05977): BLIP reads the prompt while it looks at the picture, a head scores what it read."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from torch import Tensor, nn
+
+from .aesthetic import collapse
+from .base import PromptMemory, Reward, RewardError, at_least_float32, warn_of_unread
+from .blip import TextEncoder, VisionTransformer
+from .clip import layer_activation_bytes, preprocess
+from .clip_checkpoint import check_floats, check_heads
+from .files import Hints, LoadOptions, Shapes, StateDict, Weights, summary
+
+_MEAN, _STD = 0.16717362830052426, 1.0333394966054072
+"""Of the head's output on the training set, from the published code."""
+_TOKENS = 35
+_ADDED_WORDS = 2
+"""BLIP's [DEC] and [ENC], which BERT's vocabulary lacks."""
+_UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
+"""Left over from BLIP's own training."""
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class Vocabulary:
+    """bert-base-uncased's words."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.start, self.end, self.padding = map(tokenizer.token_to_id, ("[CLS]", "[SEP]", "[PAD]"))
+
+    def __call__(self, prompt: str) -> list[int]:
+        """The tokens that are read."""
+        return [self.start, *self._encode(prompt).ids[: _TOKENS - 2], self.end]
+
+    def unread(self, prompt: str) -> str:
+        offsets = self._encode(prompt).offsets[_TOKENS - 2 :]
+        return prompt[offsets[0][0] :].strip() if offsets else ""
+
+    def _encode(self, prompt: str):
+        return self.tokenizer.encode(prompt.encode("utf-8", "replace").decode(), add_special_tokens=False)
+
+
+class ImageReward(Reward):
+    """How well a picture shows its prompt and how good it is. The encoders may be bfloat16 or float16; the head is float32."""
+
+    name = "ImageReward"
+    needs_prompt = True
+
+    def __init__(self, visual_encoder: VisionTransformer, text_encoder: TextEncoder, weight: Tensor, bias: Tensor, vocabulary: Vocabulary):
+        """weight (W,), bias (): the head, which is affine in the first token's state."""
+        super().__init__()
+        self.visual_encoder = visual_encoder
+        self.text_encoder = text_encoder
+        self.weight = nn.Parameter((weight / _STD).float(), requires_grad=False)
+        self.bias = nn.Parameter(((bias - _MEAN) / _STD).float(), requires_grad=False)
+        self.vocabulary = vocabulary
+        self.activation_bytes = _activation_bytes(visual_encoder, text_encoder)
+        self._tokens = PromptMemory[str, list[int]]()
+
+    def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        prepared = preprocess(at_least_float32(pixels), self.visual_encoder.image_size)
+        picture = self.visual_encoder(prepared.to(self.visual_encoder.cls_token.dtype))
+        tokens, mask = (tensor.to(picture.device) for tensor in self.tokenize(prompts))
+        state = at_least_float32(self.text_encoder(tokens, mask, picture)[:, 0])
+        return state @ self.weight.to(state) + self.bias.to(state)
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens (B,N), padded to the longest prompt, and where they are text."""
+        rows = self._tokens(prompts, self._tokenize)
+        longest = max(map(len, rows))
+        tokens = torch.tensor([row + [self.vocabulary.padding] * (longest - len(row)) for row in rows])
+        return tokens, torch.arange(longest) < torch.tensor([[len(row)] for row in rows])
+
+    def _tokenize(self, prompts: list[str]) -> list[list[int]]:
+        warn_of_unread(self, prompts)
+        return [self.vocabulary(prompt) for prompt in prompts]
+
+    def unread(self, prompt: str) -> str:
+        return self.vocabulary.unread(prompt)
+
+
+def _activation_bytes(vision: VisionTransformer, text: TextEncoder) -> int:
+    """Per picture. A text layer reads at most 35 tokens, but makes keys and values of the whole picture."""
+    size = vision.cls_token.element_size()
+    tokens, width = vision.pos_embed.shape[1:]
+    text_width, layers = text.embeddings.word_embeddings.embedding_dim, len(text.encoder.layer)
+    read = layer_activation_bytes(_TOKENS, text_width, size) + 2 * tokens * text_width * size
+    return len(vision.blocks) * layer_activation_bytes(tokens, width, size) + layers * read
+
+
+def is_image_reward(keys: Shapes) -> bool:
+    return all(f"blip.{key}" in keys for key in ("visual_encoder.pos_embed", "text_encoder.embeddings.word_embeddings.weight"))
+
+
+def load_image_reward(weights: Weights, options: LoadOptions) -> ImageReward:
+    state = {key: tensor for key, tensor in weights.state.items() if not key.startswith(_UNUSED)}
+    check_floats(state)
+    precision = options.precision(state["blip.visual_encoder.cls_token"].dtype)
+    weight, bias = collapse(_under("mlp.", state))
+    vision, text = ({key: tensor.to(precision) for key, tensor in _under(f"blip.{part}_encoder.", state).items()} for part in ("visual", "text"))
+    encoders = _vision_encoder(vision, weights.hints), _text_encoder(text, weights.hints)
+    if unknown := [key for key in state if not key.startswith(("mlp.", "blip.visual_encoder.", "blip.text_encoder."))]:
+        raise RewardError(f"it holds {unknown[0]}, which ImageReward has no place for.")
+    words = len(text["embeddings.word_embeddings.weight"])
+    return ImageReward(*encoders, weight, bias, find_vocabulary(weights.path.parent, words))
+
+
+def _under(prefix: str, state: StateDict) -> StateDict:
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def _vision_encoder(state: StateDict, hints: Hints) -> VisionTransformer:
+    width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+    heads = int(hints.get("vision_heads", max(1, width // 64)))
+    check_heads("vision", width, heads)
+    image_size = patch_size * math.isqrt(state["pos_embed"].shape[1] - 1)
+    with torch.device("meta"):
+        encoder = VisionTransformer(image_size, patch_size, width, _count("blocks", state), heads, len(state["blocks.0.mlp.fc1.bias"]))
+    encoder.load_state_dict(state, assign=True)
+    return encoder.eval().requires_grad_(False)
+
+
+def _text_encoder(state: StateDict, hints: Hints) -> TextEncoder:
+    words, width = state["embeddings.word_embeddings.weight"].shape
+    places = len(state["embeddings.position_embeddings.weight"])
+    heads = int(hints.get("text_heads", max(1, width // 64)))
+    check_heads("text", width, heads)
+    inner = len(state["encoder.layer.0.intermediate.dense.bias"])
+    picture_width = state["encoder.layer.0.crossattention.self.key.weight"].shape[1]
+    with torch.device("meta"):
+        encoder = TextEncoder(words, places, width, _count("encoder.layer", state), heads, inner, picture_width)
+    encoder.load_state_dict(state, assign=True)
+    return encoder.eval().requires_grad_(False)
+
+
+def _count(stack: str, state: StateDict) -> int:
+    return len({key.removeprefix(f"{stack}.").split(".")[0] for key in state if key.startswith(f"{stack}.")})
+
+
+def find_vocabulary(folder: Path, words: int) -> Vocabulary:
+    """The vocabulary beside the weights, whose embedding has `words` rows."""
+    for file in (folder / "vocab.txt", folder / "tokenizer.json"):
+        if file.is_file():
+            return _read_vocabulary(file, words)
+    raise RewardError(f"it reads prompts with BERT's vocabulary; put vocab.txt of google-bert/bert-base-uncased (Hugging Face) into {folder}.")
+
+
+def _read_vocabulary(file: Path, words: int) -> Vocabulary:
+    try:
+        tokenizer = Tokenizer.from_file(str(file)) if file.suffix == ".json" else _word_pieces(file.read_text(encoding="utf-8").splitlines())
+    except Exception as error:  # tokenizers raises nothing more special
+        raise RewardError(f"{file.name} beside it is damaged; download it again ({summary(error)}).") from error
+    found = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if found not in (words, words - _ADDED_WORDS) or any(tokenizer.token_to_id(word) is None for word in _SPECIAL):
+        raise RewardError(
+            f"{file.name} beside it has {found} words and the weights {words - _ADDED_WORDS}; take that of google-bert/bert-base-uncased."
+        )
+    return Vocabulary(tokenizer)
+
+
+def _word_pieces(words: list[str]) -> Tokenizer:
+    """As transformers' BertTokenizer makes of a vocab.txt."""
+    tokenizer = Tokenizer(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    tokenizer.add_special_tokens([word for word in _SPECIAL if word in words])
+    return tokenizer

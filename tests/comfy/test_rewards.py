@@ -1,0 +1,218 @@
+"""Every kind of reward file in the folders of a real ComfyUI, what Score Images says of pictures, and a reward from another pack."""
+
+import io
+import itertools
+import json
+from urllib.parse import urlencode
+
+import pytest
+import torch
+from PIL import Image
+from reward_guidance.guidance.rewards import evaluate, load_reward
+from reward_guidance.tests.harness.graphs import Graph
+from reward_guidance.tests.harness.guided import latents, one_box, statistic
+from reward_guidance.tests.standins import rewards as standins
+
+SEEDS = itertools.count(5000)
+PROMPT = "a large red circle"
+
+
+@pytest.fixture(scope="module")
+def models(server):
+    """A file of every kind, where a user would put it."""
+    folder = server.base / "models"
+    for name in ("reward_models", "clip_vision", "text_encoders"):
+        (folder / name).mkdir(exist_ok=True)
+    own = folder / "reward_models"
+    standins.save_hps(own / "HPS_v2.1_tiny.safetensors")
+    standins.save_transformers(own / "tiny_clip_folder")
+    standins.save_image_reward(own / "ImageReward_tiny.safetensors")
+    standins.save_aesthetic(own / "sac+logos+ava1-l14-linearMSE.pth", folder / "clip_vision" / "tiny_l14.safetensors")
+    standins.save_towers(folder / "clip_vision" / "tiny_vision_g.safetensors", folder / "text_encoders" / "tiny_g.safetensors")
+    return folder
+
+
+def loaded(name, **choices):
+    return lambda graph: graph.add("loaded", "RewardGuidanceLoadReward", reward_name=name, **choices)
+
+
+FILES = (
+    "HPS_v2.1_tiny.safetensors",
+    "tiny_clip_folder/model.safetensors",
+    "ImageReward_tiny.safetensors",
+    "sac+logos+ava1-l14-linearMSE.pth",
+    "clip_vision/tiny_vision_g.safetensors",
+)
+
+
+def pictures(graph, *colours, size=32):
+    images = [graph.add(f"image_{i}", "EmptyImage", width=size, height=size, batch_size=1, color=colour) for i, colour in enumerate(colours)]
+    return graph.add("images", "ImageBatch", image1=images[0], image2=images[1]) if len(images) > 1 else images[0]
+
+
+def scored(build_reward, images=lambda graph: pictures(graph, 0x000000, 0xFF4020), prompt=PROMPT):
+    """Score Images with all that it gives shown or saved."""
+    graph = Graph()
+    graph.add("score", "RewardGuidanceScoreImages", images=images(graph), reward=build_reward(graph), prompt=prompt)
+    for output, node in enumerate(("raw", "standardized", "report")):
+        graph.add(node, "PreviewAny", source=["score", output])
+    graph.add("save", "SaveImage", images=["score", 3], filename_prefix=f"scored_{next(SEEDS)}_%batch_num%")
+    graph.add("annotated", "SaveImage", images=["score", 4], filename_prefix=f"annotated_{next(SEEDS)}")
+    return graph.prompt
+
+
+def numbers(result, node):
+    return [float(text) for text in result.outputs[node]["text"]]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16"])
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_file_scores(bench, models, name, dtype):
+    result = bench.run(scored(loaded(name, dtype=dtype)))
+    scores = numbers(result, "raw")
+    assert len(scores) == 2
+    assert scores[0] != scores[1]
+    if dtype == "auto" and not name.startswith(("sac", "clip_vision")):
+        batch = torch.stack([torch.zeros(3, 32, 32), torch.tensor([1.0, 0x40 / 255, 0x20 / 255]).view(3, 1, 1).expand(3, 32, 32)])
+        with torch.no_grad():
+            assert scores == pytest.approx(evaluate(load_reward(models / "reward_models" / name), batch, PROMPT).tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_file_guides(bench, models, name):
+    def sample(strength):
+        guide = one_box(decoder="latent_rgb", reward=loaded(name), prompt=PROMPT, strength=strength)
+        return bench.latent(bench.run(latents("flux", guide, seed=3)))
+
+    assert not torch.equal(sample(1.0), sample(0.0))
+
+
+def test_kind_can_be_overruled(bench, models):
+    hps, clip = (numbers(bench.run(scored(loaded(FILES[0], clip_kind=kind))), "raw") for kind in ("auto", "CLIP score"))
+    assert [a / b for a, b in zip(clip, hps, strict=True)] == pytest.approx([1 / 0.07] * 2, rel=1e-2)
+
+
+def test_towers_can_be_named(bench, models):
+    named = bench.run(scored(loaded(FILES[4], text_tower="tiny_g.safetensors")))
+    assert numbers(named, "raw") == numbers(bench.run(scored(loaded(FILES[4]))), "raw")
+    wrong = bench.queue(scored(loaded(FILES[4], text_tower="tiny_clip_l.pt")))
+    assert "tiny_clip_l.pt has" in wrong.error
+
+
+def combination(graph):
+    parts = {"reward_1": statistic("brightness")(graph), "reward_2": loaded(FILES[0])(graph), "weight_1": -1.0}
+    return graph.add("combined", "RewardGuidanceCombineRewards", **parts)
+
+
+def test_a_combination_shows_its_parts(bench, models):
+    result = bench.run(scored(combination))
+    (report,) = result.outputs["report"]["text"]
+    header, _, first, second = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.splitlines()]
+    assert header == ["picture", "less brightness + HPS_v2.1_tiny", "brightness", "HPS_v2.1_tiny"]
+    assert [row[0] for row in (first, second)] == ["1", "2"]
+    assert [float(row[1]) for row in (first, second)] == pytest.approx(numbers(result, "standardized"), abs=0.01)
+    assert first[2].startswith("0.0000 (-3.33)")
+    assert numbers(result, "raw") == numbers(result, "standardized")
+
+
+def opened(bench, file):
+    return Image.open(io.BytesIO(bench.client.fetch(f"/view?{urlencode(file)}")))
+
+
+def test_scores_are_written_into_saved_pictures_beside_the_workflow(bench, models):
+    workflow = {"id": "mine", "nodes": [], "links": [], "version": 0.4}
+    text = f"{PROMPT} {next(SEEDS)}"  # what ComfyUI remembers of another run is not written again
+    result = bench.run(scored(combination, prompt=text), extra_pnginfo={"workflow": workflow})
+    files = [opened(bench, file) for file in result.outputs["save"]["images"]]
+    assert [file["filename"].split("_")[2] for file in result.outputs["save"]["images"]] == ["0", "1"]
+    for image in files:
+        assert json.loads(image.text["workflow"]) == workflow
+        assert json.loads(image.text["prompt"])["score"]["class_type"] == "RewardGuidanceScoreImages"
+        (record,) = json.loads(image.text["reward_guidance"]).values()
+        assert record["scores"] == pytest.approx(numbers(result, "raw"), abs=1e-4)
+        assert (record["reward"], record["prompt"]) == ("less brightness + HPS_v2.1_tiny", text)
+        assert [part["reward"] for part in record["parts"]] == ["brightness", "HPS_v2.1_tiny"]
+        assert [len(part["scores"]) for part in record["parts"]] == [2, 2]
+
+
+def test_a_prompt_from_a_program_has_no_place_for_scores_in_its_pictures(bench, models):
+    result = bench.run(scored(statistic("brightness")))
+    assert set(opened(bench, result.outputs["save"]["images"][0]).text) == {"prompt"}
+
+
+def test_annotated_pictures_are_the_pictures_with_a_caption(bench, models):
+    result = bench.run(scored(combination, lambda graph: pictures(graph, 0x000000, 0xFF4020, size=300)))
+    plain, annotated = ([opened(bench, file) for file in result.outputs[node]["images"]] for node in ("save", "annotated"))
+    for before, after in zip(plain, annotated, strict=True):
+        assert after.width == 300
+        assert after.height > 340
+        assert after.crop((0, 0, 300, 300)).tobytes() == before.convert("RGB").tobytes()
+        assert len(after.crop((0, 300, 300, after.height)).getcolors(1 << 16)) > 20
+
+
+def test_a_long_prompt_is_said_to_be_cut(bench, models):
+    result = bench.run(scored(combination, prompt=PROMPT + " on a blue ground, masterpiece, best quality, and the end"))
+    (report,) = result.outputs["report"]["text"]
+    assert report.splitlines()[-1].startswith("HPS_v2.1_tiny reads only the beginning of the prompt; it does not see: ")
+    assert report.endswith("and the end")
+
+
+def transparent(graph):
+    image = pictures(graph, 0xFF0000)
+    mask = graph.add("mask", "SolidMask", value=0.5, width=32, height=32)
+    return graph.add("transparent", "JoinImageWithAlpha", image=image, alpha=mask)
+
+
+@pytest.mark.parametrize("images", [transparent, lambda graph: pictures(graph, 0xFF0000, size=1)], ids=["transparent", "one pixel"])
+@pytest.mark.parametrize("name", FILES)
+def test_odd_pictures_are_scored(bench, models, name, images):
+    assert len(numbers(bench.run(scored(loaded(name), images)), "raw")) == 1
+
+
+MISSING = {
+    "vocabulary": ("vocab.txt", "ImageReward_tiny.safetensors", "put vocab.txt of google-bert/bert-base-uncased"),
+    "text tower": ("../text_encoders/tiny_g.safetensors", "clip_vision/tiny_vision_g.safetensors", "is an image tower alone; put a text tower"),
+    "image tower": ("../clip_vision/tiny_l14.safetensors", FILES[3], "put model.safetensors of openai/clip-vit-large-patch14"),
+}
+
+
+@pytest.mark.parametrize(("part", "name", "words"), MISSING.values(), ids=MISSING)
+def test_a_missing_part_is_asked_for_and_then_found(bench, models, part, name, words):
+    file = models / "reward_models" / part
+    content = file.read_bytes()
+    file.unlink()
+    bench.client.free()
+    try:
+        refused = bench.queue(scored(loaded(name)))
+        assert words in refused.error
+        assert str(file.resolve().parent) in refused.error
+        assert "\n" not in refused.error
+    finally:
+        file.write_bytes(content)
+    assert bench.queue(scored(loaded(name))).error is None
+
+
+def redness(graph):
+    return graph.add("redness", "RednessReward")
+
+
+def test_a_reward_of_another_pack_scores(bench):
+    result = bench.run(scored(redness, lambda graph: pictures(graph, 0x0000FF, 0xFF0000), prompt=""))
+    assert numbers(result, "raw") == pytest.approx([-0.5, 1.0], abs=1e-5)
+    assert numbers(result, "standardized") == pytest.approx([-5, 10], abs=1e-4)
+    assert "redness" in result.outputs["report"]["text"][0]
+
+
+def test_a_reward_of_another_pack_guides_and_combines(bench):
+    def combined(graph):
+        return graph.add("combined", "RewardGuidanceCombineRewards", reward_1=redness(graph), reward_2=statistic("contrast")(graph))
+
+    def sample(reward, **options):
+        result = bench.run(latents("flux", one_box(decoder="latent_rgb", reward=reward, **options), steps=6, seed=9))
+        return bench.latent(result), [step["reward"] for step in result.outputs["sampler"].get("reward_guidance", [])]
+
+    plain, _ = sample(redness, strength=0.0)
+    for reward in (redness, combined):
+        guided, rewards = sample(reward)
+        assert not torch.equal(guided, plain)
+        assert rewards[-1] > rewards[0]

@@ -1,0 +1,171 @@
+"""Every reward that has weights, against the library it comes from: scores, gradients, preprocessing, precision and memory."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import open_clip
+import pytest
+import skimage
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from reward_guidance.guidance.rewards import ClipReward, ImageReward, LoadOptions, Reward, evaluate, load_reward
+from reward_guidance.guidance.rewards.blip import TextEncoder, VisionTransformer
+from reward_guidance.guidance.rewards.clip import preprocess
+from reward_guidance.guidance.rewards.image_reward import find_vocabulary
+from reward_guidance.tests.standins import rewards as standins
+from torch.profiler import ProfilerActivity, profile
+
+PROMPTS = ["a large red circle on a blue ground", "two cats, 8k, masterpiece"]
+MOST_COSINE = 0.001
+"""How far a cosine with any text may move. Ports of published scorers differ by .0004 (PickScore) to .001 (HPS) from the originals."""
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
+
+
+def as_stored(dtype):
+    return dtype
+
+
+@dataclass(frozen=True)
+class Case:
+    reward: Reward
+    reference: standins.Reference
+    size: int = standins.SIZE
+    whole: bool = False
+
+    def expected(self, pixels, prompts):
+        return self.reference(preprocess(pixels, self.size, self.whole), prompts)
+
+
+def one_file(name, save, folder, precision=as_stored, **case):
+    reference = save(folder / name)
+    return Case(load_reward(folder / name, LoadOptions(precision=precision)), reference, **case)
+
+
+def two_towers(folder, precision=as_stored):
+    """An image tower as in models/clip_vision and a text tower as in models/text_encoders."""
+    vision, text = folder / "vision" / "clip_vision_l.safetensors", folder / "text" / "clip_l.safetensors"
+    reference = standins.save_towers(vision, text)
+    return Case(load_reward(vision, LoadOptions(text_folders=(text.parent,), precision=precision)), reference)
+
+
+def aesthetic(folder, precision=as_stored):
+    head, tower = folder / "sac+logos+ava1-l14-linearMSE.pth", folder / "clip_vision" / "clip-vit-large-patch14.safetensors"
+    reference = standins.save_aesthetic(head, tower)
+    return Case(load_reward(head, LoadOptions(image_folders=(tower.parent,), precision=precision)), reference, size=32)
+
+
+CASES = {
+    "open_clip": partial(one_file, "clip.safetensors", standins.save_open_clip),
+    "open_clip, QuickGELU": partial(one_file, "clip.safetensors", partial(standins.save_open_clip, quick_gelu=True)),
+    "transformers folder": partial(one_file, "clip", standins.save_transformers),
+    "transformers folder, QuickGELU": partial(one_file, "clip", partial(standins.save_transformers, hidden_act="quick_gelu")),
+    "two towers": two_towers,
+    "HPS": partial(one_file, "hps.safetensors", standins.save_hps, whole=True),
+    "aesthetic": aesthetic,
+    "ImageReward": partial(one_file, "ImageReward.safetensors", standins.save_image_reward),
+}
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+def make(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def case(make, tmp_path_factory):
+    return make(tmp_path_factory.mktemp("reward"))
+
+
+def test_scores_and_gradients_equal_the_library(case):
+    pixels = torch.rand(2, 3, 40, 31, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ours, theirs = case.reward(pixels, PROMPTS), case.expected(pixels, PROMPTS)
+    assert ours.shape == (2,)
+    assert (ours - theirs).abs().max() < 1e-4
+    our_gradient, their_gradient = (torch.autograd.grad(scores.sum(), pixels)[0] for scores in (ours, theirs))
+    assert their_gradient.norm() > 1e-3
+    assert (our_gradient - their_gradient).norm() < 1e-4 * their_gradient.norm()
+
+
+def test_gradient_equals_finite_differences(case):
+    pixels = torch.rand(1, 3, case.size, case.size, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    (gradient,) = torch.autograd.grad(case.reward(pixels, PROMPTS[:1]), pixels)
+    step = 0.02 * gradient / gradient.norm()
+    with torch.no_grad():
+        difference = (case.reward(pixels + step, PROMPTS[:1]) - case.reward(pixels - step, PROMPTS[:1])) / 2
+    assert (gradient * step).sum().item() == pytest.approx(difference.item(), rel=1e-2)
+
+
+def test_each_picture_is_scored_for_itself(case):
+    pixels = torch.rand(3, 3, 33, 45)
+    together = evaluate(case.reward, pixels, "a red circle")
+    alone = torch.cat([evaluate(case.reward, pixels[i : i + 1], "a red circle") for i in range(3)])
+    assert together == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.25), (torch.float16, 0.03)], ids=["bfloat16", "float16"])
+def test_half_precision_towers_score_in_float32(make, case, tmp_path, dtype, tolerance):
+    """Tolerances are in units of the reward's spread."""
+    half = make(tmp_path, precision=lambda stored: dtype).reward
+    pixels = torch.rand(2, 3, 40, 31, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    scores, exact = half(pixels, PROMPTS), case.reward(pixels, PROMPTS)
+    assert scores.dtype == torch.float32
+    assert (scores - exact).abs().max() < tolerance * case.reward.reference_std
+    gradient, exact_gradient = (torch.autograd.grad(each.sum(), pixels)[0] for each in (scores, exact))
+    assert torch.cosine_similarity(gradient.flatten(), exact_gradient.flatten(), dim=0) > 0.98
+
+
+def proportioned_clip():
+    """Of H/14 all but the width and the depth."""
+    torch.manual_seed(0)
+    vision = open_clip.model.CLIPVisionCfg(layers=8, width=320, head_width=80, patch_size=14, image_size=224)
+    text = open_clip.model.CLIPTextCfg(context_length=8, width=8, heads=1, layers=1)
+    return ClipReward(open_clip.model.CLIP(64, vision, text).eval().requires_grad_(False))
+
+
+def proportioned_image_reward(folder):
+    vision = VisionTransformer(224, 16, 256, 8, 4, 1024).eval().requires_grad_(False)
+    text = TextEncoder(len(standins.WORDS) + 2, 512, 192, 8, 3, 768, 256).eval().requires_grad_(False)
+    standins.save_vocabulary(folder)
+    return ImageReward(vision, text, torch.ones(192), torch.zeros(()), find_vocabulary(folder, len(standins.WORDS) + 2))
+
+
+def peak(function):
+    """Bytes: the most that `function` held at once, over what there was before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
+@pytest.mark.parametrize("make", [lambda folder: proportioned_clip(), proportioned_image_reward], ids=["CLIP", "ImageReward"])
+def test_declared_memory_is_what_scoring_with_a_graph_takes(make, tmp_path):
+    reward, pixels = make(tmp_path), torch.rand(1, 3, 224, 224, requires_grad=True)
+
+    def score():
+        return torch.autograd.grad(reward(pixels, PROMPTS[:1]).sum(), pixels)
+
+    score()  # remembers the prompt
+    assert 0.7 < peak(score) / reward.activation_bytes < 1.1
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest"])
+def test_preprocessing_equals_pil_on_photographs(name, resize_mode):
+    """CLIP's, which ImageReward and the aesthetic head share, and that of HPS: the longest side, and black bars."""
+    photo = Image.open(Path(skimage.__file__).parent / "data" / name).convert("RGB")
+    theirs = open_clip.transform.image_transform(224, is_train=False, resize_mode=resize_mode, fill_color=0)(photo)
+    pixels = torch.from_numpy(skimage.io.imread(Path(skimage.__file__).parent / "data" / name)[..., :3].copy()).permute(2, 0, 1)[None] / 255
+    ours = preprocess(pixels, 224, whole=resize_mode == "longest")[0]
+    difference = (ours - theirs).abs() * 255 * 0.27
+    assert difference.mean() < 0.5
+    assert difference.quantile(0.999) < 6
+    with torch.no_grad():
+        features = F.normalize(proportioned_clip().model.visual(torch.stack([ours, theirs])), dim=1)
+    assert (features[0] - features[1]).norm() < MOST_COSINE
