@@ -1,7 +1,7 @@
 """The only place that knows inference mode, model patchers and the hooks of ComfyUI's samplers."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, count
@@ -148,14 +148,27 @@ class LatentReward:
         return pictures * (self.decoder.bytes_per_pixel * height * width + self.loaded.reward.activation_bytes)
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one guided model call reports."""
+def with_room_for(reward: LatentReward, patcher: comfy.model_patcher.ModelPatcher, noise_shape: Sequence[int]) -> list[int]:
+    """A shape with as many more samples as take the memory of scoring those of `noise_shape`."""
+    per_sample = patcher.model.memory_required([1, *noise_shape[1:]])
+    extra = math.ceil(reward.activation_bytes(torch.Size(noise_shape)) / per_sample)
+    return [noise_shape[0] + extra, *noise_shape[1:]]
 
-    sigma: float
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What is reported while a node samples: how far it is, and the reward of every sample."""
+
     step: int
     steps: int
     rewards: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Progress):
+    """One guided model call."""
+
+    sigma: float
     model_calls: int
 
 
@@ -207,10 +220,8 @@ class RewardGuidance:
 
     def prepare_sampling(self, executor, patcher, noise_shape, conds, *args, **kwargs):
         """Load the diffusion model with room left for what the reward needs."""
-        per_sample = patcher.model.memory_required([1, *noise_shape[1:]])
-        extra = math.ceil(self.reward.activation_bytes(torch.Size(noise_shape)) / per_sample)
         kwargs["force_full_load"] = kwargs.get("force_full_load", False) or self.needs_model_gradient
-        return executor(patcher, [noise_shape[0] + extra, *noise_shape[1:]], conds, *args, **kwargs)
+        return executor(patcher, with_room_for(self.reward, patcher, noise_shape), conds, *args, **kwargs)
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, latent_shapes=None, **kwargs):
         """Begin with clean state and forget it at the end, however the run ends."""
@@ -266,4 +277,5 @@ class RewardGuidance:
     def record(self, run: Run, sigma: float) -> None:
         steps = max(len(run.sigmas) - 1, 1)
         step = min(int((run.sigmas > sigma * (1 + 1e-6)).sum()) + 1, steps)
-        self.report(Step(sigma, step, steps, tuple(run.estimator.rewards.tolist()), run.model_calls))
+        rewards = tuple(run.estimator.rewards.tolist())
+        self.report(Step(step=step, steps=steps, rewards=rewards, sigma=sigma, model_calls=run.model_calls))
