@@ -1,6 +1,7 @@
 """Choosing among samples: the best of many, and a population that follows q(x0) ∝ p(x0)·exp(r(x0)/β). No reward gradient is taken."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -68,7 +69,7 @@ def settled(ancestors: Tensor) -> Tensor:
     return rows.view_as(ancestors)
 
 
-def ranked(rows: Tensor, scores: Tensor) -> list[int]:
+def ranked(rows: Tensor, scores: Sequence[float]) -> list[int]:
     """The order of one resampled population, rows (n,) with scores (n,): best first, and copies after all survivors."""
     copies = (rows != torch.arange(len(rows))).tolist()
     return sorted(range(len(rows)), key=lambda i: (copies[i], -scores[i]))
@@ -96,8 +97,9 @@ class Population:
     temperature: float
     """β, in the rewards' units."""
     generator: torch.Generator
-    threshold: float = 0.5
-    """Resample where the effective share of the particles falls below this: never at 0, at every look at 1."""
+    """Private; on the CPU."""
+    threshold: float = 0.8
+    """Resample where the effective share of the particles falls below this: only at the end if 0, at every look if 1."""
     paid: Tensor = field(default_factory=lambda: torch.zeros(()), init=False)
     """r' (G, n)"""
 
@@ -115,7 +117,9 @@ class Population:
         weights = normalized((rewards - self.paid) / self.temperature)
         effective = effective_size(weights)
         due = (effective < (1 if final else self.threshold) * self.size - _ROUNDING)[:, None]
-        offsets = torch.rand((len(weights), 1), generator=self.generator, dtype=torch.float64)
-        rows = torch.where(due, settled(systematic(weights, offsets)), torch.arange(rewards.numel()).view_as(rewards))
-        self.paid = torch.where(due, rewards.flatten()[rows], self.paid)
+        rows = torch.arange(rewards.numel()).view_as(rewards)
+        if due.any():
+            offsets = torch.rand((len(weights), 1), generator=self.generator, dtype=torch.float64)
+            rows = torch.where(due, settled(systematic(weights, offsets)), rows)
+            self.paid = torch.where(due, rewards.flatten()[rows], self.paid)
         return Resampled(rows.flatten(), effective)
