@@ -279,3 +279,35 @@ class RewardGuidance:
         step = min(int((run.sigmas > sigma * (1 + 1e-6)).sum()) + 1, steps)
         rewards = tuple(run.estimator.rewards.tolist())
         self.report(Step(step=step, steps=steps, rewards=rewards, sigma=sigma, model_calls=run.model_calls))
+
+
+@dataclass(frozen=True, eq=False)
+class RewardBeside:
+    """Loads a reward beside a model, for samplers that score on the way, and shows the model `chunk` samples at a time; 0 shows all."""
+
+    reward: LatentReward
+    chunk: int = 0
+
+    def attach(self, model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+        patched = model.clone()
+        key = f"reward_guidance.{next(_serial)}"
+        patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, key, self.prepare_sampling)
+        patched.set_additional_models(key, self.reward.patchers)
+        if self.chunk:
+            patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, key, self.predict_noise)
+        return patched
+
+    def prepare_sampling(self, executor, patcher, noise_shape, conds, *args, **kwargs):
+        shown = min(self.chunk or noise_shape[0], noise_shape[0])
+        return executor(patcher, with_room_for(self.reward, patcher, [shown, *noise_shape[1:]]), conds, *args, **kwargs)
+
+    def predict_noise(self, executor, x, timestep, model_options=None, seed=None):
+        parts = zip(x.split(self.chunk), timestep.split(self.chunk), strict=True)
+        return torch.cat([executor(part, level, model_options or {}, seed) for part, level in parts])
+
+
+def as_many_as_fit(model: comfy.model_patcher.ModelPatcher, shape: Sequence[int]) -> int:
+    """How many samples of that shape the model's device has memory for at once, by ComfyUI's own estimate, with CFG; at least 1."""
+    weights_to_come = model.model_size() - model.loaded_size()
+    free = comfy.model_management.get_free_memory(model.load_device) - weights_to_come - comfy.model_management.extra_reserved_memory()
+    return max(1, int(free // model.model.memory_required([2, *shape[1:]])))
