@@ -2,7 +2,7 @@
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from .nodes import guidance, rewards
+from .nodes import guidance, particles, rewards, selection
 
 
 class RewardGuidanceExtension(ComfyExtension):
@@ -10,7 +10,7 @@ class RewardGuidanceExtension(ComfyExtension):
         rewards.register_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*rewards.NODES, *guidance.NODES]
+        return [*rewards.NODES, *guidance.NODES, *selection.NODES, *particles.NODES]
 
 
 async def comfy_entrypoint() -> RewardGuidanceExtension:

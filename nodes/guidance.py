@@ -17,13 +17,14 @@ from .runtime import LatentReward, LoadedReward, Progress, RewardGuidance
 CATEGORY = "reward guidance"
 
 
-def sampler_inputs() -> list[io.Input]:
+def sampler_inputs(sampler_name: io.Input | None = None) -> list[io.Input]:
     """What a stock KSampler asks for, but for the model."""
+    every_sampler = io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="Any sampler of ComfyUI.")
     return [
         io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="The seed of the noise."),
         io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps."),
         io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Classifier-free guidance scale."),
-        io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="Any sampler of ComfyUI."),
+        sampler_name or every_sampler,
         io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How the noise falls from step to step."),
         io.Conditioning.Input("positive", tooltip="What the pictures should show."),
         io.Conditioning.Input("negative", tooltip="What they should not show."),
