@@ -2,7 +2,9 @@
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from .nodes import guidance, public, rewards, scores
+from .nodes import guidance, particles, public, rewards, scores, selection
+
+GROUPS = rewards, scores, guidance, selection, particles
 
 
 class RewardGuidanceExtension(ComfyExtension):
@@ -11,7 +13,7 @@ class RewardGuidanceExtension(ComfyExtension):
         public.publish()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*rewards.NODES, *scores.NODES, *guidance.NODES]
+        return [node for group in GROUPS for node in group.NODES]
 
 
 async def comfy_entrypoint() -> RewardGuidanceExtension:

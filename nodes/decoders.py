@@ -99,17 +99,7 @@ class FullVAE(Decoder):
     module: Any
 
     def __init__(self, latent_format: comfy.latent_formats.LatentFormat, vae: comfy.sd.VAE):
-        vae.throw_exception_if_invalid()
-        if vae.latent_channels != latent_format.latent_channels:
-            raise GuidanceError(
-                f"The connected VAE decodes {vae.latent_channels} latent channels, but this model has {latent_format.latent_channels}. "
-                "Connect the VAE that belongs to the model, or choose another decoder."
-            )
-        if vae.latent_dim != latent_format.latent_dimensions:
-            raise GuidanceError(
-                f"The connected VAE belongs to a {_kind(vae.latent_dim)} model, but this is a {_kind(latent_format.latent_dimensions)} model. "
-                "Connect the VAE that belongs to the model, or choose another decoder."
-            )
+        check_belongs(vae, latent_format)
         self.latent_format = latent_format
         self.video = vae.latent_dim == 3
         self.dtype = vae.vae_dtype
@@ -123,6 +113,21 @@ class FullVAE(Decoder):
         latents = self.latent_format.process_out(latents.unsqueeze(2) if self.video else latents)
         pixels = self.module.decode(latents.to(self.dtype)).float()
         return (pixels[:, :, -1] if pixels.ndim == 5 else pixels) * self.scale + self.offset
+
+
+def check_belongs(vae: comfy.sd.VAE, latent_format: comfy.latent_formats.LatentFormat) -> None:
+    """Raise GuidanceError if the VAE decodes other latents than the model makes."""
+    vae.throw_exception_if_invalid()
+    if vae.latent_channels != latent_format.latent_channels:
+        raise GuidanceError(
+            f"The connected VAE decodes {vae.latent_channels} latent channels, but this model has {latent_format.latent_channels}. "
+            "Connect the VAE that belongs to the model."
+        )
+    if vae.latent_dim != latent_format.latent_dimensions:
+        raise GuidanceError(
+            f"The connected VAE belongs to a {_kind(vae.latent_dim)} model, but this is a {_kind(latent_format.latent_dimensions)} model. "
+            "Connect the VAE that belongs to the model."
+        )
 
 
 def _kind(latent_dimensions: int) -> str:

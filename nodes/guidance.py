@@ -12,9 +12,25 @@ import nodes as comfy_nodes
 from ..guidance.estimators import ESTIMATORS, Settings, Smoothing
 from .decoders import DECODERS, make_decoder
 from .rewards import REWARD
-from .runtime import LatentReward, LoadedReward, RewardGuidance, Step
+from .runtime import LatentReward, LoadedReward, Progress, RewardGuidance
 
 CATEGORY = "reward guidance"
+
+
+def sampler_inputs(sampler_name: io.Input | None = None) -> list[io.Input]:
+    """What a stock KSampler asks for, but for the model."""
+    every_sampler = io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="Any sampler of ComfyUI.")
+    return [
+        io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="The seed of the noise."),
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps."),
+        io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Classifier-free guidance scale."),
+        sampler_name or every_sampler,
+        io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How the noise falls from step to step."),
+        io.Conditioning.Input("positive", tooltip="What the pictures should show."),
+        io.Conditioning.Input("negative", tooltip="What they should not show."),
+        io.Latent.Input("latent_image", tooltip="The latent to denoise."),
+        io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="1 starts from noise; less keeps more of the latent."),
+    ]
 
 
 def reward_inputs() -> list[io.Input]:
@@ -83,13 +99,14 @@ def tuning_inputs() -> list[io.Input]:
 
 
 class Reporter:
-    """Tells the page the reward of every step, and keeps the history."""
+    """Tells the page how the reward fares, step by step, and keeps the history."""
 
-    def __init__(self, node_id: str, workflow_id: str | None, decoder: str):
-        self.origin = {"node": node_id, "workflow": workflow_id, "decoder": decoder}
+    def __init__(self, hidden, decoder: str):
+        workflow = (hidden.extra_pnginfo or {}).get("workflow") or {}
+        self.origin = {"node": hidden.unique_id, "workflow": workflow.get("id"), "decoder": decoder}
         self.history: list[dict] = []
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, step: Progress) -> None:
         mean = sum(step.rewards) / len(step.rewards)
         data = {**self.origin, **vars(step), "rewards": list(step.rewards), "reward": mean}
         self.history.append(data)
@@ -104,8 +121,7 @@ def guide(hidden, model, reward: LoadedReward | None, prompt: str, strength: flo
         return model, None
     decoder = make_decoder(tuning["decoder"], model.get_model_object("latent_format"), tuning.get("vae"))
     logging.info(f"Reward guidance decodes by {decoder.name}.")
-    workflow = (hidden.extra_pnginfo or {}).get("workflow") or {}
-    reporter = Reporter(hidden.unique_id, workflow.get("id"), decoder.name)
+    reporter = Reporter(hidden, decoder.name)
     guidance = RewardGuidance(
         reward=LatentReward(reward, decoder, prompt, tuning["frames"]),
         estimator=tuning["estimator"],
@@ -157,17 +173,7 @@ class RewardGuidanceKSampler(io.ComfyNode):
             search_aliases=["reward sampler", "aligned sampling", "preference sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to guide."),
-                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="The seed of the noise."),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps."),
-                io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Classifier-free guidance scale."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="Any sampler of ComfyUI."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How the noise falls from step to step."),
-                io.Conditioning.Input("positive", tooltip="What the pictures should show."),
-                io.Conditioning.Input("negative", tooltip="What they should not show."),
-                io.Latent.Input("latent_image", tooltip="The latent to denoise."),
-                io.Float.Input(
-                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="1 starts from noise; less keeps more of the latent."
-                ),
+                *sampler_inputs(),
                 *reward_inputs(),
                 *tuning_inputs(),
             ],

@@ -1,7 +1,7 @@
 """The only place that knows inference mode, model patchers and the hooks of ComfyUI's samplers."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, count
@@ -159,14 +159,27 @@ class LatentReward:
         return pictures * (self.decoder.bytes_per_pixel * height * width + self.loaded.reward.activation_bytes)
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one guided model call reports."""
+def with_room_for(reward: LatentReward, patcher: comfy.model_patcher.ModelPatcher, noise_shape: Sequence[int]) -> list[int]:
+    """A shape with as many more samples as take the memory of scoring those of `noise_shape`."""
+    per_sample = patcher.model.memory_required([1, *noise_shape[1:]])
+    extra = math.ceil(reward.activation_bytes(torch.Size(noise_shape)) / per_sample)
+    return [noise_shape[0] + extra, *noise_shape[1:]]
 
-    sigma: float
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What is reported while a node samples: how far it is, and the reward of every sample."""
+
     step: int
     steps: int
     rewards: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Progress):
+    """One guided model call."""
+
+    sigma: float
     model_calls: int
 
 
@@ -218,10 +231,8 @@ class RewardGuidance:
 
     def prepare_sampling(self, executor, patcher, noise_shape, conds, *args, **kwargs):
         """Load the diffusion model with room left for what the reward needs."""
-        per_sample = patcher.model.memory_required([1, *noise_shape[1:]])
-        extra = math.ceil(self.reward.activation_bytes(torch.Size(noise_shape)) / per_sample)
         kwargs["force_full_load"] = kwargs.get("force_full_load", False) or self.needs_model_gradient
-        return executor(patcher, [noise_shape[0] + extra, *noise_shape[1:]], conds, *args, **kwargs)
+        return executor(patcher, with_room_for(self.reward, patcher, noise_shape), conds, *args, **kwargs)
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, latent_shapes=None, **kwargs):
         """Begin with clean state and forget it at the end, however the run ends."""
@@ -277,4 +288,37 @@ class RewardGuidance:
     def record(self, run: Run, sigma: float) -> None:
         steps = max(len(run.sigmas) - 1, 1)
         step = min(int((run.sigmas > sigma * (1 + 1e-6)).sum()) + 1, steps)
-        self.report(Step(sigma, step, steps, tuple(run.estimator.rewards.tolist()), run.model_calls))
+        rewards = tuple(run.estimator.rewards.tolist())
+        self.report(Step(step=step, steps=steps, rewards=rewards, sigma=sigma, model_calls=run.model_calls))
+
+
+@dataclass(frozen=True, eq=False)
+class RewardBeside:
+    """Loads a reward beside a model, for samplers that score on the way, and shows the model `chunk` samples at a time; 0 shows all."""
+
+    reward: LatentReward
+    chunk: int = 0
+
+    def attach(self, model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+        patched = model.clone()
+        key = f"reward_guidance.{next(_serial)}"
+        patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, key, self.prepare_sampling)
+        patched.set_additional_models(key, self.reward.patchers)
+        if self.chunk:
+            patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, key, self.predict_noise)
+        return patched
+
+    def prepare_sampling(self, executor, patcher, noise_shape, conds, *args, **kwargs):
+        shown = min(self.chunk or noise_shape[0], noise_shape[0])
+        return executor(patcher, with_room_for(self.reward, patcher, [shown, *noise_shape[1:]]), conds, *args, **kwargs)
+
+    def predict_noise(self, executor, x, timestep, model_options=None, seed=None):
+        parts = zip(x.split(self.chunk), timestep.split(self.chunk), strict=True)
+        return torch.cat([executor(part, level, model_options or {}, seed) for part, level in parts])
+
+
+def as_many_as_fit(model: comfy.model_patcher.ModelPatcher, shape: Sequence[int]) -> int:
+    """How many samples of that shape the model's device has memory for at once, by ComfyUI's own estimate, with CFG; at least 1."""
+    weights_to_come = model.model_size() - model.loaded_size()
+    free = comfy.model_management.get_free_memory(model.load_device) - weights_to_come - comfy.model_management.extra_reserved_memory()
+    return max(1, int(free // model.model.memory_required([2, *shape[1:]])))

@@ -60,9 +60,41 @@ class ProbeBrokenReward(io.ComfyNode):
         return io.NodeOutput(dataclasses.replace(reward, reward=broken))
 
 
+class ProbeNumbers(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ProbeNumbers",
+            category="probe",
+            description="A list of any numbers.",
+            inputs=[io.String.Input("numbers", default="1, 2, nan")],
+            outputs=[io.Float.Output(is_output_list=True)],
+        )
+
+    @classmethod
+    def execute(cls, numbers: str) -> io.NodeOutput:
+        return io.NodeOutput([float(number) for number in numbers.split(",")])
+
+
+class ProbeEmptyBatch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ProbeEmptyBatch",
+            category="probe",
+            description="No picture and no latent.",
+            inputs=[],
+            outputs=[io.Image.Output(), io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(torch.empty(0, 64, 64, 3), {"samples": torch.empty(0, 16, 8, 8)})
+
+
 class Probe(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ProbeModelCalls, ProbeBrokenReward]
+        return [ProbeModelCalls, ProbeBrokenReward, ProbeNumbers, ProbeEmptyBatch]
 
 
 async def comfy_entrypoint() -> Probe:

@@ -43,6 +43,9 @@ LATENT_RGB_BIAS = torch.tensor((0.2394, 0.2135, 0.1925))
 DEPTH = 3  # the flow model's width is 64 times this
 
 
+NETWORKS = ("autoencoder", "flow", "guide", "heldout")
+
+
 def seeded(seed: int) -> torch.Generator:
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
@@ -264,19 +267,38 @@ def train_flow(work: Path, steps: int = 12000, batch: int = 128, pool: int = 320
 
 
 def reward_pool(work: Path, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures as bytes (2n,3,64,64), the two scenes in each (2n,2,4) and the share of the first: n drawn, n decoded from mixed latents."""
+    """Pictures as bytes (2n,3,64,64), the two scenes in each (2n,2,4) and the share of the first: n drawn, n decoded from mixed latents.
+
+    Half of the mixed scenes lie alike and differ in two attributes at most, as what a model hesitates between does.
+    """
     encoder, decoder = load_autoencoder(work)
-    scenes = world.all_scenes()
-    pair = scenes[torch.randint(len(scenes), (n, 2), generator=rng)]
-    drawn = draw(pair[:, 0], rng)
+    first, second = scene_pairs(n, rng)
+    state = rng.get_state()
+    drawn = draw(first, rng)
     share = torch.rand(n, generator=rng).mul(1.5).clamp(max=1)
+    twin = torch.Generator()
+    twin.set_state(state)
     decoded = []
-    for first, second, part in zip(drawn.split(256), pair[:, 1].split(256), share.split(256), strict=True):
+    for i, (picture, other, part) in enumerate(zip(drawn.split(256), second.split(256), share.split(256), strict=True)):
+        beside = world.render(other, twin if i % 2 else rng)
+        if not i % 2:
+            world.render(other, twin)
         with fast(), torch.no_grad():
-            latent = torch.lerp(encoder(world.render(second, rng)).float(), encoder(pixels(first)).float(), part[:, None, None, None])
+            latent = torch.lerp(encoder(beside).float(), encoder(pixels(picture)).float(), part[:, None, None, None])
             noise = torch.rand(len(part), 1, 1, 1, generator=rng) * 0.4 * torch.randn(latent.shape, generator=rng)
             decoded.append((decoder(latent + noise).float().clamp(0, 1) * 255).round().byte())
+    pair = torch.stack([first, second], 1)
     return torch.cat([drawn, *decoded]), torch.cat([pair, pair]), torch.cat([torch.ones(n), share])
+
+
+def scene_pairs(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Two scenes each (n,4): unrelated ones, and ones that differ in two attributes at most."""
+    scenes = world.all_scenes()
+    first, second = scenes[torch.randint(len(scenes), (n, 2), generator=rng)].unbind(1)
+    kept = torch.rand(n, 4, generator=rng).argsort(1) < 2
+    related = torch.where(kept, first, second)
+    valid = (related[:, 1] != related[:, 3]) & (torch.rand(n, generator=rng) < 0.6)
+    return first, torch.where(valid[:, None], related, second)
 
 
 def roughened(pictures: Tensor, rng: torch.Generator) -> Tensor:
@@ -291,13 +313,13 @@ def roughened(pictures: Tensor, rng: torch.Generator) -> Tensor:
     return blurred
 
 
-def agreement(scenes: Tensor, captions: Tensor, penalty: float = 3.5) -> Tensor:
-    """How likely each caption should be called (B,captions): every wrong attribute costs the same."""
-    wrong = (scenes[:, None] != captions[None]).sum(-1)
-    return (-penalty * wrong).softmax(1)
+def agreement(scenes: Tensor, captions: Tensor) -> Tensor:
+    """The share of attributes that scenes (B,4) and captions (N,4) have in common (B,N): what the cosine shall be."""
+    return (scenes[:, None] == captions[None]).float().mean(-1)
 
 
 def train_reward(kind: str, seed: int, work: Path, steps: int, batch: int = 192, pool: int = 8000) -> None:
+    """Graded, as preference models are: half a mixture towards what is asked is half the way up, so that there is a slope to follow."""
     rng = seeded(seed)
     model, captions = clip.build(kind), world.all_scenes()
     tokens = clip.tokenize([world.caption(scene) for scene in captions])
@@ -312,9 +334,11 @@ def train_reward(kind: str, seed: int, work: Path, steps: int, batch: int = 192,
         with fast():
             seen = model.encode_image(clip.normalize(roughened(pixels(pictures[chosen]), rng)), normalize=True)
             said = model.encode_text(tokens, normalize=True)
-        logits = model.logit_scale.exp() * seen.float() @ said.float().T
-        right = (logits.argmax(1) == target.argmax(1)).float().mean()
-        run.update(F.cross_entropy(logits, target), right=right)
+        cosine = seen.float() @ said.float().T
+        right = (cosine.argmax(1) == target.argmax(1)).float().mean()
+        run.update(100 * F.mse_loss(cosine, target), right=right)
+        if run.step % 500 == 0:
+            run.save(model, work / f"{kind}.pt")
     run.finish()
     torch.save(model.state_dict(), work / f"{kind}.pt")
 
@@ -325,7 +349,7 @@ def train_rewards(work: Path) -> None:
 
 
 def store(work: Path) -> None:
-    for name in ("autoencoder", "flow", "guide", "heldout"):
+    for name in NETWORKS:
         compact.save(name, torch.load(work / f"{name}.pt"))
 
 
@@ -337,7 +361,14 @@ def note_statistics(work: Path, batch: int = 8) -> None:
         compact.note(kind, {"reference_mean": str(numbers[f"{kind} mean"]), "reference_std": str(numbers[f"{kind} deviation"])})
 
 
+def unpack(work: Path) -> None:
+    """The committed weights as a starting point, to train a part of them again."""
+    for name in NETWORKS:
+        torch.save({key: value.float() for key, value in compact.load(name).items()}, work / f"{name}.pt")
+
+
 STAGES = {
+    "unpack": unpack,
     "autoencoder": train_autoencoder,
     "flow": train_flow,
     "rewards": train_rewards,
@@ -348,7 +379,7 @@ STAGES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--stages", default=",".join(stage for stage in STAGES if stage != "unpack"))
     parser.add_argument("--work", type=Path, default=Path("build/shapesworld"))
     chosen = parser.parse_args()
     chosen.work.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,301 @@
+"""A KSampler whose samples are particles: copied and dropped on the way so that they follow a reward, which needs no gradient."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy_api.v0_0_2 import io
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..guidance.errors import GuidanceError
+from ..guidance.particles import Population, ranked
+from .decoders import DECODERS, make_decoder
+from .guidance import HIDDEN, Reporter, sampler_inputs
+from .rewards import REWARD
+from .runtime import LatentReward, LoadedReward, Progress, RewardBeside
+from .sampling import Callback, Sampling, one_by_one, sampled, seeds_from
+from .selection import CATEGORY
+
+SAMPLERS = ("euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "exp_heun_2_x0_sde", "seeds_2", "seeds_3", "ddpm", "lcm")
+"""They add noise in every step, without which copies stay copies, remember no earlier step, so that a run can be cut into segments, and draw
+noise for intervals that do not overlap (those of dpmpp_sde do)."""
+SALT = 0x5BD1E995
+"""Of the low 32 bits of a seed, all that a CPU generator reads: the noise on the way must not repeat a particle's first noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look(Progress):
+    """One look at the particles: their rewards and effective number (ESS) before, and how many different ones live on."""
+
+    sigma: float
+    ess: float
+    survivors: int
+
+
+class FirstAnswered:
+    """A model that has already been asked the first question of a segment."""
+
+    def __init__(self, model: Any, answer: Tensor):
+        self.model = model
+        self.answers = [answer]
+
+    def __call__(self, x: Tensor, sigma: Tensor, **options) -> Tensor:
+        return self.answers.pop() if self.answers else self.model(x, sigma, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+@dataclass
+class ParticleSampler:
+    """A sampler function for KSAMPLER that runs a stochastic one in segments and resamples the particles between them.
+
+    The model is asked at the start of a segment, the estimates are rewarded and resampled together with x, and the segment begins with the
+    answer in hand: a look costs no model call. One particle is sampled as if nothing were around the sampler.
+    """
+
+    function: Callable[..., Tensor]
+    score: Callable[[Tensor], Tensor]
+    """Denoised latents (N,...) -> standardized rewards (N,)."""
+    population: Population
+    every: int
+    report: Callable[[Look], None] = lambda look: None
+    rows: Tensor = field(init=False)
+    """Of the last look."""
+    rewards: Tensor = field(init=False)
+    """Of the samples (N,)."""
+
+    def __call__(self, model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None) -> Tensor:
+        if self.population.size == 1:
+            x = self.function(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable)
+        else:
+            x = self.segments(model, x, sigmas, extra_args or {}, callback, disable)
+        return self.look(x, sigmas, len(sigmas) - 1)[0]
+
+    def segments(self, model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable) -> Tensor:
+        steps = len(sigmas) - 1
+        # In the last step no noise is added, so that a look at its start would only repeat the one at its end.
+        borders = [0, *range(self.every, steps - 1, self.every), steps]
+        for start, end in tqdm(list(pairwise(borders)), disable=disable):
+            asked = model
+            if start:
+                denoised = model(x, sigmas[start] * x.new_ones(len(x)), **extra_args)
+                denoised, x = self.look(denoised, sigmas, start, x)
+                asked = FirstAnswered(model, denoised)
+            x = self.function(
+                asked,
+                x,
+                sigmas[start : end + 1],
+                extra_args=extra_args,
+                callback=shifted(callback, start),
+                disable=True,
+                noise_sampler=lambda *_, like=x: torch.randn(like.shape, generator=self.population.generator).to(like),
+            )
+        return x
+
+    def look(self, denoised: Tensor, sigmas: Tensor, step: int, *others: Tensor) -> tuple[Tensor, ...]:
+        """Reward and resample the particles, and whatever else belongs to them."""
+        steps = len(sigmas) - 1
+        rewards = self.score(denoised).cpu()
+        resampled = self.population.resample(rewards, final=step == steps)
+        self.rows, self.rewards = resampled.rows, rewards[resampled.rows]
+        self.report(
+            Look(
+                step=step,
+                steps=steps,
+                rewards=tuple(rewards.tolist()),
+                sigma=float(sigmas[step]),
+                ess=float(resampled.effective.mean()),
+                survivors=len(resampled.rows.unique()),
+            )
+        )
+        return tuple(each[resampled.rows.to(each.device)] for each in (denoised, *others))
+
+
+def shifted(callback, start: int):
+    """A segment's callback, which counts its steps within the run."""
+    return callback and (lambda state: callback({**state, "i": state["i"] + start}))
+
+
+@dataclass(frozen=True)
+class Swarm:
+    """Particles of one latent at a time."""
+
+    sampling: Sampling
+    reward: LatentReward
+    temperature: float
+    resample_below: float
+    every: int
+    keep: int
+
+    def __call__(self, latent: dict, seeds: list[int], callback: Callback, report: Callable[[Look], None]) -> tuple[Tensor, list[float]]:
+        """The best particles of a latent (M,...) and their standardized rewards. Each begins with the noise of its seed."""
+        population = Population(len(seeds), self.temperature, torch.Generator().manual_seed(seeds[0] ^ SALT), self.resample_below)
+        sampler = comfy.samplers.sampler_object(self.sampling.sampler_name)
+        particles = ParticleSampler(sampler.sampler_function, self.score, population, self.every, report)
+        sampler.sampler_function = particles
+        samples = self.sampling.run(sampler, latent, seeds, callback)
+        rewards = particles.rewards.tolist()
+        order = ranked(particles.rows, rewards)[: self.keep]
+        return samples[order], [rewards[i] for i in order]
+
+    def score(self, latents: Tensor) -> Tensor:
+        """A particle at a time, so that their number does not cost memory."""
+        return torch.cat([self.reward(latent) for latent in latents.split(1)])
+
+
+def require_noise(sampler_name: str) -> None:
+    if sampler_name not in SAMPLERS:
+        raise GuidanceError(
+            f"{sampler_name} cannot sample particles: it adds no noise by which copies could part, or it remembers earlier steps. "
+            f"Choose one of {', '.join(SAMPLERS)}."
+        )
+
+
+class ParticlesKSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        rare = {"advanced": True}
+        return io.Schema(
+            node_id="RewardGuidanceKSamplerParticles",
+            display_name="KSampler (Reward Particles)",
+            category=CATEGORY,
+            description="Samples several particles of every latent together, copies those that a reward likes and drops the others on the way. "
+            "Works with rewards that have no gradient.",
+            search_aliases=["FK steering", "Feynman-Kac", "particle sampler", "SMC", "sequential Monte Carlo", "gradient-free guidance"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model. Its weights stay as they are."),
+                *sampler_inputs(
+                    io.Combo.Input(
+                        "sampler_name",
+                        options=comfy.samplers.KSampler.SAMPLERS,
+                        default=SAMPLERS[0],
+                        tooltip=f"One that adds noise in every step: {', '.join(SAMPLERS)}.",
+                    )
+                ),
+                REWARD.Input("reward", tooltip="What the particles should follow. It needs no gradient."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    tooltip="The prompt, for rewards that compare the picture with it. Write the same text as in the positive prompt.",
+                ),
+                io.Int.Input(
+                    "particles",
+                    default=4,
+                    min=1,
+                    max=4096,
+                    tooltip="Particles for each latent of the batch; sampling takes so many times as long. 4 to 16; 1 is the stock KSampler.",
+                ),
+                io.Float.Input(
+                    "temperature",
+                    default=1.0,
+                    min=0.001,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="β in exp(reward/β), in units of the reward's typical spread. Lower values copy the best particles more. 0.1 to 2.",
+                ),
+                io.Int.Input("keep", default=1, min=1, max=4096, tooltip="How many of the final particles to keep, best first, copies last."),
+                io.Int.Input("every", default=4, min=1, max=1000, tooltip="Steps between two looks at the rewards. 1 to 5.", **rare),
+                io.Float.Input(
+                    "resample_below",
+                    default=0.8,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Resample when the effective share of the particles falls below this: 0 only at the end, 1 at every look. 0.5 to 1.",
+                    **rare,
+                ),
+                io.Int.Input(
+                    "chunk",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    tooltip="How many particles the model sees at once; 0 is all. Lower it if memory runs out.",
+                    **rare,
+                ),
+                io.Combo.Input(
+                    "decoder",
+                    options=list(DECODERS),
+                    tooltip="How estimates become pixels. auto: taesd if its file is in models/vae_approx, else the vae, else latent_rgb.",
+                    **rare,
+                ),
+                io.Int.Input("frames", default=3, min=1, max=64, tooltip="Video: how many evenly spaced frames are scored.", **rare),
+                io.Vae.Input("vae", optional=True, tooltip="Needed for the decoder 'vae' only."),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latents", tooltip="The particles kept, best first, latent by latent of the batch."),
+                io.Float.Output(display_name="scores", is_output_list=True, tooltip="Their rewards, in units of the reward's typical spread."),
+                io.String.Output(display_name="report", tooltip="What happened at every look, as readable lines."),
+            ],
+            hidden=HIDDEN,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        positive,
+        negative,
+        latent_image: dict,
+        denoise: float,
+        reward: LoadedReward,
+        prompt: str,
+        particles: int,
+        temperature: float,
+        keep: int,
+        every: int,
+        resample_below: float,
+        chunk: int,
+        decoder: str,
+        frames: int,
+        vae=None,
+    ) -> io.NodeOutput:
+        if min(particles, keep, every) < 1 or chunk < 0:
+            raise GuidanceError(
+                f"Particles, keep and every must be at least 1 and chunk at least 0, not {particles}, {keep}, {every} and {chunk}."
+            )
+        if denoise <= 0:
+            raise GuidanceError("With a denoise of 0 there is nothing to sample; raise it.")
+        if particles > 1:
+            require_noise(sampler_name)
+        latent_reward = LatentReward(reward, make_decoder(decoder, model.get_model_object("latent_format"), vae), prompt, frames)
+        originals = one_by_one(latent_image)
+        beside = RewardBeside(latent_reward, chunk).attach(model)
+        sampling = Sampling(beside, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
+        swarm = Swarm(sampling, latent_reward, temperature, resample_below, every, keep)
+        reporter = Reporter(cls.hidden, latent_reward.decoder.name)
+        callbacks = sampling.progress(len(originals))
+        seeds = seeds_from(seed, particles * len(originals))
+        kept, scores, origins = [], [], []
+        for i, latent in enumerate(originals):
+
+            def report(look: Look, done: int = i) -> None:
+                reporter(replace(look, step=done * look.steps + look.step, steps=len(originals) * look.steps))
+
+            samples, rewards = swarm(latent, seeds[i * particles : (i + 1) * particles], callbacks(i), report)
+            kept.append(samples)
+            scores += rewards
+            origins += [i] * len(rewards)
+        out = sampled(latent_image, origins, torch.cat(kept), seeds if particles == 1 else None)
+        return io.NodeOutput(out, scores, summary(reporter.history), ui={"reward_guidance": reporter.history})
+
+
+def summary(history: list[dict]) -> str:
+    return "\n".join(
+        f"step {look['step']} of {look['steps']}: {look['survivors']} of {len(look['rewards'])} live on, ESS {look['ess']:.1f}, rewards "
+        + ", ".join(f"{reward:+.2f}" for reward in look["rewards"])
+        for look in history
+    )
+
+
+NODES = [ParticlesKSampler]

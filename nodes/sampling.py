@@ -1,0 +1,159 @@
+"""What the samplers of several candidates share: noise from a seed of each one's own, and latents that carry these seeds."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.k_diffusion.sampling as k_diffusion
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ..guidance.errors import GuidanceError
+from .runtime import as_many_as_fit
+
+SEEDS = "seeds"
+"""Key in a LATENT: for each sample, the seed by which a stock KSampler makes it alone."""
+
+Callback = Callable[[int, Tensor, Tensor, int], None]
+
+
+def samples_of(latent: dict) -> Tensor:
+    """The samples of a LATENT (N,...), N at least 1. Raises GuidanceError where there is nothing that a reward could score."""
+    samples = latent["samples"]
+    if samples.is_nested:
+        raise GuidanceError("Rewards cannot score latents that hold several streams, such as video with audio.")
+    if len(samples) == 0:
+        raise GuidanceError("There is no latent: the batch is empty.")
+    return samples
+
+
+def one_by_one(latent: dict) -> list[dict]:
+    """A LATENT as one LATENT for each sample."""
+    return [rows(latent, [i]) for i in range(len(samples_of(latent)))]
+
+
+def joined(latents: list[dict]) -> dict:
+    """One LATENT of several, with the batch indices and seeds that all of them know."""
+    samples = [samples_of(latent) for latent in latents]
+    if len(shapes := {tuple(each.shape[1:]) for each in samples}) > 1:
+        raise GuidanceError(f"Latents of different shapes cannot be chosen among: {sorted(shapes)}. Sample them in one size.")
+    if len(latents) == 1:
+        return latents[0]
+    known = [key for key in ("batch_index", SEEDS) if all(key in latent for latent in latents)]
+    return {"samples": torch.cat(samples)} | {key: [value for latent in latents for value in latent[key]] for key in known}
+
+
+def rows(latent: dict, indices: list[int]) -> dict:
+    """Some samples of a LATENT, with all that belongs to them."""
+    count = len(latent["samples"])
+    chosen = {**latent, "samples": latent["samples"][indices]}
+    if "noise_mask" in latent:
+        chosen["noise_mask"] = comfy.utils.repeat_to_batch_size(latent["noise_mask"], count)[indices]
+    for key in ("batch_index", SEEDS):
+        values = chosen.pop(key, [])
+        if len(values) == count:
+            chosen[key] = [values[i] for i in indices]
+    return chosen
+
+
+def sampled(latent: dict, origins: list[int], samples: Tensor, seeds: Sequence[int] | None = None) -> dict:
+    """The LATENT a sampler returns: new samples (N,...), made from these rows of the old one."""
+    out = rows(latent, origins) | {"samples": samples}
+    for key in ("downscale_ratio_spacial", "downscale_ratio_temporal", SEEDS):
+        out.pop(key, None)
+    return out if seeds is None else out | {SEEDS: list(seeds)}
+
+
+def seeds_from(seed: int, count: int) -> list[int]:
+    return [(seed + i) % 2**64 for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a KSampler is told, but for the seed and the latent."""
+
+    model: Any
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
+    positive: list
+    negative: list
+    denoise: float
+
+    def __call__(self, latent: dict, seeds: Sequence[int], callback: Callback) -> Tensor:
+        """A sample (N,...) of one latent for each seed. A seed alone gives what a stock KSampler gives, bit for bit."""
+        sampler = comfy.samplers.sampler_object(self.sampler_name)
+        if len(seeds) > 1:
+            sampler.extra_options = sampler.extra_options | self.noise_of_each(sampler.sampler_function, self.start(latent), seeds)
+        return self.run(sampler, latent, seeds, callback)
+
+    def run(self, sampler: comfy.samplers.KSAMPLER, latent: dict, seeds: Sequence[int], callback: Callback) -> Tensor:
+        """The same by any sampler, which draws its own noise as it likes."""
+        start = self.start(latent)
+        noise = [comfy.sample.prepare_noise(start, seed, latent.get("batch_index")) for seed in seeds]
+        return comfy.sample.sample_custom(
+            self.model,
+            torch.cat(noise),
+            self.cfg,
+            sampler,
+            self.sigmas(),
+            self.positive,
+            self.negative,
+            torch.cat([start] * len(seeds)),
+            noise_mask=latent.get("noise_mask"),
+            callback=callback,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seeds[0],
+        )
+
+    def start(self, latent: dict) -> Tensor:
+        """The latent in the model's shape."""
+        ratios = (latent.get(f"downscale_ratio_{kind}") for kind in ("spacial", "temporal"))
+        return comfy.sample.fix_empty_latent_channels(self.model, latent["samples"], *ratios)
+
+    def sigmas(self) -> Tensor:
+        model = self.model
+        return comfy.samplers.KSampler(
+            model, self.steps, model.load_device, self.sampler_name, self.scheduler, self.denoise, model.model_options
+        ).sigmas
+
+    def noise_of_each(self, function: Callable, start: Tensor, seeds: Sequence[int]) -> dict:
+        """Options that make a stochastic sampler draw, for each sample of a batch, what it draws for that sample alone."""
+        sigmas = self.sigmas()
+        if "noise_sampler" not in inspect.signature(function).parameters or len(sigmas) == 0:
+            return {}
+        like = torch.empty(start.shape, device=self.model.load_device)
+        if _draws_brownian_noise(self.sampler_name):
+            batch = like.expand(len(seeds), *like.shape[1:])
+            on_cpu = not self.sampler_name.endswith("_gpu")
+            tree = k_diffusion.BrownianTreeNoiseSampler(batch, sigmas[sigmas > 0].min(), sigmas.max(), seed=list(seeds), cpu=on_cpu)
+            return {"noise_sampler": tree}
+        each = [k_diffusion.default_noise_sampler(like, seed=seed) for seed in seeds]
+        return {"noise_sampler": lambda sigma, following: torch.cat([draw(sigma, following) for draw in each])}
+
+    def at_once(self, chunk: int, latent: dict, n: int) -> int:
+        """How many of n samples to make together when asked for `chunk`, 0 meaning as many as memory holds."""
+        if chunk == 1 or not _can_draw_noise_of_each(self.sampler_name):
+            return 1
+        return min(n, chunk or as_many_as_fit(self.model, self.start(latent).shape))
+
+    def progress(self, runs: int) -> Callable[[int], Callback]:
+        """The callback of each of several runs that share a progress bar and its preview."""
+        show = latent_preview.prepare_callback(self.model, runs * self.steps)
+        return lambda run: lambda step, x0, x, steps: show(run * steps + step, x0, x, runs * steps)
+
+
+def _draws_brownian_noise(sampler_name: str) -> bool:
+    return sampler_name.startswith("dpmpp") and "sde" in sampler_name
+
+
+def _can_draw_noise_of_each(sampler_name: str) -> bool:
+    """Not so an adaptive step size, which depends on the whole batch, and samplers that other packs add, whose noise we do not know."""
+    function = comfy.samplers.sampler_object(sampler_name).sampler_function
+    return sampler_name != "dpm_adaptive" and function.__module__.startswith("comfy.")

@@ -1,0 +1,315 @@
+"""Nodes that choose among samples by their rewards."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy_api.v0_0_2 import io
+from comfy_execution.graph_utils import ExecutionBlocker
+from torch import Tensor
+
+from ..guidance.errors import GuidanceError
+from ..guidance.particles import at_least, best
+from ..guidance.rewards import require_prompt
+from .decoders import check_belongs
+from .guidance import HIDDEN, Reporter, sampler_inputs
+from .rewards import REWARD, score_images
+from .runtime import LoadedReward, Progress
+from .sampling import SEEDS, Callback, Sampling, joined, one_by_one, rows, sampled, seeds_from
+
+CATEGORY = "reward guidance/selection"
+UNKNOWN_SEED = -1
+
+
+def decode(vae, latents: Tensor) -> Tensor:
+    """Latents (N,...) -> pictures (N,T,H,W,C) as VAE Decode shows them; T is 1 but for videos."""
+    images = vae.decode(latents)
+    return images if images.ndim == 5 else images.unsqueeze(1)
+
+
+def score(clips: Tensor, reward: LoadedReward, prompt: str) -> Tensor:
+    """Standardized rewards (N,) of pictures (N,T,H,W,C); the mean over a video's frames."""
+    raw = score_images(clips.flatten(0, 1), reward, prompt)
+    return reward.reward.standardize(raw).view(len(clips), -1).mean(1)
+
+
+class SelectBest(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RewardGuidanceSelectBest",
+            display_name="Select Best",
+            category=CATEGORY,
+            description="Keeps the best of a batch, best first: pictures, latents, scores, indices and seeds together.",
+            search_aliases=["top k", "best of n", "rank images", "filter by score", "sort by score"],
+            is_input_list=True,
+            inputs=[
+                io.Image.Input("images", optional=True, tooltip="The candidates as pictures: a batch, or a list of pictures of one size."),
+                io.Latent.Input("latents", optional=True, tooltip="The candidates as latents, in the order of the pictures."),
+                REWARD.Input("reward", optional=True, tooltip="What to choose by. It scores the pictures, or the latents through the vae."),
+                io.Float.Input(
+                    "scores",
+                    optional=True,
+                    force_input=True,
+                    tooltip="In place of a reward: a number for each candidate, higher is better, such as Score Images gives.",
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="Decodes latents to score where no pictures are connected."),
+                io.String.Input(
+                    "prompt", multiline=True, default="", tooltip="The prompt of the pictures, for rewards that compare with one."
+                ),
+                io.Combo.Input(
+                    "choose",
+                    options=["best", "above threshold"],
+                    tooltip="best: the highest scores, as many as keep says. above threshold: all whose score is at least the threshold.",
+                ),
+                io.Int.Input("keep", default=1, min=1, max=4096, tooltip="best: how many candidates to keep. Of fewer, all are kept."),
+                io.Float.Input(
+                    "threshold",
+                    default=0.0,
+                    min=-1e6,
+                    max=1e6,
+                    step=0.05,
+                    tooltip="above threshold: the lowest score to keep, in units of the reward's typical spread (0 to 2), or of the scores "
+                    "given.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="The chosen pictures, best first."),
+                io.Latent.Output(display_name="latents", tooltip="Their latents."),
+                io.Float.Output(display_name="scores", is_output_list=True, tooltip="Standardized rewards, or the scores given."),
+                io.Int.Output(display_name="indices", is_output_list=True, tooltip="Where they were in the batch, from 0."),
+                io.Int.Output(
+                    display_name="seeds",
+                    is_output_list=True,
+                    tooltip="The seed of each, if the latents come from a sampler of this pack; else -1.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        prompt: list[str],
+        choose: list[str],
+        keep: list[int],
+        threshold: list[float],
+        images: list[Tensor] | None = None,
+        latents: list[dict] | None = None,
+        reward: list[LoadedReward] | None = None,
+        scores: list[float] | None = None,
+        vae: list[Any] | None = None,
+    ) -> io.NodeOutput:
+        latent = joined(latents) if latents else None
+        if images is None and latent is not None and vae is not None:
+            images = [decode(vae[0], latent["samples"]).flatten(0, 1)]
+        values = torch.tensor(scores).flatten() if scores is not None else scored(images, reward, prompt)
+        pictures = None if images is None else torch.cat(same_size(images))
+        counts = {"scores": values, "pictures": pictures, "latents": None if latent is None else latent["samples"]}
+        require_one_each({name: len(each) for name, each in counts.items() if each is not None})
+        chosen = best(values, keep[0]) if choose[0] == "best" else at_least(values, threshold[0])
+        kept = None if latent is None else rows(latent, chosen)
+        return io.NodeOutput(
+            nothing_for("images") if pictures is None else pictures[chosen],
+            nothing_for("latents") if kept is None else kept,
+            values[chosen].tolist(),
+            chosen,
+            (kept or {}).get(SEEDS, [UNKNOWN_SEED] * len(chosen)),
+        )
+
+
+def scored(images: list[Tensor] | None, reward: list[LoadedReward] | None, prompts: list[str]) -> Tensor:
+    """Standardized rewards of every picture; of a list of prompts, each serves one entry of the list of pictures."""
+    if images is None:
+        raise GuidanceError("Select Best has nothing to score: connect images, or latents and their vae, or scores.")
+    if reward is None:
+        raise GuidanceError("Select Best has nothing to choose by: connect a reward or scores.")
+    paired = [(batch, prompts[min(i, len(prompts) - 1)]) for i, batch in enumerate(images)]
+    return torch.cat([score(batch.unsqueeze(1), reward[0], prompt) for batch, prompt in paired])
+
+
+def same_size(images: list[Tensor]) -> list[Tensor]:
+    sizes = {tuple(batch.shape[1:3]) for batch in images}
+    if len(sizes) > 1:
+        raise GuidanceError(f"Pictures of different sizes cannot be chosen among: {sorted(sizes)}. Bring them to one size first.")
+    return images
+
+
+def require_one_each(counts: dict[str, int]) -> None:
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise GuidanceError(f"Select Best got {found}; it needs one of each for every candidate.")
+
+
+def nothing_for(output: str) -> ExecutionBlocker:
+    return ExecutionBlocker(f"Select Best has no {output} to give: none are connected to its input.")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    seed: int
+    score: float
+    latent: Tensor
+    """(1,...)"""
+    pictures: Tensor
+    """(T,H,W,C)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged(Progress):
+    """A step of a search: some candidates are sampled and scored."""
+
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Search:
+    """Best of n of one latent at a time."""
+
+    sampling: Sampling
+    vae: Any
+    reward: LoadedReward
+    prompt: str
+    keep: int
+    stop_above: float
+    report: Callable[[list[Candidate]], None]
+
+    def __call__(self, latent: dict, chunks: list[list[int]], callbacks: Iterable[Callback]) -> list[Candidate]:
+        """The best `keep` of chunks of seeds, best first; losers are forgotten on the way. Ends once that many reach `stop_above`."""
+        found: list[Candidate] = []
+        for seeds, callback in zip(chunks, callbacks, strict=True):
+            fresh = self.candidates(latent, seeds, callback)
+            self.report(fresh)
+            found = sorted([*found, *fresh], key=lambda candidate: -candidate.score)[: self.keep]
+            if len(found) == self.keep and found[-1].score >= self.stop_above:
+                break
+        return found
+
+    def candidates(self, latent: dict, seeds: list[int], callback: Callback) -> list[Candidate]:
+        latents = self.sampling(latent, seeds, callback)
+        clips = decode(self.vae, latents)
+        scores = score(clips, self.reward, self.prompt)
+        return [Candidate(*each) for each in zip(seeds, scores.tolist(), latents.split(1), clips, strict=True)]
+
+
+class BestOfN(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RewardGuidanceKSamplerBestOfN",
+            display_name="KSampler (Best of N)",
+            category=CATEGORY,
+            description="Samples every latent n times, from the seeds seed, seed + 1, ..., and keeps the candidates that a reward likes best.",
+            search_aliases=["best of n", "rejection sampling", "seed search", "top k", "reward search"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model, which may itself be guided by a reward."),
+                *sampler_inputs(),
+                io.Vae.Input("vae", tooltip="Decodes the candidates, to be scored and shown."),
+                REWARD.Input("reward", tooltip="What to choose by. It needs no gradient."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    tooltip="The prompt, for rewards that compare the picture with it. Write the same text as in the positive prompt.",
+                ),
+                io.Int.Input(
+                    "n",
+                    default=4,
+                    min=1,
+                    max=4096,
+                    tooltip="Candidates for each latent of the batch; sampling takes n times as long. 2 to 16.",
+                ),
+                io.Int.Input("keep", default=1, min=1, max=4096, tooltip="How many of them to keep, best first."),
+                io.Float.Input(
+                    "stop_above",
+                    default=100.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="Stop early once enough candidates are this good, in units of the reward's typical spread. 1 to 3; 100 never stops.",
+                    advanced=True,
+                ),
+                io.Int.Input(
+                    "chunk",
+                    default=1,
+                    min=0,
+                    max=4096,
+                    tooltip="How many candidates to sample at once; 0 takes as many as memory holds. With 1 a stock KSampler makes each again "
+                    "from its seed, bit for bit; with more, to rounding, and guided ones only roughly.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latents", tooltip="The best latents, best first, latent by latent of the batch."),
+                io.Image.Output(display_name="images", tooltip="The same as pictures."),
+                io.Float.Output(display_name="scores", is_output_list=True, tooltip="Their rewards, in units of the reward's typical spread."),
+                io.Int.Output(display_name="seeds", is_output_list=True, tooltip="The seed of each, for a stock KSampler with batch size 1."),
+                io.String.Output(display_name="report", tooltip="Every candidate's seed and reward as readable lines."),
+            ],
+            hidden=HIDDEN,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        positive,
+        negative,
+        latent_image: dict,
+        denoise: float,
+        vae,
+        reward: LoadedReward,
+        prompt: str,
+        n: int,
+        keep: int,
+        stop_above: float,
+        chunk: int,
+    ) -> io.NodeOutput:
+        if n < 1 or keep < 1 or chunk < 0:
+            raise GuidanceError(f"Best of N needs n and keep of at least 1 and a chunk of at least 0, not {n}, {keep} and {chunk}.")
+        require_prompt(reward.reward, [prompt])
+        check_belongs(vae, model.get_model_object("latent_format"))
+        originals = one_by_one(latent_image)
+        sampling = Sampling(model, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
+        seeds = seeds_from(seed, n * len(originals))
+        reporter = Reporter(cls.hidden, "vae")
+
+        def report(fresh: list[Candidate]) -> None:
+            rewards, own = zip(*[(candidate.score, candidate.seed) for candidate in fresh], strict=True)
+            reporter(Judged(step=seeds.index(own[-1]) + 1, steps=len(seeds), rewards=rewards, seeds=own))
+
+        search = Search(sampling, vae, reward, prompt, min(keep, n), stop_above, report)
+        at_once = sampling.at_once(chunk, originals[0], n)
+        runs = -(-n // at_once)
+        callbacks = sampling.progress(runs * len(originals))
+        found: list[list[Candidate]] = []
+        for i, latent in enumerate(originals):
+            own = seeds[i * n : (i + 1) * n]
+            chunks = [own[start : start + at_once] for start in range(0, n, at_once)]
+            found.append(search(latent, chunks, map(callbacks, range(i * runs, (i + 1) * runs))))
+        kept = [(i, candidate) for i, candidates in enumerate(found) for candidate in candidates]
+        return io.NodeOutput(
+            sampled(latent_image, [i for i, _ in kept], torch.cat([c.latent for _, c in kept]), [c.seed for _, c in kept]),
+            torch.cat([candidate.pictures for _, candidate in kept]),
+            [candidate.score for _, candidate in kept],
+            [candidate.seed for _, candidate in kept],
+            summary(reporter.history, [candidate.seed for _, candidate in kept]),
+            ui={"reward_guidance": reporter.history},
+        )
+
+
+def summary(history: list[dict], kept: list[int]) -> str:
+    lines = [
+        f"seed {seed}: {reward:+.3f}{' kept' if seed in kept else ''}"
+        for judged in history
+        for seed, reward in zip(judged["seeds"], judged["rewards"], strict=True)
+    ]
+    return f"{len(kept)} of {len(lines)} candidates kept\n" + "\n".join(lines)
+
+
+NODES = [SelectBest, BestOfN]

@@ -1,0 +1,252 @@
+"""Noise of each candidate's own and particles inside ComfyUI's samplers, on models whose answers are known."""
+
+import inspect
+
+import pytest
+from reward_guidance.tests.harness.inprocess import load_comfyui
+
+load_comfyui()
+
+import comfy.sample
+import comfy.samplers
+import torch
+from reward_guidance.guidance.estimators import Settings, Smoothing
+from reward_guidance.guidance.particles import Population
+from reward_guidance.guidance.process import Diffusion, Flow
+from reward_guidance.nodes.particles import SAMPLERS, FirstAnswered, ParticleSampler, Swarm
+from reward_guidance.nodes.runtime import RewardBeside, RewardGuidance
+from reward_guidance.nodes.sampling import SEEDS, Sampling, joined, rows, sampled
+from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
+from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
+
+CONDITION = [[torch.zeros(1, 1, 1), {}]]
+CLOUD = Mixture.random(6, 48, torch.Generator().manual_seed(0))
+"""48 numbers: with fewer than 16, PyTorch draws noise another way."""
+RING = Mixture.ring(radius=1.5, std=0.15)
+CENTRE = torch.tensor([1.2, 0.9])
+STEPS = 6
+
+
+def ring_reward(latents):
+    return -0.6 * (latents.flatten(1) - CENTRE).pow(2).sum(1)
+
+
+def model_of(mixture, flow):
+    return analytic_model(mixture, Flow() if flow else Diffusion(), flow, 3.0)
+
+
+def sampling(model, sampler, cfg=1.0, denoise=1.0, steps=STEPS):
+    return Sampling(model, steps, cfg, sampler, "simple", CONDITION, CONDITION, denoise)
+
+
+def ignore(*_):
+    pass
+
+
+def stock(model, sampler, latent, seed, cfg=1.0, **options):
+    noise = comfy.sample.prepare_noise(latent, seed)
+    arguments = (STEPS, cfg, sampler, "simple", CONDITION, CONDITION, latent)
+    return comfy.sample.sample(model, noise, *arguments, seed=seed, disable_pbar=True, **options)
+
+
+@pytest.fixture(autouse=True)
+def like_a_node():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.mark.parametrize("sampler", comfy.samplers.KSampler.SAMPLERS)
+@pytest.mark.parametrize("flow", [True, False], ids=["flow", "diffusion"])
+def test_a_candidate_is_the_same_alone_in_a_batch_and_in_a_stock_ksampler(flow, sampler):
+    model, latent, seeds = model_of(CLOUD, flow), {"samples": torch.zeros(1, 48, 1, 1)}, [5, 6, 7]
+    each = sampling(model, sampler)
+    expected = torch.cat([stock(model, sampler, latent["samples"], seed) for seed in seeds])
+    alone = torch.cat([each(latent, [seed], ignore) for seed in seeds])
+    assert torch.equal(alone, expected)
+    if each.at_once(3, latent, 3) == 3:
+        assert (each(latent, seeds, ignore) - expected).abs().max() < 1e-5
+    else:
+        assert sampler == "dpm_adaptive"
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("denoise", [0.0, 0.5])
+def test_candidates_of_image_to_image(sampler, denoise):
+    model, latent = model_of(CLOUD, True), {"samples": torch.full((1, 48, 1, 1), 0.7), "noise_mask": torch.ones(1, 1, 1, 1)}
+    each = sampling(model, sampler, denoise=denoise)
+    expected = [stock(model, sampler, latent["samples"], seed, denoise=denoise, noise_mask=latent["noise_mask"]) for seed in (5, 6)]
+    assert (each(latent, [5, 6], ignore) - torch.cat(expected)).abs().max() < 1e-5
+
+
+def test_a_sampler_of_unknown_noise_makes_one_candidate_at_a_time(monkeypatch):
+    def sample_strange(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
+        return x
+
+    sample_strange.__module__ = "another_pack.samplers"
+    monkeypatch.setattr(comfy.k_diffusion.sampling, "sample_strange", sample_strange, raising=False)
+    monkeypatch.setattr(comfy.samplers.KSampler, "SAMPLERS", [*comfy.samplers.KSampler.SAMPLERS, "strange"])
+    latent = {"samples": torch.zeros(1, 48, 1, 1)}
+    assert sampling(model_of(CLOUD, True), "strange").at_once(0, latent, 8) == 1
+    assert sampling(model_of(CLOUD, True), "euler").at_once(0, latent, 8) == 8
+
+
+def test_rows_of_a_latent_stay_together():
+    mask = torch.arange(2.0).view(2, 1, 1, 1)
+    latent = {"samples": torch.arange(4.0).view(4, 1, 1, 1), "noise_mask": mask, "batch_index": [4, 5, 6, 7], SEEDS: [1, 2, 3, 4], "type": "x"}
+    chosen = rows(latent, [3, 0])
+    assert chosen["samples"].flatten().tolist() == [3, 0]
+    assert chosen["noise_mask"].flatten().tolist() == [1, 0]
+    assert (chosen["batch_index"], chosen[SEEDS], chosen["type"]) == ([7, 4], [4, 1], "x")
+    assert SEEDS not in rows(latent | {SEEDS: [1]}, [0]), "seeds of other samples are dropped"
+    made = sampled(latent | {"downscale_ratio_spacial": 8}, [0, 0], torch.ones(2, 1, 1, 1), [8, 9])
+    assert made[SEEDS] == [8, 9]
+    assert made["batch_index"] == [4, 4]
+    assert "downscale_ratio_spacial" not in made
+    assert joined([latent, latent])[SEEDS] == [1, 2, 3, 4] * 2
+    assert "batch_index" not in joined([latent, {"samples": latent["samples"]}])
+
+
+def particle_run(model, sampler, n, seed=0, groups=1, every=2, reward=ring_reward, threshold=0.5, temperature=1.0, report=ignore, steps=STEPS):
+    generator = torch.Generator().manual_seed(seed + 99)
+    stock_sampler = comfy.samplers.sampler_object(sampler)
+    population = Population(n, temperature, generator, threshold)
+    stock_sampler.sampler_function = ParticleSampler(stock_sampler.sampler_function, reward, population, every, report)
+    latent = torch.zeros(groups * n, model.model.latent_format.latent_channels, 1, 1)
+    arguments = (stock_sampler, sampling(model, sampler, steps=steps).sigmas(), CONDITION, CONDITION, latent)
+    noise = comfy.sample.prepare_noise(latent, seed)
+    return comfy.sample.sample_custom(model, noise, 1.0, *arguments, disable_pbar=True, seed=seed)
+
+
+@pytest.mark.parametrize("sampler", comfy.samplers.KSampler.SAMPLERS)
+@pytest.mark.parametrize("flow", [True, False], ids=["flow", "diffusion"])
+def test_one_particle_is_the_stock_sampler(flow, sampler):
+    model = model_of(CLOUD, flow)
+    alone = particle_run(model, sampler, n=1, seed=3, reward=lambda latents: latents.flatten(1).sum(1))
+    assert torch.equal(alone, stock(model, sampler, torch.zeros(1, 48, 1, 1), 3))
+
+
+def can_be_cut(name):
+    """Whether a sampler in segments makes what it makes at once, and not always the same."""
+    function = comfy.samplers.sampler_object(name).sampler_function
+    if "noise_sampler" not in inspect.signature(function).parameters:
+        return False
+    model, made = model_of(CLOUD, False), []
+    for seed, every in ((0, 100), (0, 2), (1, 2)):
+        generator = torch.Generator().manual_seed(seed)
+        never = Population(3, 1.0, generator, threshold=0.0)
+        cut = ParticleSampler(function, lambda latents: torch.zeros(len(latents)), never, every)
+        noise, latent = torch.ones(3, 48, 1, 1), torch.zeros(3, 48, 1, 1)
+        arguments = (comfy.samplers.KSAMPLER(cut), sampling(model, name).sigmas(), CONDITION, CONDITION, latent)
+        try:
+            made.append(comfy.sample.sample_custom(model, noise, 1.0, *arguments, disable_pbar=True, seed=0))
+        except (RuntimeError, UnboundLocalError, TypeError):
+            return False
+    whole, segments, other = made
+    return torch.equal(whole, segments) and not torch.equal(segments, other)
+
+
+def test_particles_are_offered_the_samplers_that_can_be_cut():
+    draws_overlap = {"dpmpp_sde", "dpmpp_sde_gpu"}
+    assert {name for name in comfy.samplers.KSampler.SAMPLERS if can_be_cut(name)} == set(SAMPLERS) | draws_overlap
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("flow", [True, False], ids=["flow", "diffusion"])
+def test_particles_follow_the_reward(flow, sampler):
+    model = model_of(RING, flow)
+    plain = stock(model, sampler, torch.zeros(256, 2, 1, 1), 0)
+    followed = particle_run(model, sampler, n=8, groups=32)
+    assert followed.isfinite().all()
+    assert ring_reward(followed).mean() > ring_reward(plain).mean() + 0.5
+
+
+@pytest.mark.parametrize("every", [1, 2, 5, 99])
+def test_looks_cost_no_model_call(every):
+    model, looks = model_of(RING, True), []
+    network = model.model.diffusion_model
+    particle_run(model, "euler_ancestral", n=4, every=every, report=looks.append)
+    assert network.calls == STEPS
+    assert [look.step for look in looks] == [*range(every, STEPS - 1, every), STEPS]
+    assert [look.sigma for look in looks] == [float(sampling(model, "euler_ancestral").sigmas()[look.step]) for look in looks]
+    assert all(1 <= look.survivors <= 4 and 1 <= look.ess <= 4 + 1e-9 and len(look.rewards) == 4 for look in looks)
+
+
+def test_more_particles_come_nearer_to_the_reward_weighted_ring():
+    truth = RING.sample(100_000, torch.Generator().manual_seed(50))
+    truth = resample(truth, ring_reward(truth), 1000, torch.Generator().manual_seed(51))
+    model, distances = model_of(RING, True), {}
+    for n in (1, 4, 16):
+        followed = particle_run(model, "euler_ancestral", n, groups=1000, steps=20, every=4).flatten(1).view(1000, n, 2)
+        distances[n] = energy_distance(followed[:, n // 2].double(), truth)
+    assert distances[1] > 0.5
+    assert distances[4] < 0.1
+    assert distances[16] < 0.02
+
+
+def test_progress_counts_on_across_segments():
+    model, seen = model_of(RING, True), []
+    latent = {"samples": torch.zeros(1, 2, 1, 1)}
+    sampler = comfy.samplers.sampler_object("euler_ancestral")
+    generator = torch.Generator().manual_seed(0)
+    sampler.sampler_function = ParticleSampler(sampler.sampler_function, ring_reward, Population(3, 1.0, generator), 2)
+    callback = lambda step, x0, x, steps: seen.append((step, steps))  # noqa: E731
+    sampling(model, "euler_ancestral").run(sampler, latent, [1, 2, 3], callback)
+    assert seen == [(step, STEPS) for step in range(STEPS)]
+
+
+def test_the_noise_on_the_way_is_not_the_noise_of_a_beginning():
+    """Consecutive seeds begin the particles; no segment may draw from any of them."""
+    drawn = []
+
+    def spy(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
+        drawn.extend(noise_sampler(None, None).split(1) if noise_sampler else ())
+        return x
+
+    each = sampling(model_of(CLOUD, True), "euler_ancestral")
+    swarm = Swarm(each, lambda latents: latents.flatten(1).sum(1), 1.0, 0.5, 2, 4)
+    original = comfy.k_diffusion.sampling.sample_euler_ancestral
+    comfy.k_diffusion.sampling.sample_euler_ancestral = spy
+    try:
+        swarm({"samples": torch.zeros(1, 48, 1, 1)}, [11, 12, 13, 14], ignore, ignore)
+    finally:
+        comfy.k_diffusion.sampling.sample_euler_ancestral = original
+    begun = [comfy.sample.prepare_noise(torch.zeros(1, 48, 1, 1), seed) for seed in range(8, 20)]
+    everything = torch.cat([*drawn, *begun]).flatten(1)
+    assert len(drawn) == 4 * 3
+    assert (torch.cdist(everything, everything) + 99 * torch.eye(len(everything))).min() > 4
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 20])
+def test_showing_the_model_a_few_at_a_time_changes_nothing(chunk):
+    model = model_of(CLOUD, True)
+    seen = []
+    reward = lambda latents: latents.flatten(1).sum(1)  # noqa: E731
+    model.add_wrapper_with_key("apply_model", "spy", lambda executor, x, *args, **kw: seen.append(len(x)) or executor(x, *args, **kw))
+    whole = particle_run(model, "euler_ancestral", n=8, reward=reward)
+    assert max(seen) == 8
+    seen.clear()
+    parts = particle_run(RewardBeside(PlainReward(reward), chunk).attach(model), "euler_ancestral", n=8, reward=reward)
+    assert max(seen) == min(chunk, 8)
+    assert torch.equal(parts, whole)
+
+
+def test_particles_of_a_guided_model():
+    settings = Settings(smoothing=Smoothing(4, 1.0, 0), variance=1.15, cap=8.0, strength=0.3)
+    guided = RewardGuidance(PlainReward(ring_reward), "shift", settings).attach(model_of(RING, True))
+    both, only_particles, only_guidance = (
+        particle_run(model, "euler_ancestral", n, groups=256 // n) for model, n in ((guided, 4), (model_of(RING, True), 4), (guided, 1))
+    )
+    assert ring_reward(both).mean() > ring_reward(only_particles).mean() + 0.05
+    assert ring_reward(both).mean() > ring_reward(only_guidance).mean() + 0.05
+
+
+def test_a_model_that_was_asked_answers_once():
+    class Model:
+        inner_model = "inner"
+
+        def __call__(self, x, sigma, **options):
+            return x + 1
+
+    asked = FirstAnswered(Model(), torch.zeros(1))
+    assert [asked(torch.ones(1), None, seed=0).item() for _ in range(3)] == [0, 2, 2]
+    assert asked.inner_model == "inner"
