@@ -50,6 +50,15 @@ class Process:
         noise = self.noise_std(sigma) ** 2
         return noise * variance / (self.scale(sigma) ** 2 * variance + noise)
 
+    def angle(self, sigma):
+        """atan(noise/signal) in [0, π/2], a measure of the noise level that means the same for every process."""
+        noise, scale = self.noise_std(sigma), self.scale(sigma)
+        return torch.atan2(noise, scale) if isinstance(sigma, Tensor) else math.atan2(noise, scale)
+
+    def unit(self, x, sigma):
+        """x at about unit variance, for data of unit variance."""
+        return x / (self.scale(sigma) ** 2 + self.noise_std(sigma) ** 2) ** 0.5
+
     def shift_gain(self, sigma):
         """s²/a: moving x by shift_gain·g tilts the posterior p(x0|x) by exp(g·x0); also D_q - D per unit of ∇log h."""
         return self.noise_std(sigma) ** 2 / self.scale(sigma)
@@ -78,6 +87,27 @@ class Flow(Process):
 
     def noise_std(self, sigma):
         return self.noise_scale * sigma
+
+
+@dataclass(frozen=True)
+class Spherical(Process):
+    """x = cos(σ)·x0 + sin(σ)·ε, σ in [0, π/2]: noise and data of unit variance mix without a change of scale."""
+
+    def scale(self, sigma):
+        return sigma.cos() if isinstance(sigma, Tensor) else math.cos(sigma)
+
+    def noise_std(self, sigma):
+        return sigma.sin() if isinstance(sigma, Tensor) else math.sin(sigma)
+
+    def velocity(self, x, denoised, sigma):
+        """dx/dσ = (cos(σ)·x - D)/sin(σ)."""
+        return (self.scale(sigma) * x - denoised) / self.noise_std(sigma)
+
+    def denoised_from_velocity(self, x, velocity, sigma):
+        return self.scale(sigma) * x - self.noise_std(sigma) * velocity
+
+    def tilt_velocity(self, velocity, gradient, sigma):
+        return velocity - self.shift_gain(sigma) / self.noise_std(sigma) * gradient
 
 
 @dataclass(frozen=True)

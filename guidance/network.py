@@ -1,0 +1,243 @@
+"""The guidance network: learns the step from D to D_q out of labelled samples, and never differentiates a reward or a model."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import GuidanceError
+from .process import Process
+
+
+class Text(NamedTuple):
+    """What a diffusion model is told: tokens (B,T,E), all zero where there is none, and a pooled vector (B,P); T, E and P may be 0."""
+
+    tokens: Tensor
+    pooled: Tensor
+
+    @staticmethod
+    def none(batch: int) -> "Text":
+        return Text(torch.zeros(batch, 0, 0), torch.zeros(batch, 0))
+
+    def to(self, like: Tensor) -> "Text":
+        return Text(self.tokens.to(like), self.pooled.to(like))
+
+    def __getitem__(self, rows) -> "Text":  # type: ignore[override]
+        return Text(self.tokens[rows], self.pooled[rows])
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of a network; all that is needed to build it again."""
+
+    channels: int
+    """Of a latent."""
+    inputs: int = 2
+    """Latents it looks at: the noisy one, and with 2 the denoised estimate too."""
+    tokens: int = 0
+    """Channels of a text token."""
+    pooled: int = 0
+    """Channels of the pooled text."""
+    width: int = 64
+    levels: int = 3
+    """Resolutions, each half of the one before and twice as wide."""
+    blocks: int = 2
+    """Residual blocks at each."""
+    kernel: int = 3
+    scalar: bool = False
+    """One number per sample instead of a latent."""
+
+    def __post_init__(self):
+        if min(self.channels, self.inputs, self.width, self.levels, self.blocks) < 1 or self.width % GROUPS:
+            raise GuidanceError(f"A guidance network needs sizes of at least 1 and a width that is a multiple of {GROUPS}, not {self}.")
+
+    def fitted(self, shape: Sequence[int]) -> "Architecture":
+        """Without levels and kernels that latents (C,H,W) of this shape are too small for."""
+        side = min(shape[-2:])
+        return replace(self, levels=min(self.levels, 1 + int(math.log2(max(side // 2, 1)))), kernel=self.kernel if side > 1 else 1)
+
+
+GROUPS = 8
+"""Of normalised channels."""
+HEAD = 32
+"""Channels of an attention head."""
+
+
+class GuidanceNetwork(nn.Module):
+    """A U-Net over latents, modulated by noise level and pooled text, with attention over places and words at the lowest resolution.
+
+    It begins as exactly "no guidance": the last layer is zero. Any height, width and number of frames; frames meet in the attention.
+    """
+
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        self.architecture = a = architecture
+        widths = [a.width * 2**i for i in range(a.levels)]
+        self.embed = Embedding(a.width, a.pooled, 4 * a.width)
+        self.stem = conv(a.inputs * a.channels, a.width, a.kernel)
+        self.down = nn.ModuleList(Stage(a, 4 * a.width, widths[max(i - 1, 0)], w) for i, w in enumerate(widths))
+        self.middle = Attention(widths[-1], a.tokens)
+        self.up = nn.ModuleList(Stage(a, 4 * a.width, widths[i] + widths[min(i + 1, a.levels - 1)], w) for i, w in enumerate(widths))
+        self.norm = nn.GroupNorm(GROUPS, a.width)
+        self.head = conv(a.width, 1 if a.scalar else a.channels, a.kernel)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+
+    def forward(self, inputs: Sequence[Tensor], angle: Tensor, text: Text) -> Tensor:
+        """Latents (B,C,H,W) or (B,C,T,H,W), unit scale; atan(noise/signal) (B,) -> the shape of a latent, or (B,) of a scalar network."""
+        shape, frames = inputs[0].shape, 1 if inputs[0].ndim == 4 else inputs[0].shape[2]
+        x = torch.cat([part.movedim(1, -3).flatten(0, -4) for part in inputs], 1)
+        embedding = self.embed(angle, text.pooled).repeat_interleave(frames, 0)
+        x = self.stem(x)
+        skips = []
+        for i, stage in enumerate(self.down):
+            x = stage(x if i == 0 else F.avg_pool2d(x, 2, ceil_mode=True), embedding)
+            skips.append(x)
+        x = self.middle(x, frames, text.tokens)
+        for stage, skip in zip(reversed(self.up), reversed(skips), strict=True):
+            x = stage(torch.cat([skip, resized(x, skip)], 1), embedding)
+        x = self.head(F.silu(self.norm(x)))
+        if self.architecture.scalar:
+            return x.unflatten(0, (-1, frames)).flatten(1).sum(1)
+        return x.unflatten(0, (-1, frames)).movedim(2, 1).reshape(shape)
+
+
+def conv(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+
+
+def resized(x: Tensor, like: Tensor) -> Tensor:
+    return x if x.shape[-2:] == like.shape[-2:] else F.interpolate(x, like.shape[-2:], mode="nearest")
+
+
+class Embedding(nn.Module):
+    """Noise level and pooled text -> (B,outputs)."""
+
+    def __init__(self, frequencies: int, pooled: int, outputs: int):
+        super().__init__()
+        self.register_buffer("frequencies", torch.logspace(0, 1.5, frequencies // 2), persistent=False)
+        self.angle = nn.Linear(2 * (frequencies // 2), outputs)
+        self.pooled = nn.Sequential(nn.LayerNorm(pooled), nn.Linear(pooled, outputs)) if pooled else None
+        self.mix = nn.Sequential(nn.SiLU(), nn.Linear(outputs, outputs), nn.SiLU())
+
+    def forward(self, angle: Tensor, pooled: Tensor) -> Tensor:
+        phases = angle[:, None] * self.frequencies
+        embedding = self.angle(torch.cat([phases.sin(), phases.cos()], 1))
+        return self.mix(embedding if self.pooled is None else embedding + self.pooled(pooled))
+
+
+class Stage(nn.Module):
+    def __init__(self, a: Architecture, embedding: int, inputs: int, width: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(inputs if i == 0 else width, width, embedding, a.kernel) for i in range(a.blocks))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, embedding)
+        return x
+
+
+class Block(nn.Module):
+    """Residual block whose second normalisation is scaled and shifted by the embedding."""
+
+    def __init__(self, inputs: int, width: int, embedding: int, kernel: int):
+        super().__init__()
+        self.first = nn.Sequential(nn.GroupNorm(GROUPS, inputs), nn.SiLU(), conv(inputs, width, kernel))
+        self.modulation = nn.Linear(embedding, 2 * width)
+        self.norm = nn.GroupNorm(GROUPS, width)
+        self.second = conv(width, width, kernel)
+        self.skip = nn.Identity() if inputs == width else nn.Conv2d(inputs, width, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.modulation(embedding)[..., None, None].chunk(2, 1)
+        h = self.norm(self.first(x)) * (1 + scale) + shift
+        return self.skip(x) + self.second(F.silu(h))
+
+
+class Attention(nn.Module):
+    """A transformer layer over all places of all frames, which also reads the words."""
+
+    def __init__(self, width: int, tokens: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.heads = width // HEAD or 1
+        self.qkv = nn.Linear(width, 3 * width)
+        self.words = nn.Sequential(nn.LayerNorm(tokens), nn.Linear(tokens, 2 * width)) if tokens else None
+        self.out = nn.Linear(width, width)
+        self.feed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, frames: int, tokens: Tensor) -> Tensor:
+        shape = x.shape
+        h = x.unflatten(0, (-1, frames)).movedim(2, -1).flatten(1, 3)
+        q, k, v = self.qkv(self.norm(h)).chunk(3, 2)
+        mask = None
+        if self.words is not None and tokens.shape[1]:
+            k, v = (torch.cat(pair, 1) for pair in zip((k, v), self.words(tokens).chunk(2, 2), strict=True))
+            mask = F.pad(tokens.any(2), (h.shape[1], 0), value=True)[:, None, None]
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        h = h + self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        h = h + self.feed(h)
+        return h.unflatten(1, (frames, *shape[-2:])).movedim(-1, 2).reshape(shape)
+
+
+Denoiser = Callable[[Tensor], Tensor]
+
+
+class Form:
+    """How a network's output becomes D_q. `sigma` is (B,), everything else (B,...)."""
+
+    inputs = 2
+    """Latents the network looks at."""
+    moves = False
+    """Whether the model is asked elsewhere than at x."""
+
+    def __call__(self, network: nn.Module, process: Process, denoise: Denoiser, x: Tensor, sigma: Tensor, text: Text, strength: float = 1.0):
+        """D_q (B,...)."""
+        raise NotImplementedError
+
+
+class Correction(Form):
+    """D_q = D + s·G(x, D), s the posterior's standard deviation for data of unit variance."""
+
+    def __call__(self, network, process, denoise, x, sigma, text, strength=1.0):
+        level = column(sigma, x)
+        denoised = denoise(x)
+        std = process.posterior_variance(level) ** 0.5
+        return denoised + strength * std * network((process.unit(x, level), denoised), process.angle(sigma), text)
+
+
+class Shift(Form):
+    """D_q = D(x + noise·G(x)): the model gives the answer, at a point that the network chooses, and so stays on its manifold."""
+
+    inputs = 1
+    moves = True
+
+    def __call__(self, network, process, denoise, x, sigma, text, strength=1.0):
+        level = column(sigma, x)
+        return denoise(x + strength * process.noise_std(level) * network((process.unit(x, level),), process.angle(sigma), text))
+
+
+class Potential(Form):
+    """D_q = D + (noise²/a)·∇f, with a scalar network f ≈ log E[w|x] (arXiv 2405.16876)."""
+
+    inputs = 1
+
+    def __call__(self, network, process, denoise, x, sigma, text, strength=1.0):
+        level = column(sigma, x)
+        with torch.enable_grad():
+            point = x.detach().requires_grad_()
+            value = network((process.unit(point, level),), process.angle(sigma), text)
+            (gradient,) = torch.autograd.grad(value.sum(), point)
+        return denoise(x) + strength * process.shift_gain(level) * gradient
+
+
+FORMS: dict[str, Form] = {"correction": Correction(), "shift": Shift(), "potential": Potential()}
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B,1,...) that broadcasts against `like`."""
+    return values.view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,333 @@
+"""Fits a guidance network to labelled samples.
+
+Draw x0 ~ p, label it with a weight w = exp(r(x0)/β), noise it to x. The reward-weighted posterior mean is then the solution of a weighted
+least-squares regression, in which no reward and no model is differentiated:
+
+    D_q = D + s·G,    G = argmin E[ w·|y - G(x)|² ],    y = (x0 - D)/s
+
+As E[y|x] = 0 without weights, E[ w·|G|² - 2(w - 1)·y·G ] has the same minimiser, and far less noise where w says little about x.
+"""
+
+import copy
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .errors import GuidanceError
+from .network import FORMS, Architecture, Denoiser, GuidanceNetwork, Text, column
+from .process import Process
+
+LOW_SAMPLE_SIZE = 0.1
+"""An effective share of samples below which a few lucky ones decide everything."""
+
+
+def generator(*key: int) -> torch.Generator:
+    """A private generator for a key; the CPU's reads 32 bits of its seed."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+
+
+@dataclass(frozen=True)
+class Health:
+    """What can be said of labels before anything is learned from them."""
+
+    count: int
+    prompts: int
+    mean: float
+    std: float
+    """Of the reward within a prompt: the unit of the temperature."""
+    effective: float
+    """Effective sample size (Σw)²/Σw² over the number of samples."""
+
+    def warnings(self) -> list[str]:
+        if self.effective >= LOW_SAMPLE_SIZE:
+            return []
+        return [f"Only {self.effective:.1%} of {self.count} samples count at this temperature: raise it, or collect more samples."]
+
+
+def label(rewards: Tensor, prompts: Tensor, temperature: float) -> tuple[Tensor, Health]:
+    """Rewards (N,) and the prompt (N,) each belongs to -> weights (N,) of mean 1, w ∝ exp((r - m)/(β·std)).
+
+    m is the mean reward of the prompt, shrunk towards that of all by how little is known of it (empirical Bayes); std is the spread
+    within a prompt. Raises GuidanceError where there is nothing to learn.
+    """
+    if not temperature > 0:
+        raise GuidanceError(f"The temperature must be above 0, not {temperature}; smaller values follow the reward more closely.")
+    if bad := int((~torch.isfinite(rewards)).sum()):
+        raise GuidanceError(f"{bad} of {len(rewards)} rewards are not finite numbers; collect those samples again.")
+    rewards = rewards.double()
+    _, group, count = torch.unique(prompts, return_inverse=True, return_counts=True)
+    mean = torch.zeros(len(count), dtype=torch.float64).index_add(0, group, rewards) / count
+    within, between = spread(rewards, group, count, mean)
+    if not within > 1e-12 * rewards.abs().max() ** 2:
+        raise GuidanceError(f"All {len(rewards)} samples have the same reward for their prompt: there is nothing to learn from them.")
+    trust = between / (between + within / count)
+    centre = rewards.mean() + trust * (mean - rewards.mean())
+    weights = ((rewards - centre[group]) / (within.sqrt() * temperature)).softmax(0) * len(rewards)
+    effective = float(len(rewards) / weights.square().sum())
+    return weights.float(), Health(len(rewards), len(count), float(rewards.mean()), float(within.sqrt()), effective)
+
+
+def spread(rewards: Tensor, group: Tensor, count: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance within prompts and between them; of one sample per prompt, all is taken to lie within."""
+    if len(rewards) == len(count):
+        return rewards.var(correction=min(1, len(rewards) - 1)), torch.zeros(())
+    within = (rewards - mean[group]).square().sum() / (len(rewards) - len(count))
+    return within, ((mean - rewards.mean()).square().mean() - (within / count).mean()).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Noised samples: everything (B,...) alike."""
+
+    clean: Tensor
+    x: Tensor
+    sigma: Tensor
+    """(B,)"""
+    denoised: Tensor
+    """D(x,σ) of the model."""
+    weights: Tensor
+    """(B,)"""
+    text: Text
+    denoise: Denoiser | None = None
+    """D at other points, with a graph; for the form `shift`."""
+
+
+class Source(Protocol):
+    """Where batches come from. The same key gives the same batch."""
+
+    def batch(self, size: int, key: tuple[int, ...], part: slice = slice(None)) -> Batch:
+        """The chosen part of a batch of `size`."""
+        ...
+
+
+@dataclass(frozen=True)
+class LivePairs:
+    """Fresh noise for every batch, and a call of the model for its D."""
+
+    clean: Tensor
+    weights: Tensor
+    process: Process
+    denoise: Callable[[Tensor, Tensor, Text], Tensor]
+    """x (B,...), σ (B,), text -> D (B,...)."""
+    sigma: Callable[[Tensor], Tensor]
+    """Times in [0,1], 1 noise -> noise levels."""
+    text: Text | None = None
+
+    def batch(self, size: int, key: tuple[int, ...], part: slice = slice(None)) -> Batch:
+        rng = generator(*key)
+        rows = torch.randint(len(self.clean), (size,), generator=rng)[part]
+        sigma = self.sigma((torch.arange(size) + torch.rand(size, generator=rng)) / size)[part]
+        noise = torch.randn(size, *self.clean.shape[1:], generator=rng)[part]
+        clean = self.clean[rows]
+        text = Text.none(len(rows)) if self.text is None else self.text[rows]
+        x = self.process.add_noise(clean, noise.to(clean), column(sigma, clean))
+        denoise = lambda point: self.denoise(point, sigma, text)  # noqa: E731
+        with torch.no_grad():
+            denoised = denoise(x)
+        return Batch(clean, x, sigma, denoised, self.weights[rows], text, denoise)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train. Two runs of the same plan on the same labels give the same network."""
+
+    objective: str = "weighted"
+    form: str = "correction"
+    steps: int = 4000
+    batch: int = 128
+    learning_rate: float = 1e-3
+    ema: float = 0.998
+    check_every: int = 200
+    """Steps between two looks at held-out samples; the best network so far is kept."""
+    baseline: float = 1.0
+    """What is taken off the weights of y; any value has the same minimiser."""
+    temperature: float = 1.0
+    """Of the objective `reward_gradient`; the others have it in their weights."""
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.objective not in OBJECTIVES or self.form not in FORMS:
+            raise GuidanceError(f"Known objectives are {', '.join(OBJECTIVES)}; known forms {', '.join(FORMS)}.")
+        if self.objective.startswith("potential") != (self.form == "potential"):
+            raise GuidanceError(f"The objective {self.objective} does not train the form {self.form}.")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an objective needs beside a batch."""
+
+    process: Process
+    plan: Plan
+    reward: Callable[[Tensor, Batch], Tensor] | None = None
+    """Denoised latents (B,...) -> standardized rewards (B,), differentiable; for `reward_gradient`."""
+
+    def correction(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """D_q and (D_q - D)/s, (B,...)."""
+        form = FORMS[self.plan.form]
+        denoise = batch.denoise if form.moves and batch.denoise is not None else lambda _: batch.denoised
+        tilted = form(network, self.process, denoise, batch.x, batch.sigma, batch.text)
+        return tilted, (tilted - batch.denoised) / self.std(batch)
+
+    def std(self, batch: Batch) -> Tensor:
+        return self.process.posterior_variance(column(batch.sigma, batch.x)) ** 0.5
+
+
+Objective = Callable[[nn.Module, Task, Batch], Tensor]
+
+
+def weighted(network: nn.Module, task: Task, batch: Batch) -> Tensor:
+    """E[ w·|G|² - 2(w - 1)·y·G ] per element."""
+    _, correction = task.correction(network, batch)
+    target = (batch.clean - batch.denoised) / task.std(batch)
+    weights = column(batch.weights, batch.x)
+    return (weights * correction.square() - 2 * (weights - task.plan.baseline) * target * correction).mean()
+
+
+def reward_gradient(network: nn.Module, task: Task, batch: Batch) -> Tensor:
+    """E[ |G|²/2 - r(D_q)/β ]: the KL-regularised step, amortised. For rewards with a gradient, where labels are few (arXiv 2508.09968)."""
+    if task.reward is None:
+        raise GuidanceError("The objective reward_gradient needs the reward itself, with a gradient; labels are not enough.")
+    tilted, correction = task.correction(network, batch)
+    return (correction.square().flatten(1).sum(1) / 2 - task.reward(tilted, batch) / task.plan.temperature).mean()
+
+
+def potential(loss: Callable[[Tensor, Tensor], Tensor]) -> Objective:
+    """A scalar network f(x) and the weights -> the loss per sample."""
+
+    def objective(network: nn.Module, task: Task, batch: Batch) -> Tensor:
+        unit = task.process.unit(batch.x, column(batch.sigma, batch.x))
+        return loss(network((unit,), task.process.angle(batch.sigma), batch.text), batch.weights).mean()
+
+    return objective
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "weighted": weighted,
+    "reward_gradient": reward_gradient,
+    # f -> log E[w|x] by the Poisson loss; by regression of h = e^f (arXiv 2405.16876), noisier; f -> E[log w|x], which is another thing
+    "potential": potential(lambda f, w: f.exp() - w * f),
+    "potential_square": potential(lambda f, w: (f.exp() - w).square()),
+    "potential_log": potential(lambda f, w: (f - w.log()).square()),
+}
+
+
+@dataclass(frozen=True)
+class Progress:
+    step: int
+    loss: float
+    check: float | None = None
+    """The loss on held-out samples, where this step looked at them."""
+    best: bool = False
+    """Whether it is the lowest so far."""
+
+
+@dataclass
+class Training:
+    """A run of a plan. Iterate it to train; stop at any time; `best` is what has been reached.
+
+    Under torch.distributed every process takes its part of each batch, and the result is that of one process.
+    """
+
+    source: Source
+    task: Task
+    architecture: Architecture
+    held_out: Source | None = None
+    checkpoint: Path | None = None
+    """Written every `check_every` steps; a run that finds it goes on from there, bit for bit."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    step: int = field(default=0, init=False)
+    curve: list[tuple[int, float]] = field(default_factory=list, init=False)
+    """Loss on held-out samples, by step."""
+
+    def __post_init__(self):
+        plan = self.task.plan
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(plan.seed)
+            self.network = GuidanceNetwork(self.architecture).to(self.device)
+        self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(plan.ema))
+        self.best = copy.deepcopy(self.network.state_dict())
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), plan.learning_rate, weight_decay=0.0)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate)
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self.restore(self.checkpoint)
+
+    def rate(self, step: int) -> float:
+        steps = self.task.plan.steps
+        return min(1, (step + 1) / min(100, steps)) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+
+    def __iter__(self) -> Iterator[Progress]:
+        plan = self.task.plan
+        network: nn.Module = nn.parallel.DistributedDataParallel(self.network) if distributed.is_initialized() else self.network
+        while self.step < plan.steps:
+            loss = OBJECTIVES[plan.objective](network, self.task, self.source.batch(plan.batch, (plan.seed, self.step), own_part(plan.batch)))
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+            self.average.update_parameters(self.network)
+            self.step += 1
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise GuidanceError(f"Training diverged at step {self.step}: lower the learning rate or raise the temperature.")
+            yield self.look(value) if self.step % plan.check_every == 0 or self.step == plan.steps else Progress(self.step, value)
+
+    @torch.no_grad()
+    def look(self, loss: float) -> Progress:
+        """Judge the averaged network by samples it has not seen, keep it if it is the best, and write a checkpoint."""
+        batch = None if self.held_out is None else self.held_out.batch(8 * self.task.plan.batch, (self.task.plan.seed, -1))
+        check = loss if batch is None else float(OBJECTIVES[self.task.plan.objective](self.average.module, self.task, batch))
+        best = batch is None or not self.curve or check < min(value for _, value in self.curve)
+        self.curve.append((self.step, check))
+        if best:
+            self.best = copy.deepcopy(self.average.module.state_dict())
+        if self.checkpoint is not None:
+            self.save(self.checkpoint)
+        return Progress(self.step, loss, check, best)
+
+    def result(self) -> GuidanceNetwork:
+        """The best network so far."""
+        network = GuidanceNetwork(self.architecture)
+        network.load_state_dict(self.best)
+        return network.to(self.device).eval().requires_grad_(False)
+
+    def state(self) -> dict[str, Any]:
+        parts = {name: getattr(self, name).state_dict() for name in ("network", "average", "optimizer", "schedule")}
+        return parts | {"best": self.best, "step": self.step, "curve": self.curve, "plan": asdict(self.task.plan)}
+
+    def save(self, path: Path) -> None:
+        partial = path.with_suffix(".partial")
+        torch.save(self.state(), partial)
+        partial.replace(path)
+
+    def restore(self, path: Path) -> None:
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["plan"] != asdict(self.task.plan):
+            raise GuidanceError(f"{path.name} belongs to a training with other settings: delete it, or go back to those settings.")
+        for name in ("network", "average", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(state[name])
+        self.best, self.step, self.curve = state["best"], state["step"], [tuple(point) for point in state["curve"]]
+
+
+def own_part(size: int) -> slice:
+    """This process's rows of a batch."""
+    if not distributed.is_initialized():
+        return slice(None)
+    if size % distributed.get_world_size():
+        raise GuidanceError(f"A batch of {size} cannot be shared by {distributed.get_world_size()} processes; choose a multiple.")
+    return slice(distributed.get_rank(), None, distributed.get_world_size())
+
+
+def fit(training: Training) -> GuidanceNetwork:
+    """Train to the end."""
+    for _ in training:
+        pass
+    return training.result()
