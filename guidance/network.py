@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,8 @@ from .errors import GuidanceError
 from .process import Process
 
 
-class Text(NamedTuple):
+@dataclass(frozen=True)
+class Text:
     """What a diffusion model is told: tokens (B,T,E), all zero where there is none, and a pooled vector (B,P); T, E and P may be 0."""
 
     tokens: Tensor
@@ -23,10 +23,11 @@ class Text(NamedTuple):
     def none(batch: int) -> "Text":
         return Text(torch.zeros(batch, 0, 0), torch.zeros(batch, 0))
 
-    def to(self, like: Tensor) -> "Text":
-        return Text(self.tokens.to(like), self.pooled.to(like))
+    def to(self, device: torch.device) -> "Text":
+        """On a device, in single precision."""
+        return Text(self.tokens.to(device, torch.float32), self.pooled.to(device, torch.float32))
 
-    def __getitem__(self, rows) -> "Text":  # type: ignore[override]
+    def __getitem__(self, rows) -> "Text":
         return Text(self.tokens[rows], self.pooled[rows])
 
 
@@ -42,7 +43,7 @@ class Architecture:
     """Channels of a text token."""
     pooled: int = 0
     """Channels of the pooled text."""
-    width: int = 64
+    width: int = 48
     levels: int = 3
     """Resolutions, each half of the one before and twice as wide."""
     blocks: int = 2
@@ -119,6 +120,7 @@ class Embedding(nn.Module):
 
     def __init__(self, frequencies: int, pooled: int, outputs: int):
         super().__init__()
+        self.frequencies: Tensor
         self.register_buffer("frequencies", torch.logspace(0, 1.5, frequencies // 2), persistent=False)
         self.angle = nn.Linear(2 * (frequencies // 2), outputs)
         self.pooled = nn.Sequential(nn.LayerNorm(pooled), nn.Linear(pooled, outputs)) if pooled else None
@@ -210,6 +212,17 @@ class Correction(Form):
         return denoised + strength * std * network((process.unit(x, level), denoised), process.angle(sigma), text)
 
 
+class NoiseCorrection(Form):
+    """D_q = D + s·G(x), for data that is Gaussian noise: D says nothing that x does not."""
+
+    inputs = 1
+
+    def __call__(self, network, process, denoise, x, sigma, text, strength=1.0):
+        level = column(sigma, x)
+        std = process.posterior_variance(level) ** 0.5
+        return denoise(x) + strength * std * network((process.unit(x, level),), process.angle(sigma), text)
+
+
 class Shift(Form):
     """D_q = D(x + noise·G(x)): the model gives the answer, at a point that the network chooses, and so stays on its manifold."""
 
@@ -235,7 +248,7 @@ class Potential(Form):
         return denoise(x) + strength * process.shift_gain(level) * gradient
 
 
-FORMS: dict[str, Form] = {"correction": Correction(), "shift": Shift(), "potential": Potential()}
+FORMS: dict[str, Form] = {"correction": Correction(), "shift": Shift(), "potential": Potential(), "noise": NoiseCorrection()}
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:

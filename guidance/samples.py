@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -97,7 +98,7 @@ class Collection:
     def open(folder: Path) -> "Collection":
         try:
             content = json.loads((folder / "collection.json").read_text(encoding="utf-8"))
-            values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+            values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
             return Collection(folder, Description(**values | {"base": Base(**content["base"])}))
         except FileNotFoundError as error:
             raise GuidanceError(f"{folder.name} holds no samples; Collect Guidance Data makes them.") from error
@@ -227,9 +228,10 @@ class StoredPairs:
         drawn = torch.stack([noise(clean.shape[1:], self.seeds[row], level) for row, level in zip(rows.tolist(), chosen.tolist(), strict=True)])
         x = self.process.add_noise(clean, drawn, column(sigma, clean))
         text = samples.text[samples.prompts[rows]]
-        move = lambda value: value.to(self.device).float()  # noqa: E731
-        denoised = samples.denoised[rows, chosen]
-        return Batch(*map(move, (clean, x, sigma, denoised, self.weights[rows])), Text(*map(move, text)))
+        clean, x, sigma, denoised, weights = (
+            value.to(self.device, torch.float32) for value in (clean, x, sigma, samples.denoised[rows, chosen], self.weights[rows])
+        )
+        return Batch(clean, x, sigma, denoised, weights, text.to(self.device))
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -295,9 +295,9 @@ class Training:
 
     def result(self) -> GuidanceNetwork:
         """The best network so far."""
-        network = GuidanceNetwork(self.architecture)
+        network = copy.deepcopy(self.network)
         network.load_state_dict(self.best)
-        return network.to(self.device).eval().requires_grad_(False)
+        return network.eval().requires_grad_(False)
 
     def state(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in ("network", "average", "optimizer", "schedule")}

@@ -14,12 +14,13 @@ from reward_guidance.guidance.process import (
     LogLinear,
     NoisePrediction,
     ShiftedFlow,
+    Spherical,
     VPrediction,
     flux_schedule,
     scaled_linear_sigmas,
 )
 
-PROCESSES = [Diffusion(), Flow(), Flow(noise_scale=0.5)]
+PROCESSES = [Diffusion(), Flow(), Flow(noise_scale=0.5), Spherical()]
 PARAMETERIZATIONS = [NoisePrediction(), VPrediction(), VPrediction(0.5), EDMPrediction(), EDMPrediction(0.5)]
 SCHEDULES = [ShiftedFlow(), ShiftedFlow(3.0), ShiftedFlow(8.0), flux_schedule(1.15), Discrete(), LogLinear(), LogLinear(0.03, 14.6)]
 

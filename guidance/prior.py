@@ -1,0 +1,53 @@
+"""One-step generators: instead of the picture, the noise it begins with is tilted, q(z) ∝ N(z)·exp(r(G(z))/β).
+
+Noise is data whose denoiser is known, so the guidance network learns its tilt as it learns any other. On the spherical path
+x = cos(φ)·z + sin(φ)·ε the denoiser is D = cos(φ)·x, and with D_q = D + sin(φ)·G the probability flow from noise (φ = π/2) to tilted
+noise (φ = 0) is simply dx/dφ = -G(x, φ): the network is the velocity, and without one, noise stays what it is.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .network import Text, column
+from .process import Spherical
+from .training import Batch, generator
+
+PROCESS = Spherical()
+
+
+def denoise(x: Tensor, angle: Tensor) -> Tensor:
+    """E[z|x] of Gaussian noise z; x (B,...), angle (B,)."""
+    return column(angle.cos(), x) * x
+
+
+@dataclass(frozen=True)
+class NoisePairs:
+    """Batches of noise z (N,...) that is labelled by the pictures made from it; no model is called."""
+
+    noise: Tensor
+    weights: Tensor
+    text: Text | None = None
+    """(N,...)"""
+
+    def batch(self, size: int, key: tuple[int, ...], part: slice = slice(None)) -> Batch:
+        rng = generator(*key)
+        rows = torch.randint(len(self.noise), (size,), generator=rng)[part]
+        angle = ((torch.arange(size) + torch.rand(size, generator=rng)) / size * math.pi / 2)[part].to(self.noise.device)
+        noise = torch.randn(size, *self.noise.shape[1:], generator=rng)[part].to(self.noise)
+        clean = self.noise[rows]
+        text = Text.none(len(rows)) if self.text is None else self.text[rows]
+        x = PROCESS.add_noise(clean, noise, column(angle, clean))
+        return Batch(clean, x, angle, denoise(x, angle), self.weights[rows], text)
+
+
+@torch.no_grad()
+def tilted_noise(network: nn.Module, noise: Tensor, text: Text, steps: int = 4, strength: float = 1.0) -> Tensor:
+    """Noise (B,...) -> noise whose pictures are rewarded, by `steps` calls of the network at the middles of as many arcs."""
+    x, arc = noise, math.pi / 2 / steps
+    for step in range(steps):
+        angle = torch.full((len(x),), math.pi / 2 - (step + 0.5) * arc, device=x.device)
+        x = x + strength * arc * network((x,), angle, text)
+    return x

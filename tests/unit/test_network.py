@@ -1,0 +1,168 @@
+"""The guidance network: no guidance before training, any latent shape, and files that say what they belong to."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from reward_guidance.guidance.errors import GuidanceError
+from reward_guidance.guidance.files import Base, Card, load_network, save_network
+from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork, Text
+from reward_guidance.guidance.process import Diffusion, Flow
+from safetensors.torch import load_file, save_file
+
+SMALL = Architecture(channels=4, width=16, levels=2, blocks=1, tokens=6, pooled=5)
+BASE = Base(model="SD15", latents="SD15", channels=4, process="Diffusion")
+CARD = Card(
+    base=BASE, form="correction", objective="weighted", temperature=0.5, rewards=("PickScore", "aesthetic"), reward_weights=(1.0, 0.5),
+    reward_mean=0.1, reward_std=0.9, prompts="ab12", samples=640, steps=4000, effective=0.3, curve=((200, -0.1), (400, -0.2)),
+)  # fmt: skip
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def network(architecture: Architecture = SMALL, random_head: bool = True) -> GuidanceNetwork:
+    torch.manual_seed(1)
+    made = GuidanceNetwork(architecture)
+    if random_head:
+        torch.nn.init.normal_(made.head.weight)
+    return made.eval().requires_grad_(False)
+
+
+def text(batch: int, words: int = 3) -> Text:
+    return Text(randn(batch, words, 6, seed=2), randn(batch, 5, seed=3))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("process", [Diffusion(), Flow()])
+def test_an_untrained_network_is_exactly_no_guidance(form, process):
+    architecture = dataclasses.replace(SMALL, inputs=FORMS[form].inputs, scalar=form == "potential")
+    x, sigma = randn(2, 4, 8, 8), torch.tensor([0.3, 0.9])
+    denoise = lambda point: torch.tanh(point) * 0.7  # noqa: E731
+    tilted = FORMS[form](network(architecture, random_head=False), process, denoise, x, sigma, text(2))
+    assert torch.equal(tilted, denoise(x))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_strength_multiplies_and_zero_is_exactly_no_guidance(form):
+    architecture = dataclasses.replace(SMALL, inputs=FORMS[form].inputs, scalar=form == "potential")
+    x, sigma = randn(2, 4, 8, 8), torch.tensor([0.3, 0.9])
+    guided = [FORMS[form](network(architecture), Flow(), lambda point: 0.7 * point, x, sigma, text(2), s) for s in (0.0, 1.0, 2.0)]
+    assert torch.equal(guided[0], 0.7 * x) and not torch.allclose(guided[1], 0.7 * x)
+    torch.testing.assert_close(guided[2] - guided[0], 2 * (guided[1] - guided[0]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 7), (1, 1), (3, 16, 9), (1, 2, 2)])
+def test_any_latent_shape(shape):
+    x = randn(2, 4, *shape)
+    assert network()((x, x), torch.rand(2), text(2)).shape == x.shape
+    scalar = network(dataclasses.replace(SMALL, scalar=True))
+    assert scalar((x, x), torch.rand(2), text(2)).shape == (2,)
+
+
+def test_architectures_shrink_to_small_latents():
+    assert Architecture(channels=4).fitted((4, 64, 64)).levels == 3
+    assert Architecture(channels=16).fitted((16, 8, 8)).levels == 3
+    assert Architecture(channels=16).fitted((16, 4, 4)).levels == 2
+    assert Architecture(channels=2).fitted((2, 1, 1)) == Architecture(channels=2, levels=1, kernel=1)
+
+
+@pytest.mark.parametrize("options", [{"width": 12}, {"levels": 0}, {"channels": 0}])
+def test_impossible_architectures_are_refused(options):
+    with pytest.raises(GuidanceError, match="sizes of at least 1"):
+        Architecture(**{"channels": 4} | options)
+
+
+def test_samples_of_a_batch_do_not_see_each_other():
+    x, angle, words = randn(3, 4, 8, 8), torch.tensor([0.1, 0.7, 1.5]), text(3)
+    whole = network()((x, x), angle, words)
+    for i in range(3):
+        row = slice(i, i + 1)
+        torch.testing.assert_close(network()((x[row], x[row]), angle[row], words[row]), whole[row], rtol=1e-4, atol=1e-5)
+
+
+def test_frames_see_each_other():
+    x = randn(1, 4, 3, 8, 8)
+    changed = x.clone()
+    changed[:, :, 2] += 1
+    before, after = (network()((part, part), torch.tensor([0.5]), text(1)) for part in (x, changed))
+    assert not torch.allclose(before[:, :, 0], after[:, :, 0], atol=1e-6)
+
+
+def test_padding_words_are_not_read():
+    x, angle, words = randn(2, 4, 8, 8), torch.rand(2), text(2)
+    longer = Text(torch.nn.functional.pad(words.tokens, (0, 0, 0, 4)), words.pooled)
+    torch.testing.assert_close(network()((x, x), angle, longer), network()((x, x), angle, words), rtol=1e-5, atol=1e-5)
+    other = Text(words.tokens.flip(2), words.pooled)
+    assert not torch.allclose(network()((x, x), angle, other), network()((x, x), angle, words), atol=1e-4)
+
+
+def test_the_default_size_is_a_few_million():
+    made = GuidanceNetwork(Architecture(channels=16, tokens=4096, pooled=2048))
+    assert 1e6 < sum(p.numel() for p in made.parameters()) < 10e6
+
+
+def test_files_come_back_whole(tmp_path):
+    path = tmp_path / "networks" / "likes.safetensors"
+    saved = network()
+    save_network(path, saved, CARD)
+    loaded, card = load_network(path)
+    assert card == CARD and loaded.architecture == SMALL
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert "PickScore" in card.describe() and "SD15" in card.describe()
+
+
+def test_other_models_are_refused_by_name():
+    BASE.require(dataclasses.replace(BASE, model="a finetune of SD15"), "guidance network")
+    with pytest.raises(GuidanceError, match="made for SD15.*SD15.*but the model is SDXL"):
+        BASE.require(Base("SDXL", "SDXL", 4, "Diffusion"), "guidance network")
+    with pytest.raises(GuidanceError, match="use: data"):
+        BASE.require(dataclasses.replace(BASE, target="noise"), "guidance network")
+
+
+def damaged(path, kind: str):
+    metadata = {"format": "reward-guidance-network", "version": "1", "architecture": json.dumps(dataclasses.asdict(SMALL)), "card": "{}"}
+    tensors = {name: value.clone() for name, value in load_file(path).items()}
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "text":
+        path.write_text("hello")
+    elif kind == "missing":
+        path.unlink()
+    elif kind == "foreign":
+        save_file(tensors, path)
+    elif kind == "newer":
+        save_file(tensors, path, metadata | {"version": "7"})
+    elif kind == "card":
+        save_file(tensors, path, metadata)
+    elif kind == "tensor":
+        tensors.popitem()
+        save_file(tensors, path, metadata | {"card": json.dumps(dataclasses.asdict(CARD))})
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("truncated", "only half"), ("text", "not a safetensors"), ("missing", "not a safetensors"), ("foreign", "not a guidance network"),
+        ("newer", "version 7"), ("card", "damaged"), ("tensor", "damaged"),
+    ],
+)  # fmt: skip
+def test_bad_files_are_refused_in_a_sentence(tmp_path, kind, said):
+    path = tmp_path / "likes.safetensors"
+    save_network(path, network(), CARD)
+    damaged(path, kind)
+    with pytest.raises(GuidanceError, match=said):
+        load_network(path)
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("reward_guidance.guidance.files.save_file", full)
+    with pytest.raises(GuidanceError, match="No space left.*free some space"):
+        save_network(tmp_path / "likes.safetensors", network(), CARD)
+    assert not list(tmp_path.iterdir())

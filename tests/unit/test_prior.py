@@ -1,0 +1,66 @@
+"""The tilt of noise: nothing before training, exact where the answer is known."""
+
+import math
+
+import pytest
+import torch
+from reward_guidance.guidance import prior
+from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork, Text
+from reward_guidance.guidance.training import OBJECTIVES, Plan, Task, label
+
+TILT = torch.tensor([0.8, -0.5]).view(1, 2, 1, 1)
+
+
+def randn(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 2, 1, 1, generator=torch.Generator().manual_seed(seed))
+
+
+class LinearTilt(torch.nn.Module):
+    """G = sin(φ)·t, the closed form for the reward t·z at temperature 1: then q = N(t, I)."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs, angle, text):
+        return self.scale * (angle.sin().view(-1, 1, 1, 1) * TILT).expand_as(inputs[0])
+
+
+def test_an_untrained_network_leaves_noise_as_it_is():
+    network = GuidanceNetwork(Architecture(channels=2, inputs=1, width=16).fitted((2, 1, 1)))
+    assert torch.equal(prior.tilted_noise(network, randn(5), Text.none(5)), randn(5))
+
+
+@pytest.mark.parametrize(("steps", "error"), [(1, 0.12), (4, 0.007), (16, 5e-4)])
+def test_a_linear_reward_moves_noise_by_its_gradient(steps, error):
+    moved = prior.tilted_noise(LinearTilt(), randn(5), Text.none(5), steps) - randn(5)
+    torch.testing.assert_close(moved, TILT.expand_as(moved), rtol=0, atol=error)
+
+
+def test_the_path_is_the_probability_flow_of_the_denoised_form():
+    x, angle = randn(6), torch.linspace(0.1, 1.4, 6)
+    denoised = prior.denoise(x, angle)
+    tilted = FORMS["noise"](LinearTilt(), prior.PROCESS, lambda _: denoised, x, angle, Text.none(6))
+    velocity = prior.PROCESS.velocity(x, tilted, prior.column(angle, x))
+    torch.testing.assert_close(velocity, -LinearTilt()((x,), angle, Text.none(6)).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_weighted_objective_is_least_at_the_closed_form():
+    """200,000 samples of noise; the scale of the closed form is moved by less than four standard errors, and twice it by more."""
+    noise = randn(200_000)
+    weights, _ = label((noise * TILT).sum((1, 2, 3)), torch.zeros(len(noise)), 1 / float(TILT.norm()))
+    batch = prior.NoisePairs(noise, weights).batch(200_000, (0,))
+    network = LinearTilt()
+    task = Task(prior.PROCESS, Plan(form="noise"))
+    OBJECTIVES["weighted"](network, task, batch).backward()
+    network.scale.grad, at_truth = None, float(network.scale.grad)
+    network.scale.data.fill_(2.0)
+    OBJECTIVES["weighted"](network, task, batch).backward()
+    assert abs(at_truth) < 0.02 and float(network.scale.grad) > 0.2
+
+
+def test_noise_pairs_span_the_path_and_repeat():
+    pairs = prior.NoisePairs(randn(10), torch.ones(10))
+    first, again, part = pairs.batch(8, (1,)), pairs.batch(8, (1,)), pairs.batch(8, (1,), slice(1, None, 2))
+    assert torch.equal(first.x, again.x) and torch.equal(first.x[1::2], part.x)
+    assert 0 < first.sigma.min() < math.pi / 16 and math.pi * 7 / 16 < first.sigma.max() < math.pi / 2
