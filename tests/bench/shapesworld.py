@@ -83,11 +83,17 @@ class Pictures:
         features = world_.heldout.image_features(pixels).view(*shape, -1)
         return Pictures(pixels.view(*shape, 3, world.SIDE, world.SIDE), score(world_.reward), score(world_.heldout), features, right)
 
-    def best_of(self, n: int) -> dict[str, float]:
-        groups = self.reward.shape[1] // n
-        split = lambda values: values[:, : groups * n].unflatten(1, (groups, n))  # noqa: E731
-        best = split(self.reward).argmax(2, keepdim=True)
-        return {name: float(split(getattr(self, name)).gather(2, best).mean()) for name in ("reward", "heldout", "right")}
+    @staticmethod
+    def best(candidates: "list[Pictures]") -> "Pictures":
+        """Of each place, the candidate with the highest reward."""
+        chosen = torch.stack([pictures.reward for pictures in candidates]).argmax(0)
+        rows = torch.cartesian_prod(*(torch.arange(side) for side in chosen.shape)).unbind(1)
+
+        def pick(name: str) -> Tensor:
+            values = torch.stack([getattr(pictures, name) for pictures in candidates])
+            return values[(chosen.flatten(), *rows)].unflatten(0, chosen.shape)
+
+        return Pictures(*map(pick, Pictures.__annotations__))
 
     @property
     def diversity(self) -> float:
@@ -121,71 +127,59 @@ class Setting:
 
 
 class Bench:
-    def __init__(self, world_: World, per_prompt: int, pool: int, temperature: float):
+    def __init__(self, world_: World, per_prompt: int, pool: int, temperature: float, candidates: int = 8):
         self.world, self.per_prompt, self.temperature = world_, per_prompt, temperature
-        chunks = [Pictures.of(world_, world_.sample(world_.pipeline.model, min(pool, 32), 1000 + i)) for i in range(max(1, pool // 32))]
+        chunks = [self.unguided(32, 1000 + i) for i in range(pool // 32)]
         self.pool = Pictures(*(torch.cat([getattr(chunk, name) for chunk in chunks], 1) for name in Pictures.__annotations__))
+        self.candidates = [self.unguided(per_prompt, seed) for seed in range(candidates)]
         self.rows: list[dict] = []
 
-    def run(self, setting: Setting | None) -> dict:
-        if setting is None:
-            model, name = self.world.pipeline.model, "unguided"
-        else:
-            settings = Settings(
-                strength=setting.strength,
-                temperature=self.temperature,
-                smoothing=Smoothing(setting.samples, setting.radius, setting.grid),
-                **setting.options,
-            )
-            reward = BatchReward(self.world, self.per_prompt)
-            model = RewardGuidance(reward, setting.estimator, settings, *setting.interval).attach(self.world.pipeline.model)
-            name = setting.name
+    def unguided(self, per_prompt: int, seed: int) -> Pictures:
+        return Pictures.of(self.world, self.world.sample(self.world.pipeline.model, per_prompt, seed))
+
+    def run(self, setting: Setting) -> dict:
+        settings = Settings(
+            strength=setting.strength,
+            temperature=self.temperature,
+            smoothing=Smoothing(setting.samples, setting.radius, setting.grid),
+            **setting.options,
+        )
+        reward = BatchReward(self.world, self.per_prompt)
+        model = RewardGuidance(reward, setting.estimator, settings, *setting.interval).attach(self.world.pipeline.model)
         began = time.perf_counter()
         latents = self.world.sample(model, self.per_prompt, seed=0)
         seconds = time.perf_counter() - began
-        calls = {None: 1, "shift_two_pass": 2}.get(setting and setting.estimator, 1)
-        return self.add(name, Pictures.of(self.world, latents), calls, seconds)
-
-    def add(self, name: str, pictures: Pictures, calls: int, seconds: float) -> dict:
-        row = {
-            "setting": name,
-            "calls": calls,
-            "reward": float(pictures.reward.mean()),
-            "heldout": float(pictures.heldout.mean()),
-            "right": float(pictures.right.mean()),
-            "energy": energy_to_truth(pictures, self.pool, self.temperature),
-            "diversity": pictures.diversity,
-            "seconds": seconds,
-        }
-        self.rows.append(row)
-        print(markdown(row), flush=True)
-        return row
+        return self.add(setting.name, Pictures.of(self.world, latents), CALLS.get(setting.estimator, "1"), seconds)
 
     def references(self) -> None:
-        """The truth itself and best-of-n, from the pool."""
+        """The truth, unguided pictures, and the best of n by reward."""
         weights = (self.pool.reward / self.temperature).softmax(1)
-        mean = lambda values: float((weights * values).sum(1).mean())  # noqa: E731
         ess = float((1 / weights.square().sum(1)).mean())
         print(f"Temperature {self.temperature}; effective sample size of the truth {ess:.1f} of {weights.shape[1]} pictures per prompt.\n")
         print(HEADER)
-        blank = {"energy": float("nan"), "diversity": float("nan"), "seconds": float("nan")}
-        truth = {"reward": mean(self.pool.reward), "heldout": mean(self.pool.heldout), "right": mean(self.pool.right)}
-        for row in (
-            {"setting": "truth (reweighted pool)", "calls": 0, **truth, **blank},
-            *({"setting": f"best of {n}", "calls": n, **self.pool.best_of(n), **blank} for n in (2, 4, 8)),
-        ):
-            self.rows.append(row)
-            print(markdown(row), flush=True)
+        self.note("truth (reweighted pool)", "", {name: float((weights * getattr(self.pool, name)).sum(1).mean()) for name in SCORES})
+        n = 1
+        while n <= len(self.candidates):
+            self.add("unguided" if n == 1 else f"best of {n}", Pictures.best(self.candidates[:n]), str(n))
+            n *= 2
+
+    def add(self, name: str, pictures: Pictures, calls: str, seconds: float | None = None) -> dict:
+        scores = {name: float(getattr(pictures, name).mean()) for name in SCORES}
+        scores |= {"energy": energy_to_truth(pictures, self.pool, self.temperature), "diversity": pictures.diversity}
+        return self.note(name, calls, scores | ({} if seconds is None else {"seconds": seconds}))
+
+    def note(self, name: str, calls: str, scores: dict[str, float]) -> dict:
+        row = {"setting": name, "calls": calls, **scores}
+        self.rows.append(row)
+        cells = [format(row[key], ".0f" if key == "seconds" else ".3f") if key in row else "" for key in COLUMNS]
+        print(f"| {name} | {calls} | {' | '.join(cells)} |", flush=True)
+        return row
 
 
+CALLS = {"shift_two_pass": "2", "jacobian": "1 and a backward pass"}
+SCORES = "reward", "heldout", "right"
+COLUMNS = *SCORES, "energy", "diversity", "seconds"
 HEADER = "| setting | model calls per step | reward | held-out | oracle | energy | diversity | seconds |\n|---|---|---|---|---|---|---|---|"
-
-
-def markdown(row: dict) -> str:
-    numbers = [row["reward"], row["heldout"], row["right"], row["energy"], row["diversity"]]
-    cells = ["" if number != number else f"{number:.3f}" for number in numbers]
-    seconds = "" if row["seconds"] != row["seconds"] else f"{row['seconds']:.0f}"
-    return f"| {row['setting']} | {row['calls']} | " + " | ".join(cells) + f" | {seconds} |"
 
 
 ESTIMATORS = (
@@ -222,7 +216,6 @@ def main() -> None:
     models = arguments.models or shapesworld()
     bench = Bench(World(models, arguments.cfg, arguments.steps), arguments.per_prompt, arguments.pool, arguments.temperature)
     bench.references()
-    bench.run(None)
     for table in arguments.tables.split(","):
         for setting in TABLES[table]:
             bench.run(setting)
