@@ -313,13 +313,22 @@ def roughened(pictures: Tensor, rng: torch.Generator) -> Tensor:
     return blurred
 
 
-def agreement(scenes: Tensor, captions: Tensor) -> Tensor:
-    """The share of attributes that scenes (B,4) and captions (N,4) have in common (B,N): what the cosine shall be."""
-    return (scenes[:, None] == captions[None]).float().mean(-1)
+def agreement(first: Tensor, second: Tensor, share: Tensor, captions: Tensor) -> Tensor:
+    """How well mixtures of two scenes (B,4), the first with a share (B,), fit captions (N,4), in [0,1] (B,N): what the cosine shall be.
+
+    A mean over the attributes. Sizes and shapes fit or do not; of colours, near ones fit better than far ones, as to a person, so that
+    there is a slope to follow from any of them.
+    """
+    fit = torch.zeros(len(first), len(captions))
+    for i, palette in enumerate((None, world.OBJECT_HSV, None, world.GROUND_HSV)):
+        tones = torch.eye(len(world.VALUES[i])) if palette is None else world.hsv_to_rgb(palette)
+        distance = torch.cdist(torch.lerp(tones[second[:, i]], tones[first[:, i]], share[:, None]), tones)
+        distance = distance / torch.cdist(tones, tones).max()
+        fit += (1 - (distance if palette is None else distance.sqrt()))[:, captions[:, i]] / len(world.VALUES)
+    return fit
 
 
-def train_reward(kind: str, seed: int, work: Path, steps: int, batch: int = 192, pool: int = 8000) -> None:
-    """Graded, as preference models are: half a mixture towards what is asked is half the way up, so that there is a slope to follow."""
+def train_reward(kind: str, seed: int, work: Path, steps: int, batch: int = 128, pool: int = 8000) -> None:
     rng = seeded(seed)
     model, captions = clip.build(kind), world.all_scenes()
     tokens = clip.tokenize([world.caption(scene) for scene in captions])
@@ -329,8 +338,7 @@ def train_reward(kind: str, seed: int, work: Path, steps: int, batch: int = 192,
     run = Run(kind, model, steps, 1.5e-3)
     while run.step < steps:
         chosen = torch.randint(len(pictures), (batch,), generator=rng)
-        first, second = (agreement(pair[chosen, i], captions) for i in (0, 1))
-        target = torch.lerp(second, first, share[chosen, None])
+        target = agreement(*pair[chosen].unbind(1), share[chosen], captions)
         with fast():
             seen = model.encode_image(clip.normalize(roughened(pixels(pictures[chosen]), rng)), normalize=True)
             said = model.encode_text(tokens, normalize=True)
@@ -344,7 +352,7 @@ def train_reward(kind: str, seed: int, work: Path, steps: int, batch: int = 192,
 
 
 def train_rewards(work: Path) -> None:
-    train_reward("guide", 3, work, steps=1200)
+    train_reward("guide", 3, work, steps=1500)
     train_reward("heldout", 4, work, steps=1600)
 
 
