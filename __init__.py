@@ -5,6 +5,7 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 from .nodes import guidance, particles, public, reporting, rewards, scores, selection
 
 GROUPS = rewards, scores, guidance, selection, particles
+WEB_DIRECTORY = "./nodes/web"
 
 
 class RewardGuidanceExtension(ComfyExtension):
