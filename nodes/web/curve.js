@@ -15,7 +15,7 @@ const MOST_LINES = 64;
 
 const STYLE = `
 .reward-curve { box-sizing: border-box; display: flex; flex-direction: column; gap: 2px; padding: 4px 8px; overflow: hidden; border-radius: 6px;
-  background: var(--comfy-input-bg); color: var(--input-text); font: 11px/16px Inter, Arial, sans-serif; transition: color 1ms; }
+  background: var(--comfy-input-bg); color: var(--input-text); font: 11px/16px Inter, Arial, sans-serif; }
 .lg-node-widgets .reward-curve { background: var(--component-node-widget-background); }
 .reward-curve > div:first-child { display: flex; flex-wrap: wrap; justify-content: flex-end; gap: 0 10px; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .reward-curve b { font-weight: 600; }
@@ -70,7 +70,6 @@ class Curve {
   listen() {
     const observer = new ResizeObserver(() => this.schedule());
     observer.observe(this.canvas);
-    this.element.addEventListener("transitionend", () => this.schedule()); // the theme has changed
     this.canvas.addEventListener("pointermove", (event) => this.point(event.offsetX));
     this.canvas.addEventListener("pointerleave", () => this.point(null));
     // Zoom, pan and menu as on the rest of the node; Nodes 2.0 sees to that itself.
@@ -88,12 +87,23 @@ class Curve {
   add(step) {
     if (step.run !== this.run) Object.assign(this, { run: step.run, steps: [] });
     this.steps[step.index] = step;
+    this.schedule();
+  }
+
+  schedule() {
+    this.frame ??= requestAnimationFrame(() => {
+      this.frame = null;
+      this.sort();
+      this.draw();
+    });
+  }
+
+  sort() {
     this.points = [...new Map(this.steps.filter(Boolean).map((step) => [step.step, step])).values()];
     this.names = [...new Set(this.points.flatMap((point) => Object.keys(point.series)))];
     const before = this.axes.length;
     this.axes = [...new Set(this.names.map(axisOf))];
     if (this.axes.length !== before) this.makeRoom();
-    this.schedule();
   }
 
   makeRoom() {
@@ -106,13 +116,6 @@ class Curve {
   point(x) {
     this.pointer = x;
     this.schedule();
-  }
-
-  schedule() {
-    this.frame ??= requestAnimationFrame(() => {
-      this.frame = null;
-      this.draw();
-    });
   }
 
   draw() {
@@ -219,6 +222,11 @@ function curveOf(node) {
   return node.widgets?.find((widget) => widget.name === NAME)?.curve ?? new Curve(node);
 }
 
+function drawAll() {
+  const graphs = [app.rootGraph, ...app.rootGraph.subgraphs.values()];
+  for (const node of graphs.flatMap((graph) => graph.nodes)) for (const widget of node.widgets ?? []) widget.curve?.schedule();
+}
+
 /** Steps of the workflow on screen; those of others are fetched when their turn comes. */
 function receive(steps, isWelcome = () => true) {
   for (const step of steps) {
@@ -233,12 +241,14 @@ app.registerExtension({
     const style = document.createElement("style");
     style.textContent = STYLE;
     document.head.append(style);
+    new MutationObserver(drawAll).observe(document.documentElement, { attributeFilter: ["class", "style"] }); // the theme
     api.addEventListener(EVENT, ({ detail }) => receive([detail]));
     // A result that comes from the cache brings the curve of the run that made it.
     api.addEventListener("executed", ({ detail }) => receive(detail.output?.reward_guidance ?? []));
   },
   async afterConfigureGraph() {
     const answer = await api.fetchApi(`/reward_guidance/steps?workflow=${encodeURIComponent(app.rootGraph.id)}`);
-    for (const steps of Object.values(await answer.json())) receive(steps, (curve, step) => !(curve.run > step.run));
+    const runs = answer.ok ? await answer.json() : {}; // not where the server has yet to be restarted after an update
+    for (const steps of Object.values(runs)) receive(steps, (curve, step) => !(curve.run > step.run));
   },
 });
