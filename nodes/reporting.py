@@ -28,7 +28,7 @@ from .runtime import Progress
 
 EVENT = "reward_guidance.step"
 MOST_STEPS = 500
-"""About so many are told of a long run, evenly spaced."""
+"""About so many are told of a long run, evenly spaced; each with the latest numbers of every series since the one before."""
 MOST_EVENTS = 4 * MOST_STEPS
 MOST_CURVES = 32
 _kept: OrderedDict[tuple[str, str], list[dict]] = OrderedDict()
@@ -47,6 +47,7 @@ class Reporter:
     def __call__(self, progress: Progress) -> None:
         if not self.history or progress.run != self.run:
             self.begin(progress.run)
+        self.series |= progress.series
         if self.is_next(progress):
             self.history.append(self.event(progress))
             server = PromptServer.instance
@@ -55,6 +56,7 @@ class Reporter:
     def begin(self, run: Any) -> None:
         self.run = run
         self.history = []
+        self.series: dict = {}
         # Not of the hidden inputs: the node may have been cached under another workflow.
         workflow = running_workflow()
         self.origin = {"node": self.node, "workflow": workflow, "run": time.time()}
@@ -71,7 +73,8 @@ class Reporter:
         return progress.step * MOST_STEPS // progress.steps > self.history[-1]["step"] * MOST_STEPS // progress.steps
 
     def event(self, progress: Progress) -> dict:
-        series = {name: [value if math.isfinite(value) else None for value in values] for name, values in progress.series.items()}
+        series = {name: [value if math.isfinite(value) else None for value in values] for name, values in self.series.items()}
+        self.series = {}
         return {**self.facts, **vars(progress), **self.origin, "index": len(self.history), "series": series}
 
 

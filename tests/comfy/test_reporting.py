@@ -102,6 +102,16 @@ def test_of_long_runs_some_steps_are_told(told, steps, every):
     assert [event["index"] for event in told] == list(range(len(told)))
 
 
+def test_a_rare_series_is_not_lost_among_the_steps_that_are_not_told(told):
+    reporter = reporting.Reporter(SimpleNamespace(unique_id="1"))
+    for step in range(1, 10_001):
+        check = {"loss/check": [float(step)]} if step % 250 == 0 else {}
+        reporter(Progress(step=step, steps=10_000, series={"loss": [1 / step]} | check))
+    checks = [event["series"]["loss/check"][0] for event in told if "loss/check" in event["series"]]
+    assert checks == list(range(250, 10_001, 250))
+    assert all("loss" in event["series"] for event in told)
+
+
 def test_a_run_that_asks_without_end_is_told_to_a_limit(told):
     reporter = reporting.Reporter(SimpleNamespace(unique_id="1"))
     for _ in range(10_000):
