@@ -2,14 +2,16 @@
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from .nodes import guidance, particles, public, rewards, scores, selection
+from .nodes import guidance, particles, public, reporting, rewards, scores, selection
 
 GROUPS = rewards, scores, guidance, selection, particles
+WEB_DIRECTORY = "./nodes/web"
 
 
 class RewardGuidanceExtension(ComfyExtension):
     async def on_load(self) -> None:
         rewards.register_folder()
+        reporting.serve_steps()
         public.publish()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

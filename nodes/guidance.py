@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 import comfy.samplers
 from comfy_api.v0_0_2 import io
-from server import PromptServer
 
 import nodes as comfy_nodes
 
 from ..guidance.estimators import ESTIMATORS, Settings, Smoothing
 from .decoders import DECODERS, make_decoder
+from .reporting import Reporter
 from .rewards import REWARD
-from .runtime import LatentReward, LoadedReward, Progress, RewardGuidance
+from .runtime import LatentReward, LoadedReward, RewardGuidance
 
 CATEGORY = "reward guidance"
 
@@ -51,6 +51,15 @@ def reward_inputs() -> list[io.Input]:
             tooltip="How closely to follow the reward. 0 is off, 1 the reward-weighted distribution; lower it when pictures look overdone.",
         ),
     ]
+
+
+def held_out_input() -> io.Input:
+    return REWARD.Input(
+        "held_out",
+        optional=True,
+        tooltip="A second reward that is not followed but drawn beside the first. Where it falls while the first rises, the pictures only fool "
+        "the first: lower the strength.",
+    )
 
 
 def tuning_inputs() -> list[io.Input]:
@@ -95,24 +104,8 @@ def tuning_inputs() -> list[io.Input]:
         ),
         io.Int.Input("frames", default=3, min=1, max=64, tooltip="Video: how many evenly spaced frames are scored.", **rare),
         io.Vae.Input("vae", optional=True, tooltip="Needed for the decoder 'vae' only."),
+        held_out_input(),
     ]
-
-
-class Reporter:
-    """Tells the page how the reward fares, step by step, and keeps the history."""
-
-    def __init__(self, hidden, decoder: str):
-        workflow = (hidden.extra_pnginfo or {}).get("workflow") or {}
-        self.origin = {"node": hidden.unique_id, "workflow": workflow.get("id"), "decoder": decoder}
-        self.history: list[dict] = []
-
-    def __call__(self, step: Progress) -> None:
-        mean = sum(step.rewards) / len(step.rewards)
-        data = {**self.origin, **vars(step), "rewards": list(step.rewards), "reward": mean}
-        self.history.append(data)
-        server = PromptServer.instance
-        server.send_sync("reward_guidance.step", data, server.client_id)
-        server.send_progress_text(f"reward {mean:+.3f} · step {step.step}/{step.steps} · {data['decoder']}", data["node"])
 
 
 def guide(hidden, model, reward: LoadedReward | None, prompt: str, strength: float, tuning: dict) -> tuple[object, Reporter | None]:
@@ -121,7 +114,8 @@ def guide(hidden, model, reward: LoadedReward | None, prompt: str, strength: flo
         return model, None
     decoder = make_decoder(tuning["decoder"], model.get_model_object("latent_format"), tuning.get("vae"))
     logging.info(f"Reward guidance decodes by {decoder.name}.")
-    reporter = Reporter(hidden, decoder.name)
+    reporter = Reporter(hidden, decoder=decoder.name)
+    held_out = tuning.get("held_out")
     guidance = RewardGuidance(
         reward=LatentReward(reward, decoder, prompt, tuning["frames"]),
         estimator=tuning["estimator"],
@@ -136,11 +130,12 @@ def guide(hidden, model, reward: LoadedReward | None, prompt: str, strength: flo
         start=tuning["start_percent"],
         end=tuning["end_percent"],
         report=reporter,
+        held_out=LatentReward(held_out, decoder, prompt, tuning["frames"]) if held_out else None,
     )
     return guidance.attach(model), reporter
 
 
-HIDDEN = [io.Hidden.unique_id, io.Hidden.extra_pnginfo]
+HIDDEN = [io.Hidden.unique_id]
 
 
 class RewardGuidanceModel(io.ComfyNode):

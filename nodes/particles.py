@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 from ..guidance.errors import GuidanceError
 from ..guidance.particles import Population, ranked
 from .decoders import DECODERS, make_decoder
-from .guidance import HIDDEN, Reporter, sampler_inputs
+from .guidance import HIDDEN, held_out_input, sampler_inputs
+from .reporting import Reporter
 from .rewards import REWARD
-from .runtime import LatentReward, LoadedReward, Progress, RewardBeside
+from .runtime import LatentReward, LoadedReward, Progress, RewardBeside, rewards_of
 from .sampling import Callback, Sampling, one_by_one, sampled, seeds_from
 from .selection import CATEGORY
 
@@ -32,8 +33,8 @@ class Look(Progress):
     """One look at the particles: their rewards and effective number (ESS) before, and how many different ones live on."""
 
     sigma: float
-    ess: float
     survivors: int
+    scattered: tuple[str, ...] = ("reward", "reward/held-out")
 
 
 class FirstAnswered:
@@ -64,6 +65,8 @@ class ParticleSampler:
     population: Population
     every: int
     report: Callable[[Look], None] = lambda look: None
+    held_out: Callable[[Tensor], Tensor] | None = None
+    """As `score`; reported, not followed."""
     rows: Tensor = field(init=False)
     """Of the last look."""
     rewards: Tensor = field(init=False)
@@ -107,9 +110,8 @@ class ParticleSampler:
             Look(
                 step=step,
                 steps=steps,
-                rewards=tuple(rewards.tolist()),
+                series=rewards_of(denoised, rewards, self.held_out) | {"ess": [float(resampled.effective.mean())]},
                 sigma=float(sigmas[step]),
-                ess=float(resampled.effective.mean()),
                 survivors=len(resampled.rows.unique()),
             )
         )
@@ -131,21 +133,30 @@ class Swarm:
     resample_below: float
     every: int
     keep: int
+    held_out: LatentReward | None = None
 
     def __call__(self, latent: dict, seeds: list[int], callback: Callback, report: Callable[[Look], None]) -> tuple[Tensor, list[float]]:
         """The best particles of a latent (M,...) and their standardized rewards. Each begins with the noise of its seed."""
         population = Population(len(seeds), self.temperature, torch.Generator().manual_seed(seeds[0] ^ SALT), self.resample_below)
         sampler = comfy.samplers.sampler_object(self.sampling.sampler_name)
-        particles = ParticleSampler(sampler.sampler_function, self.score, population, self.every, report)
+        particles = ParticleSampler(
+            sampler.sampler_function,
+            one_at_a_time(self.reward),
+            population,
+            self.every,
+            report,
+            self.held_out and one_at_a_time(self.held_out),
+        )
         sampler.sampler_function = particles
         samples = self.sampling.run(sampler, latent, seeds, callback)
         rewards = particles.rewards.tolist()
         order = ranked(particles.rows, rewards)[: self.keep]
         return samples[order], [rewards[i] for i in order]
 
-    def score(self, latents: Tensor) -> Tensor:
-        """A particle at a time, so that their number does not cost memory."""
-        return torch.cat([self.reward(latent) for latent in latents.split(1)])
+
+def one_at_a_time(reward: LatentReward) -> Callable[[Tensor], Tensor]:
+    """So that the number of particles does not cost memory."""
+    return lambda latents: torch.cat([reward(latent) for latent in latents.split(1)])
 
 
 def require_noise(sampler_name: str) -> None:
@@ -226,6 +237,7 @@ class ParticlesKSampler(io.ComfyNode):
                 ),
                 io.Int.Input("frames", default=3, min=1, max=64, tooltip="Video: how many evenly spaced frames are scored.", **rare),
                 io.Vae.Input("vae", optional=True, tooltip="Needed for the decoder 'vae' only."),
+                held_out_input(),
             ],
             outputs=[
                 io.Latent.Output(display_name="latents", tooltip="The particles kept, best first, latent by latent of the batch."),
@@ -259,6 +271,7 @@ class ParticlesKSampler(io.ComfyNode):
         decoder: str,
         frames: int,
         vae=None,
+        held_out: LoadedReward | None = None,
     ) -> io.NodeOutput:
         if min(particles, keep, every) < 1 or chunk < 0:
             raise GuidanceError(
@@ -269,32 +282,34 @@ class ParticlesKSampler(io.ComfyNode):
         if particles > 1:
             require_noise(sampler_name)
         latent_reward = LatentReward(reward, make_decoder(decoder, model.get_model_object("latent_format"), vae), prompt, frames)
+        watched = LatentReward(held_out, latent_reward.decoder, prompt, frames) if held_out else None
         originals = one_by_one(latent_image)
-        beside = RewardBeside(latent_reward, chunk).attach(model)
+        beside = RewardBeside(latent_reward, chunk, watched).attach(model)
         sampling = Sampling(beside, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
-        swarm = Swarm(sampling, latent_reward, temperature, resample_below, every, keep)
-        reporter = Reporter(cls.hidden, latent_reward.decoder.name)
+        swarm = Swarm(sampling, latent_reward, temperature, resample_below, every, keep, watched)
+        reporter, looks = Reporter(cls.hidden, decoder=latent_reward.decoder.name), list[Look]()
         callbacks = sampling.progress(len(originals))
         seeds = seeds_from(seed, particles * len(originals))
         kept, scores, origins = [], [], []
         for i, latent in enumerate(originals):
 
             def report(look: Look, done: int = i) -> None:
-                reporter(replace(look, step=done * look.steps + look.step, steps=len(originals) * look.steps))
+                looks.append(replace(look, step=done * look.steps + look.step, steps=len(originals) * look.steps))
+                reporter(looks[-1])
 
             samples, rewards = swarm(latent, seeds[i * particles : (i + 1) * particles], callbacks(i), report)
             kept.append(samples)
             scores += rewards
             origins += [i] * len(rewards)
         out = sampled(latent_image, origins, torch.cat(kept), seeds if particles == 1 else None)
-        return io.NodeOutput(out, scores, summary(reporter.history), ui={"reward_guidance": reporter.history})
+        return io.NodeOutput(out, scores, summary(looks), ui={"reward_guidance": reporter.history})
 
 
-def summary(history: list[dict]) -> str:
+def summary(looks: list[Look]) -> str:
     return "\n".join(
-        f"step {look['step']} of {look['steps']}: {look['survivors']} of {len(look['rewards'])} live on, ESS {look['ess']:.1f}, rewards "
-        + ", ".join(f"{reward:+.2f}" for reward in look["rewards"])
-        for look in history
+        f"step {look.step} of {look.steps}: {look.survivors} of {len(look.series['reward'])} live on, ESS {look.series['ess'][0]:.1f}, rewards "
+        + ", ".join(f"{reward:+.2f}" for reward in look.series["reward"])
+        for look in looks
     )
 
 

@@ -1,7 +1,7 @@
 """The only place that knows inference mode, model patchers and the hooks of ComfyUI's samplers."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, count
@@ -159,20 +159,37 @@ class LatentReward:
         return pictures * (self.decoder.bytes_per_pixel * height * width + self.loaded.reward.activation_bytes)
 
 
-def with_room_for(reward: LatentReward, patcher: comfy.model_patcher.ModelPatcher, noise_shape: Sequence[int]) -> list[int]:
-    """A shape with as many more samples as take the memory of scoring those of `noise_shape`."""
+def patchers_of(reward: LatentReward, held_out: LatentReward | None) -> list[GradientPatcher]:
+    """Both see pictures through one decoder, which is to be loaded once."""
+    return [*reward.patchers, *(held_out.loaded.patchers if held_out else ())]
+
+
+def rewards_of(denoised: Tensor, rewards: Tensor, held_out: Callable[[Tensor], Tensor] | None) -> dict[str, list[float]]:
+    """The series to report: the rewards of denoised latents, and what the held-out one says of them."""
+    with torch.no_grad():
+        return {"reward": rewards.tolist()} | ({"reward/held-out": held_out(denoised).tolist()} if held_out else {})
+
+
+def with_room_for(
+    rewards: Sequence[LatentReward | None], patcher: comfy.model_patcher.ModelPatcher, noise_shape: Sequence[int]
+) -> list[int]:
+    """A shape with as many more samples as take the memory of scoring those of `noise_shape` by one reward after the other."""
     per_sample = patcher.model.memory_required([1, *noise_shape[1:]])
-    extra = math.ceil(reward.activation_bytes(torch.Size(noise_shape)) / per_sample)
+    extra = math.ceil(max(reward.activation_bytes(torch.Size(noise_shape)) for reward in rewards if reward) / per_sample)
     return [noise_shape[0] + extra, *noise_shape[1:]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What is reported while a node samples: how far it is, and the reward of every sample."""
+    """What is reported while a node runs: how far it is, and numbers for every sample. See reporting.py."""
 
     step: int
     steps: int
-    rewards: tuple[float, ...]
+    series: Mapping[str, Sequence[float]]
+    scattered: tuple[str, ...] = ()
+    """The series whose i-th numbers are not of one sample throughout the run."""
+    run: int = 0
+    """Tells apart the runs that one reporter hears of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +208,7 @@ class Run:
     first_sigma: float
     last_sigma: float
     sigmas: Tensor
+    serial: int = field(default_factory=lambda: next(_serial))
     model_calls: int = 0
 
     def active(self, sigma: float) -> bool:
@@ -207,6 +225,8 @@ class RewardGuidance:
     start: float = 0.0
     end: float = 1.0
     report: Callable[[Step], None] = lambda step: None
+    held_out: LatentReward | None = None
+    """Reported, not followed."""
     runs: "WeakKeyDictionary[object, Run]" = field(default_factory=WeakKeyDictionary)
 
     def __post_init__(self):
@@ -222,7 +242,7 @@ class RewardGuidance:
         patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, key, self.outer_sample)
         patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, key, self.prepare_sampling)
         patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, key, self.predict_noise)
-        patched.set_additional_models(key, self.reward.patchers)
+        patched.set_additional_models(key, patchers_of(self.reward, self.held_out))
         return patched
 
     @property
@@ -232,7 +252,7 @@ class RewardGuidance:
     def prepare_sampling(self, executor, patcher, noise_shape, conds, *args, **kwargs):
         """Load the diffusion model with room left for what the reward needs."""
         kwargs["force_full_load"] = kwargs.get("force_full_load", False) or self.needs_model_gradient
-        return executor(patcher, with_room_for(self.reward, patcher, noise_shape), conds, *args, **kwargs)
+        return executor(patcher, with_room_for([self.reward, self.held_out], patcher, noise_shape), conds, *args, **kwargs)
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, latent_shapes=None, **kwargs):
         """Begin with clean state and forget it at the end, however the run ends."""
@@ -261,7 +281,7 @@ class RewardGuidance:
         if not run.active(sigma):
             return denoise(x)
         denoised = self.guide(run, denoise, x, sigma, guider)
-        self.record(run, sigma)
+        self.record(run, sigma, denoised)
         return denoised
 
     def begin(self, model_sampling, model_options: dict, seed: int | None) -> Run:
@@ -285,11 +305,11 @@ class RewardGuidance:
                 return run.estimator(denoise, x.clone(), sigma)
             return run.estimator(plain_denoise, x, sigma)
 
-    def record(self, run: Run, sigma: float) -> None:
+    def record(self, run: Run, sigma: float, denoised: Tensor) -> None:
         steps = max(len(run.sigmas) - 1, 1)
         step = min(int((run.sigmas > sigma * (1 + 1e-6)).sum()) + 1, steps)
-        rewards = tuple(run.estimator.rewards.tolist())
-        self.report(Step(step=step, steps=steps, rewards=rewards, sigma=sigma, model_calls=run.model_calls))
+        series = rewards_of(denoised, run.estimator.rewards, self.held_out)
+        self.report(Step(step=step, steps=steps, series=series, run=run.serial, sigma=sigma, model_calls=run.model_calls))
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,19 +318,20 @@ class RewardBeside:
 
     reward: LatentReward
     chunk: int = 0
+    held_out: LatentReward | None = None
 
     def attach(self, model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
         patched = model.clone()
         key = f"reward_guidance.{next(_serial)}"
         patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, key, self.prepare_sampling)
-        patched.set_additional_models(key, self.reward.patchers)
+        patched.set_additional_models(key, patchers_of(self.reward, self.held_out))
         if self.chunk:
             patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, key, self.predict_noise)
         return patched
 
     def prepare_sampling(self, executor, patcher, noise_shape, conds, *args, **kwargs):
         shown = min(self.chunk or noise_shape[0], noise_shape[0])
-        return executor(patcher, with_room_for(self.reward, patcher, [shown, *noise_shape[1:]]), conds, *args, **kwargs)
+        return executor(patcher, with_room_for([self.reward, self.held_out], patcher, [shown, *noise_shape[1:]]), conds, *args, **kwargs)
 
     def predict_noise(self, executor, x, timestep, model_options=None, seed=None):
         parts = zip(x.split(self.chunk), timestep.split(self.chunk), strict=True)

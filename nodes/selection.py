@@ -13,7 +13,8 @@ from ..guidance.errors import GuidanceError
 from ..guidance.particles import at_least, best
 from ..guidance.rewards import require_prompt
 from .decoders import check_belongs
-from .guidance import HIDDEN, Reporter, sampler_inputs
+from .guidance import HIDDEN, held_out_input, sampler_inputs
+from .reporting import Reporter
 from .rewards import REWARD, score_images
 from .runtime import LoadedReward, Progress
 from .sampling import SEEDS, Callback, Sampling, joined, one_by_one, rows, sampled, seeds_from
@@ -149,6 +150,7 @@ def nothing_for(output: str) -> ExecutionBlocker:
 class Candidate:
     seed: int
     score: float
+    held_out: float | None
     latent: Tensor
     """(1,...)"""
     pictures: Tensor
@@ -160,6 +162,7 @@ class Judged(Progress):
     """A step of a search: some candidates are sampled and scored."""
 
     seeds: tuple[int, ...]
+    scattered: tuple[str, ...] = ("reward", "reward/held-out")
 
 
 @dataclass(frozen=True)
@@ -169,18 +172,20 @@ class Search:
     sampling: Sampling
     vae: Any
     reward: LoadedReward
+    held_out: LoadedReward | None
     prompt: str
     keep: int
     stop_above: float
-    report: Callable[[list[Candidate]], None]
+    report: Callable[[list[Candidate], float], None]
+    """Hears of fresh candidates, and of the best score so far."""
 
     def __call__(self, latent: dict, chunks: list[list[int]], callbacks: Iterable[Callback]) -> list[Candidate]:
         """The best `keep` of chunks of seeds, best first; losers are forgotten on the way. Ends once that many reach `stop_above`."""
         found: list[Candidate] = []
         for seeds, callback in zip(chunks, callbacks, strict=True):
             fresh = self.candidates(latent, seeds, callback)
-            self.report(fresh)
             found = sorted([*found, *fresh], key=lambda candidate: -candidate.score)[: self.keep]
+            self.report(fresh, found[0].score)
             if len(found) == self.keep and found[-1].score >= self.stop_above:
                 break
         return found
@@ -188,8 +193,9 @@ class Search:
     def candidates(self, latent: dict, seeds: list[int], callback: Callback) -> list[Candidate]:
         latents = self.sampling(latent, seeds, callback)
         clips = decode(self.vae, latents)
-        scores = score(clips, self.reward, self.prompt)
-        return [Candidate(*each) for each in zip(seeds, scores.tolist(), latents.split(1), clips, strict=True)]
+        scores = score(clips, self.reward, self.prompt).tolist()
+        others = score(clips, self.held_out, self.prompt).tolist() if self.held_out else [None] * len(scores)
+        return [Candidate(*each) for each in zip(seeds, scores, others, latents.split(1), clips, strict=True)]
 
 
 class BestOfN(io.ComfyNode):
@@ -238,6 +244,7 @@ class BestOfN(io.ComfyNode):
                     "from its seed, bit for bit; with more, to rounding, and guided ones only roughly.",
                     advanced=True,
                 ),
+                held_out_input(),
             ],
             outputs=[
                 io.Latent.Output(display_name="latents", tooltip="The best latents, best first, latent by latent of the batch."),
@@ -269,21 +276,23 @@ class BestOfN(io.ComfyNode):
         keep: int,
         stop_above: float,
         chunk: int,
+        held_out: LoadedReward | None = None,
     ) -> io.NodeOutput:
         if n < 1 or keep < 1 or chunk < 0:
             raise GuidanceError(f"Best of N needs n and keep of at least 1 and a chunk of at least 0, not {n}, {keep} and {chunk}.")
-        require_prompt(reward.reward, [prompt])
+        for judge in filter(None, (reward, held_out)):
+            require_prompt(judge.reward, [prompt])
         check_belongs(vae, model.get_model_object("latent_format"))
         originals = one_by_one(latent_image)
         sampling = Sampling(model, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
         seeds = seeds_from(seed, n * len(originals))
-        reporter = Reporter(cls.hidden, "vae")
+        reporter, all_judged = Reporter(cls.hidden, decoder="vae"), list[Judged]()
 
-        def report(fresh: list[Candidate]) -> None:
-            rewards, own = zip(*[(candidate.score, candidate.seed) for candidate in fresh], strict=True)
-            reporter(Judged(step=seeds.index(own[-1]) + 1, steps=len(seeds), rewards=rewards, seeds=own))
+        def report(fresh: list[Candidate], highest: float) -> None:
+            all_judged.append(judged(fresh, highest, seeds))
+            reporter(all_judged[-1])
 
-        search = Search(sampling, vae, reward, prompt, min(keep, n), stop_above, report)
+        search = Search(sampling, vae, reward, held_out, prompt, min(keep, n), stop_above, report)
         at_once = sampling.at_once(chunk, originals[0], n)
         runs = -(-n // at_once)
         callbacks = sampling.progress(runs * len(originals))
@@ -298,16 +307,24 @@ class BestOfN(io.ComfyNode):
             torch.cat([candidate.pictures for _, candidate in kept]),
             [candidate.score for _, candidate in kept],
             [candidate.seed for _, candidate in kept],
-            summary(reporter.history, [candidate.seed for _, candidate in kept]),
+            summary(all_judged, [candidate.seed for _, candidate in kept]),
             ui={"reward_guidance": reporter.history},
         )
 
 
-def summary(history: list[dict], kept: list[int]) -> str:
+def judged(fresh: list[Candidate], highest: float, seeds: list[int]) -> Judged:
+    own = tuple(candidate.seed for candidate in fresh)
+    series = {"reward": [candidate.score for candidate in fresh], "reward/best": [highest]}
+    if others := [candidate.held_out for candidate in fresh if candidate.held_out is not None]:
+        series["reward/held-out"] = others
+    return Judged(step=seeds.index(own[-1]) + 1, steps=len(seeds), series=series, seeds=own)
+
+
+def summary(all_judged: list[Judged], kept: list[int]) -> str:
     lines = [
         f"seed {seed}: {reward:+.3f}{' kept' if seed in kept else ''}"
-        for judged in history
-        for seed, reward in zip(judged["seeds"], judged["rewards"], strict=True)
+        for step in all_judged
+        for seed, reward in zip(step.seeds, step.series["reward"], strict=True)
     ]
     return f"{len(kept)} of {len(lines)} candidates kept\n" + "\n".join(lines)
 

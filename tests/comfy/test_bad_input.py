@@ -205,4 +205,4 @@ def test_video_is_rewarded_by_its_frames(bench, frames):
     prompt["latent"]["inputs"]["length"] = 9
     result = bench.run(prompt)
     assert bench.latent(result).shape[:3] == (2, 16, 3)
-    assert [len(step["rewards"]) for step in result.outputs["sampler"]["reward_guidance"]] == [2, 2]
+    assert [len(step["series"]["reward"]) for step in result.outputs["sampler"]["reward_guidance"]] == [2, 2]

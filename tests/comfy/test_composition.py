@@ -4,7 +4,7 @@ import pytest
 import torch
 from reward_guidance.guidance.rewards import STATISTICS
 from reward_guidance.tests.harness.graphs import FAMILIES, Graph
-from reward_guidance.tests.harness.guided import guided_model, latents, one_box, statistic, stock, two_nodes
+from reward_guidance.tests.harness.guided import guided_model, latents, mean_reward, one_box, statistic, stock, two_nodes
 from safetensors.torch import load_file, save_file
 
 FREE = {"decoder": "latent_rgb"}
@@ -16,7 +16,7 @@ def distance(one, other):
 
 
 def last_reward(result):
-    return result.of("reward_guidance.step")[-1]["reward"]
+    return mean_reward(result.of("reward_guidance.step")[-1])
 
 
 def assert_follows(bench, family, guide=two_nodes, steps=4, strength=4.0, **options):

@@ -168,7 +168,7 @@ def test_looks_cost_no_model_call(every):
     assert network.calls == STEPS
     assert [look.step for look in looks] == [*range(every, STEPS - 1, every), STEPS]
     assert [look.sigma for look in looks] == [float(sampling(model, "euler_ancestral").sigmas()[look.step]) for look in looks]
-    assert all(1 <= look.survivors <= 4 and 1 <= look.ess <= 4 + 1e-9 and len(look.rewards) == 4 for look in looks)
+    assert all(1 <= look.survivors <= 4 and 1 <= look.series["ess"][0] <= 4 + 1e-9 and len(look.series["reward"]) == 4 for look in looks)
 
 
 def test_more_particles_come_nearer_to_the_reward_weighted_ring():

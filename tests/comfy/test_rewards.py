@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from reward_guidance.guidance.rewards import evaluate, load_reward
 from reward_guidance.tests.harness.graphs import Graph
-from reward_guidance.tests.harness.guided import latents, one_box, statistic
+from reward_guidance.tests.harness.guided import latents, mean_reward, one_box, statistic
 from reward_guidance.tests.standins import rewards as standins
 
 SEEDS = itertools.count(5000)
@@ -209,7 +209,7 @@ def test_a_reward_of_another_pack_guides_and_combines(bench):
 
     def sample(reward, **options):
         result = bench.run(latents("flux", one_box(decoder="latent_rgb", reward=reward, **options), steps=6, seed=9))
-        return bench.latent(result), [step["reward"] for step in result.outputs["sampler"].get("reward_guidance", [])]
+        return bench.latent(result), [mean_reward(step) for step in result.outputs["sampler"].get("reward_guidance", [])]
 
     plain, _ = sample(redness, strength=0.0)
     for reward in (redness, combined):

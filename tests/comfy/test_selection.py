@@ -245,7 +245,7 @@ def test_particles_report_every_look(bench, family, decoder):
     shown = result.outputs["sampler"]["reward_guidance"]
     assert result.of("reward_guidance.step") == shown
     assert [(look["step"], look["steps"]) for look in shown] == [(1, 4), (2, 4), (4, 4)]
-    assert all(len(look["rewards"]) == 3 and 1 <= look["ess"] <= 3.001 and 1 <= look["survivors"] <= 3 for look in shown)
+    assert all(len(look["series"]["reward"]) == 3 and 1 <= look["series"]["ess"][0] <= 3.001 and 1 <= look["survivors"] <= 3 for look in shown)
     assert {look["decoder"] for look in shown} == {decoder}
     assert result.model_calls == 4
     (report,) = result.outputs["sampler_report"]["text"]
@@ -261,7 +261,7 @@ def test_particles_follow_a_reward_without_a_gradient(bench):
     hot, _ = chosen(bench, guide=particles(temperature=100.0, **options), seed=next(SEEDS), steps=6)
     mean = lambda run: sum(numbers(run, "scores")) / 8  # noqa: E731
     assert mean(result) > mean(hot) + 0.01
-    assert max(look["ess"] for look in hot.outputs["sampler"]["reward_guidance"]) > 7.9
+    assert max(look["series"]["ess"][0] for look in hot.outputs["sampler"]["reward_guidance"]) > 7.9
     assert min(look["survivors"] for look in result.outputs["sampler"]["reward_guidance"]) < 8
 
 

@@ -239,7 +239,7 @@ def scratch() -> Iterator[Path]:
 
 def remove() -> None:
     """Take away what is in the cache folder by name: it may be a folder that holds other things."""
-    for pattern in ("env-*", "comfyui-*", "tmp-*", "standins-*", "shapesworld", "work", "typing", "mypy", "pip.log", "lock"):
+    for pattern in ("env-*", "comfyui-*", "tmp-*", "standins-*", "shapesworld", "frontend", "work", "typing", "mypy", "pip.log", "lock"):
         for path in cache().glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     with suppress(OSError):

@@ -105,5 +105,11 @@ def with_reward(graph: Graph, options: dict) -> dict:
     return {name: value for name, value in made.items() if value is not None}
 
 
+def mean_reward(step: dict) -> float:
+    """Of one step that a node reported."""
+    rewards = step["series"]["reward"]
+    return sum(rewards) / len(rewards)
+
+
 def statistic(name: str = "brightness", node: str = "reward", **options: Any) -> Callable[[Graph], Link]:
     return lambda graph: graph.add(node, "RewardGuidanceImageStatistic", statistic=name, **options)

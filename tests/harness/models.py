@@ -49,3 +49,18 @@ def link_models(target: Path, *sources: Path) -> None:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
             os.symlink(file, link)
+
+
+def asked_for(folder: Path, workflow: dict) -> list[Path]:
+    """Where the model files that a workflow names belong in a models folder."""
+    graphs = [workflow, *workflow.get("definitions", {}).get("subgraphs", [])]
+    named = [model for graph in graphs for node in graph["nodes"] for model in node["properties"].get("models", [])]
+    return [folder / model["directory"] / model["name"] for model in named]
+
+
+def hold_places(folder: Path, workflow: dict) -> None:
+    """Empty files in place of models that have no stand-in: they can be chosen, not loaded."""
+    for file in asked_for(folder, workflow):
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()

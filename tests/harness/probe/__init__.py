@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import time
 
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -9,10 +10,14 @@ from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 
 
-def announce(executor, *args, **kwargs):
-    server = PromptServer.instance
-    server.send_sync("probe.model_call", {"batch": len(args[0])}, server.client_id)
-    return executor(*args, **kwargs)
+def announce(pause: float):
+    def wrapper(executor, *args, **kwargs):
+        server = PromptServer.instance
+        server.send_sync("probe.model_call", {"batch": len(args[0])}, server.client_id)
+        time.sleep(pause)
+        return executor(*args, **kwargs)
+
+    return wrapper
 
 
 class ProbeModelCalls(io.ComfyNode):
@@ -21,15 +26,15 @@ class ProbeModelCalls(io.ComfyNode):
         return io.Schema(
             node_id="ProbeModelCalls",
             category="probe",
-            description="Sends the event probe.model_call for every call of the model.",
-            inputs=[io.Model.Input("model")],
+            description="Sends the event probe.model_call for every call of the model, and waits before it.",
+            inputs=[io.Model.Input("model"), io.Float.Input("pause", default=0.0, optional=True)],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model) -> io.NodeOutput:
+    def execute(cls, model, pause: float = 0.0) -> io.NodeOutput:
         probed = model.clone()
-        probed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "probe", announce)
+        probed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "probe", announce(pause))
         return io.NodeOutput(probed)
 
 
