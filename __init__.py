@@ -2,14 +2,15 @@
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from .nodes import guidance, particles, public, rewards, scores, selection
+from .nodes import collecting, guidance, network, particles, public, rewards, scores, selection, training
 
-GROUPS = rewards, scores, guidance, selection, particles
+GROUPS = rewards, scores, guidance, network, collecting, training, selection, particles
 
 
 class RewardGuidanceExtension(ComfyExtension):
     async def on_load(self) -> None:
-        rewards.register_folder()
+        for folder in (rewards.FOLDER, network.FOLDER):
+            rewards.register_folder(folder)
         public.publish()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -17,7 +17,7 @@ import torch.distributed as distributed
 
 from .errors import GuidanceError
 from .files import save_network
-from .fitting import DATA_OBJECTIVES, WIDTHS, Fitting, plan_for, prepare, weights_from
+from .fitting import BATCH, DATA_OBJECTIVES, WIDTHS, Fitting, plan_for, prepare, weights_from
 from .samples import Collection
 from .training import Plan, leads
 
@@ -34,9 +34,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", choices=WIDTHS, default="medium", help="of the network")
     parser.add_argument("--seed", type=int, default=plan.seed)
     parser.add_argument("--objective", choices=[name for name in DATA_OBJECTIVES if name != "reward_gradient"], default=plan.objective)
-    parser.add_argument("--batch", type=int, default=plan.batch, help="states a step, shared by all processes")
+    parser.add_argument("--batch", type=int, default=BATCH, help="states a step, shared by all processes")
     parser.add_argument("--learning-rate", type=float, default=plan.learning_rate)
-    parser.add_argument("--check-every", type=int, default=plan.check_every, help="steps between two looks at held-out samples")
     parser.add_argument("--weights", default="", help='one for each reward that was collected, such as "1, 0.5"')
     parser.add_argument("--device", default="", help="cuda where there is one, if nothing is said")
     return parser.parse_args(given)
@@ -75,7 +74,7 @@ def main(given: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     samples = Collection.open(options.folder).load()
-    asked = {name: getattr(options, name) for name in ("objective", "temperature", "steps", "batch", "learning_rate", "check_every", "seed")}
+    asked = {name: getattr(options, name) for name in ("objective", "temperature", "steps", "batch", "learning_rate", "seed")}
     plan = plan_for(samples.description, **asked)
     fitting = prepare(samples, plan, options.size, weights_from(options.weights), device_for(options.device), options.out.absolute().parent)
     train(fitting)

@@ -1,6 +1,7 @@
 """From a collection of samples to a network and its card: what the node and the command line share."""
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from .training import Batch, Health, Plan, Source, Task, Training, label
 
 WIDTHS = {"small": 24, "medium": 48, "large": 64}
 """Of the sizes a network comes in: about 2, 6 and 10 million parameters."""
+BATCH = 64
 HELD_OUT = 0.1
 """Share of the samples that judge the network and do not train it."""
 CURVE_END = 20
@@ -28,14 +30,15 @@ DATA_FORMS = ("correction", "shift")
 
 
 def plan_for(description: Description, objective: str = "weighted", form: str = "correction", **options: Any) -> Plan:
-    """A plan that fits what was collected: noise has a form of its own, and so has a potential."""
+    """A plan that fits what was collected: noise has a form of its own, and so has a potential. `options` are those of Plan."""
     if description.base.target == "noise":
         if objective != "weighted":
             raise GuidanceError(f"The noise of one-step generators is tilted by the objective weighted, not by {objective}.")
         form = "noise"
     elif objective == "potential":
         form = "potential"
-    return Plan(objective=objective, form=form, **options)
+    steps = options.get("steps", Plan.steps)
+    return Plan(**{"objective": objective, "form": form, "batch": BATCH, "check_every": min(Plan.check_every, max(10, steps // 20))} | options)
 
 
 def weights_from(text: str) -> tuple[float, ...]:
@@ -136,6 +139,11 @@ def architecture(samples: Samples, form: str, size: str) -> Architecture:
     text, shape = samples.text, samples.description.shape
     sizes = {"tokens": text.tokens.shape[2], "pooled": text.pooled.shape[1], "width": WIDTHS[size]}
     return Architecture(shape[0], FORMS[form].inputs, scalar=form == "potential", **sizes).fitted(shape)
+
+
+def bytes_for(description: Description, plan: Plan, size: str) -> int:
+    """Rough memory of a training step: some 30 maps of a latent's resolution, and as much again for the lower ones."""
+    return plan.batch * 64 * WIDTHS[size] * math.prod(description.shape[1:]) * 4
 
 
 def digest(content: object) -> str:

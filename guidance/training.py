@@ -286,15 +286,20 @@ class Training:
     @torch.no_grad()
     def look(self, loss: float) -> Progress:
         """Judge the averaged network by samples it has not seen, keep it if it is the best, and write a checkpoint."""
-        batch = None if self.held_out is None else self.held_out.batch(8 * self.task.plan.batch, (self.task.plan.seed, -1))
-        check = loss if batch is None else float(OBJECTIVES[self.task.plan.objective](self.average.module, self.task, batch))
-        best = batch is None or not self.curve or check < min(value for _, value in self.curve)
+        check = loss if self.held_out is None else self.judge(self.held_out)
+        best = self.held_out is None or not self.curve or check < min(value for _, value in self.curve)
         self.curve.append((self.step, check))
         if best:
             self.best = copy.deepcopy(self.average.module.state_dict())
         if self.checkpoint is not None and leads():
             self.save(self.checkpoint)
         return Progress(self.step, loss, check, best)
+
+    def judge(self, held_out: Source) -> float:
+        """The averaged network's loss on the same eight batches at every look."""
+        plan = self.task.plan
+        batches = (held_out.batch(plan.batch, (plan.seed, -1, i)) for i in range(8))
+        return sum(float(OBJECTIVES[plan.objective](self.average.module, self.task, batch)) for batch in batches) / 8
 
     def pause(self) -> None:
         """Stopped between two looks: look, so that what has been reached since the last one counts."""

@@ -24,7 +24,7 @@ DESCRIPTION = Description(
 )  # fmt: skip
 TEXT = Text(torch.randn(2, 3, 6), torch.randn(2, 5))
 COUNT = 3 * SHARD
-FEW_STEPS = ("--steps", "30", "--batch", "16", "--check-every", "10", "--size", "small")
+FEW_STEPS = ("--steps", "30", "--batch", "16", "--size", "small")
 
 
 def sample(number: int, description: Description) -> Sample:
@@ -145,7 +145,7 @@ def test_the_form_that_asks_the_model_is_told_the_prompts(folder):
 
     fitting = prepare(Collection.open(folder).load(), quick(form="shift"), "small", denoise=denoise)
     assert any(parameter.any() for parameter in fit(fitting.training).head.parameters())
-    assert {len(prompts) for prompts in asked} == {8, 64} and {int(p) for prompts in asked for p in prompts} == {0, 1}
+    assert {len(prompts) for prompts in asked} == {8} and {int(p) for prompts in asked for p in prompts} == {0, 1}
 
 
 def test_a_gradient_objective_is_told_the_prompts(folder):
@@ -196,7 +196,7 @@ def test_two_processes_make_what_one_makes(tmp_path, folder):
 
 
 def test_a_killed_process_goes_on_bit_for_bit(tmp_path, folder):
-    options = ("--steps", "60", "--check-every", "10")
+    options = ("--steps", "60")
     expected = here(folder, tmp_path / "whole.safetensors", *options)
     process = subprocess.Popen(command(folder, tmp_path / "net.safetensors", *options), cwd=CHECKOUT, stdout=subprocess.DEVNULL)
     while not list(tmp_path.glob("*.checkpoint")):
