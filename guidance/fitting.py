@@ -90,7 +90,8 @@ class Fitting:
             if plan.objective == "weighted" and value >= 0:
                 lines.append("That is no better than no guidance, whose loss is 0: collect more samples, or raise the temperature.")
         if done < plan.steps:
-            lines.append(f"stopped at step {done} of {plan.steps}; this is the best network up to there")
+            going_on = ", and running it again goes on from there" if self.training.checkpoint else ""
+            lines.append(f"stopped at step {done} of {plan.steps}: this is the best network up to there{going_on}")
         return "\n".join([*lines, *self.health.warnings()])
 
 

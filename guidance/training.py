@@ -199,7 +199,10 @@ def reward_gradient(network: nn.Module, task: Task, batch: Batch) -> Tensor:
     if task.reward is None:
         raise GuidanceError("The objective reward_gradient needs the reward itself, with a gradient; labels are not enough.")
     tilted, correction = task.correction(network, batch)
-    return (correction.square().flatten(1).sum(1) / 2 - task.reward(tilted, batch) / task.plan.temperature).mean()
+    scores = task.reward(tilted, batch)
+    if torch.is_grad_enabled() and not scores.requires_grad:
+        raise GuidanceError("This reward has no gradient to train by: choose the objective weighted.")
+    return (correction.square().flatten(1).sum(1) / 2 - scores / task.plan.temperature).mean()
 
 
 def potential(loss: Callable[[Tensor, Tensor], Tensor]) -> Objective:

@@ -161,17 +161,16 @@ class Collector:
         prompts = [description.prompt_of(number) for number in numbers]
         seeds = [description.seed_of(number) for number in numbers]
         latents = self.studio.sample(prompts, seeds, self.tick)
-        clips = decode(self.studio.vae, latents)
-        if self.keep_images:
-            for number, clip in zip(numbers, clips, strict=True):
-                self.keep(number, clip)
-        scores = torch.stack([self.judge(clip, prompt) for clip, prompt in zip(clips, prompts, strict=True)])
+        clips = (clip for part in latents.split(self.studio.batch) for clip in decode(self.studio.vae, part))
+        scores = torch.stack([self.judge(*each) for each in zip(numbers, clips, prompts, strict=True)])
         if description.base.target == "noise":
             return noises(self.studio.start(), seeds, scores)
         return self.states(self.studio.model.model.process_latent_in(latents.float()), seeds, prompts, scores)
 
-    def judge(self, clip: Tensor, prompt: int) -> Tensor:
+    def judge(self, number: int, clip: Tensor, prompt: int) -> Tensor:
         """Raw scores (R,) of a picture or video (T,H,W,C), the mean over its frames."""
+        if self.keep_images:
+            self.keep(number, clip)
         scored = score_parts(clip, self.studio.reward, self.studio.prompts[prompt])
         parts = scored[1:] if isinstance(scored[0][0], CombinedReward) else scored
         return torch.stack([scores.mean() for _, scores in parts])
@@ -229,11 +228,14 @@ def lines(text: str) -> tuple[str, ...]:
 
 def folder_named(name: str) -> Path:
     """output/guidance_data/NAME"""
-    root = Path(folder_paths.get_output_directory()) / FOLDER
-    folder = root / name.strip()
-    if not name.strip() or not folder.resolve().is_relative_to(root.resolve()) or folder.resolve() == root.resolve():
-        raise GuidanceError(f"{name!r} is not a name for a folder within output/{FOLDER}; leave out leading slashes and '..'.")
-    return folder
+    name = name.strip()
+    if not name or name != Path(name).name or name == "..":
+        raise GuidanceError(f"{name!r} is not a name for a folder in output/{FOLDER}: write one without slashes.")
+    return folder_root() / name
+
+
+def folder_root() -> Path:
+    return Path(folder_paths.get_output_directory()) / FOLDER
 
 
 def encoder(clip) -> Callable[[str], list]:
@@ -402,7 +404,6 @@ def collect(node: str, studio: Studio, collection: Collection, count: int, keep_
 class LoadData(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        root = Path(folder_paths.get_output_directory()) / FOLDER
         return io.Schema(
             node_id="RewardGuidanceLoadData",
             display_name="Load Guidance Data",
@@ -412,7 +413,7 @@ class LoadData(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=sorted(path.parent.relative_to(root).as_posix() for path in root.rglob("collection.json")),
+                    options=sorted(path.parent.name for path in folder_root().glob("*/collection.json")),
                     tooltip=f"A folder in output/{FOLDER} with samples.",
                 )
             ],

@@ -66,6 +66,7 @@ class Watch:
         comfy.model_management.throw_exception_if_processing_interrupted()
         try:
             for progress in training:
+                # This takes the interrupt back, so that what comes after this node runs.
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 self.losses.append(progress.loss)
                 self.check = self.check if progress.check is None else progress.check

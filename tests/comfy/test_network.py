@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
 from reward_guidance.tests.harness.inprocess import load_comfyui
@@ -14,9 +15,12 @@ import torch
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.estimators import ESTIMATORS, Settings, Smoothing
 from reward_guidance.guidance.files import Card
-from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork
+from reward_guidance.guidance.fitting import plan_for, prepare
+from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork, Text
 from reward_guidance.guidance.process import Diffusion, Flow
-from reward_guidance.nodes.collecting import Studio, alike, asked, level, stacked
+from reward_guidance.guidance.samples import Collection, Description, Samples
+from reward_guidance.guidance.training import fit
+from reward_guidance.nodes.collecting import Collector, Studio, alike, asked, level, stacked
 from reward_guidance.nodes.network import GuidedNoise, followed
 from reward_guidance.nodes.runtime import (
     NetworkGuidance,
@@ -30,7 +34,7 @@ from reward_guidance.nodes.runtime import (
 )
 from reward_guidance.nodes.sampling import Sampling
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
-from reward_guidance.tests.standins.mixture import Mixture
+from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
 
 RING = Mixture.ring(radius=1.5, std=0.15)
 CLOUD = Mixture.random(6, 48, torch.Generator().manual_seed(0))
@@ -70,10 +74,10 @@ def network(model, form="correction", trained=True, channels=2, tokens=0, base=N
     return manage_network(made.eval().requires_grad_(False), card)
 
 
-def sample(model, sampler="euler", count=8, seed=3, cfg=1.0, condition=CONDITION):
+def sample(model, sampler="euler", count=8, seed=3, cfg=1.0, condition=CONDITION, steps=STEPS):
     latent = torch.zeros(count, model.model.latent_format.latent_channels, 1, 1)
     noise = comfy.sample.prepare_noise(latent, seed)
-    return comfy.sample.sample(model, noise, STEPS, cfg, sampler, "simple", condition, CONDITION, latent, seed=seed, disable_pbar=True)
+    return comfy.sample.sample(model, noise, steps, cfg, sampler, "simple", condition, CONDITION, latent, seed=seed, disable_pbar=True)
 
 
 DATA_FORMS = [form for form in FORMS if form != "noise"]
@@ -290,3 +294,34 @@ def test_a_patched_model_has_another_name(model):
     patched = model.clone()
     patched.patches = {"weight": [(0.5, None, 1.0, None, None)]}
     assert name_of(patched) == "BaseModel with 1 patches of strength 0.5"
+
+
+def ring_reward(latents):
+    return -0.6 * (latents.flatten(1) - torch.tensor([1.2, 0.9])).pow(2).sum(1)
+
+
+@torch.inference_mode(False)
+def fitted(description, samples):
+    """A network trained on samples as the node trains it, but without a disk."""
+    stacked_samples = {name: torch.stack([getattr(sample, name) for sample in samples]) for name in ("clean", "scores", "sigma", "denoised")}
+    whole = Samples(description, torch.arange(len(samples)), Text.none(1), **{name: value.clone() for name, value in stacked_samples.items()})
+    with torch.enable_grad():
+        fitting = prepare(whole, plan_for(description, steps=1500, temperature=0.5, batch=256), "small")
+        fit(fitting.training)
+    return manage_network(fitting.network(), fitting.card())
+
+
+def test_what_was_collected_leads_to_the_reward_weighted_ring(model):
+    """The whole way but for the decoder: samples and answers of the model, labels, training, sampling."""
+    latent, count = {"samples": torch.zeros(1, 2, 1, 1)}, 2000
+    one_studio = Studio(model, ("",), lambda _: CONDITION, "", 20, 1.0, "euler", "simple", latent, count, None, None)
+    description = Description(base_of(model), (2, 1, 1), 4, ("",), ("ring",), (0.0,), (1.0,), seed=0)
+    clean = sample(model, count=count, seed=1, steps=20)
+    collector = Collector(one_studio, Collection(Path(), description), False, lambda *_: None)
+    rewards = ring_reward(clean)
+    loaded = fitted(description, collector.states(clean, list(range(count)), [0] * count, rewards[:, None]))
+    truth = RING.sample(20_000, torch.Generator().manual_seed(50))
+    truth = resample(truth, ring_reward(truth) / (0.5 * rewards.std()), 1000, torch.Generator().manual_seed(51))
+    plain, guided = (sample(each, count=1000, seed=2, steps=20).flatten(1).double() for each in (model, NetworkGuidance(loaded).attach(model)))
+    assert energy_distance(plain, truth) > 0.3
+    assert energy_distance(guided, truth) < 0.03
