@@ -1,5 +1,6 @@
 """The node that trains a guidance network."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -52,7 +53,7 @@ class Watch:
 
     fitting: Fitting
     origin: dict[str, Any]
-    """The node and the workflow."""
+    """Of every event: node, workflow and run."""
     preview: Callable[[Fitting], Image.Image] | None
     preview_every: int
     losses: list[float] = field(default_factory=list)
@@ -84,12 +85,18 @@ class Watch:
         loss, share = sum(self.losses) / len(self.losses), self.fitting.health.effective
         self.losses.clear()
         series = {"loss": [loss]} | ({} if self.check is None else {"loss/held-out": [self.check]})
-        event = {**self.origin, "index": self.told, "step": progress.step, "steps": steps, "series": series, "effective": share}
+        place = {"index": self.told, "step": progress.step, "steps": steps}
+        event = {**self.origin, **place, "series": series, "scattered": [], "effective": share}
         self.told += 1
         server = PromptServer.instance
         server.send_sync(EVENT, event, server.client_id)
         held_out = "" if self.check is None else f" · held-out {self.check:.4f}"
         server.send_progress_text(f"step {progress.step}/{steps} · loss {loss:.4f}{held_out} · {share:.0%} of samples count", self.origin["node"])
+
+
+def origin_of(hidden) -> dict[str, Any]:
+    workflow = (hidden.extra_pnginfo or {}).get("workflow") or {}
+    return {"node": hidden.unique_id, "workflow": workflow.get("id"), "run": time.time()}
 
 
 def first_picture(data: GuidanceData) -> Callable[[Fitting], Image.Image]:
@@ -237,13 +244,11 @@ class TrainNetwork(io.ComfyNode):
     ) -> io.NodeOutput:
         options = {"temperature": temperature, "steps": steps, "batch": batch, "learning_rate": learning_rate, "seed": seed}
         plan = plan_for(data.collection.description, objective, form, **options)
-        workflow = (cls.hidden.extra_pnginfo or {}).get("workflow") or {}
-        origin = {"node": cls.hidden.unique_id, "workflow": workflow.get("id")}
         device = room_for(bytes_for(data.collection.description, plan, size))
         with trainable(), assistants(data, plan) as asked:
             folder = data.collection.folder if checkpoint else None
             fitting = prepare(data.collection.load(), plan, size, weights_from(reward_weights), device, folder, **asked)
-            Watch(fitting, origin, first_picture(data) if preview_every else None, preview_every).run()
+            Watch(fitting, origin_of(cls.hidden), first_picture(data) if preview_every else None, preview_every).run()
             network = manage_network(fitting.network(), fitting.card())
         leave_off(fitting, cls.hidden.unique_id)
         report = fitting.report()
