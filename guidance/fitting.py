@@ -30,7 +30,10 @@ DATA_FORMS = ("correction", "shift")
 
 
 def plan_for(description: Description, objective: str = "weighted", form: str = "correction", **options: Any) -> Plan:
-    """A plan that fits what was collected: noise has a form of its own, and so has a potential. `options` are those of Plan."""
+    """A plan that fits what was collected: noise has a form of its own, and so has a potential. `options` are those of Plan.
+
+    A short training is looked at more often, and its average forgets the beginning sooner.
+    """
     if description.base.target == "noise":
         if objective != "weighted":
             raise GuidanceError(f"The noise of one-step generators is tilted by the objective weighted, not by {objective}.")
@@ -38,7 +41,8 @@ def plan_for(description: Description, objective: str = "weighted", form: str = 
     elif objective == "potential":
         form = "potential"
     steps = options.get("steps", Plan.steps)
-    return Plan(**{"objective": objective, "form": form, "batch": BATCH, "check_every": min(Plan.check_every, max(10, steps // 20))} | options)
+    pace = {"check_every": min(Plan.check_every, max(10, steps // 20)), "ema": min(Plan.ema, 1 - 10 / max(20, steps))}
+    return Plan(**{"objective": objective, "form": form, "batch": BATCH, **pace} | options)
 
 
 def weights_from(text: str) -> tuple[float, ...]:

@@ -306,7 +306,7 @@ def fitted(description, samples):
     stacked_samples = {name: torch.stack([getattr(sample, name) for sample in samples]) for name in ("clean", "scores", "sigma", "denoised")}
     whole = Samples(description, torch.arange(len(samples)), Text.none(1), **{name: value.clone() for name, value in stacked_samples.items()})
     with torch.enable_grad():
-        fitting = prepare(whole, plan_for(description, steps=500, temperature=0.5, batch=128), "small")
+        fitting = prepare(whole, plan_for(description, steps=400, temperature=0.5, batch=128), "small")
         fit(fitting.training)
     return manage_network(fitting.network(), fitting.card())
 
