@@ -2,15 +2,16 @@
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from .nodes import guidance, particles, public, reporting, rewards, scores, selection
+from .nodes import collecting, guidance, network, particles, public, reporting, rewards, scores, selection, training
 
-GROUPS = rewards, scores, guidance, selection, particles
+GROUPS = rewards, scores, guidance, network, collecting, training, selection, particles
 WEB_DIRECTORY = "./nodes/web"
 
 
 class RewardGuidanceExtension(ComfyExtension):
     async def on_load(self) -> None:
-        rewards.register_folder()
+        for folder in (rewards.FOLDER, network.FOLDER):
+            rewards.register_folder(folder)
         reporting.serve_steps()
         public.publish()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Base:
     """The latent format, as "SD3"."""
     channels: int
     process: str
-    """"Diffusion" or "Flow"."""
+    """Its name, as "Diffusion" or "Flow"."""
     target: str = "data"
     """What is tilted: "data", or the "noise" that a one-step generator begins with."""
 
@@ -68,14 +69,21 @@ class Card:
 def save_network(path: Path, network: GuidanceNetwork, card: Card) -> None:
     """Whole or not at all. Raises GuidanceError where the disk does not take it."""
     metadata = {"format": FORMAT, "version": str(VERSION), "architecture": json.dumps(asdict(network.architecture)), "card": json.dumps(asdict(card))}
+    weights = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
+    write(path, lambda partial: save_file(weights, partial, metadata), "save again")
+
+
+def write(path: Path, save: Callable[[Path], object], advice: str = "run again: it goes on from here") -> None:
+    """Save to a path, whole or not at all. Raises GuidanceError where the disk does not take it."""
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}, partial, metadata)
+        save(partial)
         os.replace(partial, path)
     except Exception as error:
         partial.unlink(missing_ok=True)
-        raise GuidanceError(f"{path.name} could not be written ({error}); free some space and save again.") from error
+        reason = str(error).partition("\n")[0]
+        raise GuidanceError(f"{path.name} could not be written ({reason}); free some space and {advice}.") from error
 
 
 def load_network(path: Path) -> tuple[GuidanceNetwork, Card]:

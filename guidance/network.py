@@ -197,7 +197,9 @@ class Form:
     moves = False
     """Whether the model is asked elsewhere than at x."""
 
-    def __call__(self, network: nn.Module, process: Process, denoise: Denoiser, x: Tensor, sigma: Tensor, text: Text, strength: float = 1.0):
+    def __call__(
+        self, network: nn.Module, process: Process, denoise: Denoiser, x: Tensor, sigma: Tensor, text: Text, strength: float | Tensor = 1.0
+    ) -> Tensor:
         """D_q (B,...)."""
         raise NotImplementedError
 

@@ -30,17 +30,22 @@ class NoisePairs:
     noise: Tensor
     weights: Tensor
     text: Text | None = None
-    """(N,...)"""
+    """(N,...), or of each prompt."""
+    prompts: Tensor | None = None
+    """(N,) the row of `text` that belongs to each; without, its own."""
+    device: torch.device | None = None
+    """Where batches go; without, where the noise is."""
 
     def batch(self, size: int, key: tuple[int, ...], part: slice = slice(None)) -> Batch:
-        rng = generator(*key)
+        rng, device = generator(*key), self.device or self.noise.device
         rows = torch.randint(len(self.noise), (size,), generator=rng)[part]
-        angle = ((torch.arange(size) + torch.rand(size, generator=rng)) / size * math.pi / 2)[part].to(self.noise.device)
-        noise = torch.randn(size, *self.noise.shape[1:], generator=rng)[part].to(self.noise)
-        clean = self.noise[rows]
-        text = Text.none(len(rows)) if self.text is None else self.text[rows]
+        angle = ((torch.arange(size) + torch.rand(size, generator=rng)) / size * math.pi / 2)[part].to(device)
+        noise = torch.randn(size, *self.noise.shape[1:], generator=rng)[part].to(device)
+        clean, weights = (values[rows].to(device, torch.float32) for values in (self.noise, self.weights))
+        prompts = rows if self.prompts is None else self.prompts[rows]
+        text = Text.none(len(rows)) if self.text is None else self.text[prompts]
         x = PROCESS.add_noise(clean, noise, column(angle, clean))
-        return Batch(clean, x, angle, denoise(x, angle), self.weights[rows], text)
+        return Batch(clean, x, angle, denoise(x, angle), weights, text.to(device), prompts=prompts)
 
 
 @torch.no_grad()

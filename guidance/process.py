@@ -18,6 +18,10 @@ Number = TypeVar("Number", float, Tensor)
 class Process:
     """x = scale(σ)·x0 + noise_std(σ)·ε with ε ~ N(0, I); σ is the sampler's noise level."""
 
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
     def scale(self, sigma: Number) -> Number:
         raise NotImplementedError
 
@@ -82,6 +86,10 @@ class Flow(Process):
 
     noise_scale: float = 1.0
 
+    @property
+    def name(self) -> str:
+        return "Flow" if self.noise_scale == 1 else f"Flow {self.noise_scale:g}"
+
     def scale(self, sigma):
         return 1 - sigma
 
@@ -108,6 +116,12 @@ class Spherical(Process):
 
     def tilt_velocity(self, velocity, gradient, sigma):
         return velocity - self.shift_gain(sigma) / self.noise_std(sigma) * gradient
+
+
+def process_named(name: str) -> Process:
+    """The process of a model by its name."""
+    kind, *scale = name.split()
+    return {"Diffusion": Diffusion, "Flow": Flow}[kind](*map(float, scale))
 
 
 @dataclass(frozen=True)

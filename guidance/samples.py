@@ -8,8 +8,7 @@ Only D is kept of a noised state; its noise is drawn again from the sample's see
 """
 
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from .errors import GuidanceError
 from .files import Base
+from .files import write as write_whole
 from .network import Text, column
 from .process import Process
 from .training import Batch, generator
@@ -45,12 +45,26 @@ class Description:
     seed: int
     settings: str = ""
     """How the samples were drawn, for people and for telling one collection from another."""
+    reward_weights: tuple[float, ...] = field(default=(), compare=False)
+    """Of the rewards where nothing else is said; they can be changed without sampling again. Empty means 1 each."""
 
     def seed_of(self, index: int) -> int:
         return (self.seed + index) % 2**64
 
     def prompt_of(self, index: int) -> int:
         return index % len(self.prompts)
+
+    def weights(self, wanted: Sequence[float] = ()) -> tuple[float, ...]:
+        """A weight for each reward: those wanted, or those of the collection."""
+        weights = tuple(wanted) or self.reward_weights or (1.0,) * len(self.rewards)
+        if len(weights) != len(self.rewards):
+            raise GuidanceError(f"The samples have scores of {', '.join(self.rewards)}: give {len(self.rewards)} weights, not {len(weights)}.")
+        return weights
+
+    def combined(self, scores: Tensor, weights: Sequence[float] = ()) -> Tensor:
+        """Raw scores (N,R) -> weighted sums (N,) of the standardized ones."""
+        means, stds = (torch.tensor(values) for values in (self.reward_means, self.reward_stds))
+        return ((scores - means) / stds * torch.tensor(self.weights(weights))).sum(1)
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,11 @@ def noise(shape: Sequence[int], seed: int, level: int) -> Tensor:
     return torch.randn(tuple(shape), generator=generator(seed, level))
 
 
+def percents(seed: int, levels: int) -> Tensor:
+    """Where in the sampling (K,), 0 noise and 1 clean, the noised states of a sample lie: one in each of K equal parts."""
+    return (torch.arange(levels) + torch.rand(levels, generator=generator(seed, -1))) / max(levels, 1)
+
+
 @dataclass(frozen=True)
 class Collection:
     """A folder of shards. Samples are numbered; which seed and prompt a number has is known beforehand, so any number can be redone."""
@@ -80,17 +99,21 @@ class Collection:
     description: Description
 
     @staticmethod
-    def create(folder: Path, description: Description, text: Text) -> "Collection":
-        """Begin a collection, or go on with one of the same description. Raises GuidanceError where another lies there."""
+    def create(folder: Path, description: Description, text: Text | Callable[[], Text]) -> "Collection":
+        """Begin a collection, or go on with one of the same description. Raises GuidanceError where another lies there.
+
+        text: of each prompt; a function is called only where it is not on disk yet.
+        """
         if (folder / "collection.json").exists():
             existing = Collection.open(folder)
             existing.description.base.require(description.base, "collection")
             if existing.description != description:
                 different = [name for name, value in asdict(description).items() if asdict(existing.description)[name] != value]
                 raise GuidanceError(f"{folder.name} holds samples with another {', '.join(different)}; choose another folder, or delete it.")
-            return existing
-        rows = {f"{kind}.{i}": row.contiguous() for kind in ("tokens", "pooled") for i, row in enumerate(getattr(text, kind).half())}
-        write(folder / "prompts.safetensors", rows)
+        else:
+            text = text() if callable(text) else text
+            rows = {f"{kind}.{i}": half(row) for kind in ("tokens", "pooled") for i, row in enumerate(getattr(text, kind))}
+            write(folder / "prompts.safetensors", rows)
         write_text(folder / "collection.json", json.dumps(asdict(description), indent=1))
         return Collection(folder, description)
 
@@ -120,8 +143,8 @@ class Collection:
         if any(not torch.isfinite(sample.scores).all() for sample in samples):
             raise GuidanceError("A reward returned a score that is not a finite number; this shard was not written.")
         stacked = {name: torch.stack([getattr(sample, name) for sample in samples]) for name in ("clean", "scores", "sigma", "denoised")}
-        half = {name: stacked[name].half() for name in ("clean", "denoised")}
-        write(self.path(numbers.start // SHARD), {name: value.contiguous().cpu() for name, value in (stacked | half).items()})
+        halves = {name: half(stacked[name]) for name in ("clean", "denoised")}
+        write(self.path(numbers.start // SHARD), {name: value.contiguous().cpu() for name, value in (stacked | halves).items()})
 
     def shards(self) -> list[Path]:
         found = sorted(self.folder.glob("shard-*.safetensors"))
@@ -129,20 +152,32 @@ class Collection:
             raise GuidanceError(f"{self.folder.name} holds no samples yet; collect some first.")
         return found
 
-    def load(self) -> "Samples":
-        """All samples. Raises GuidanceError that names the shard which is damaged or of another shape."""
+    def scores(self) -> tuple[Tensor, Tensor]:
+        """The number (N,) and the raw scores (N,R) of every sample; nothing else is read."""
         parts, numbers = [], []
+        for path in self.readable_shards():
+            with safe_open(path, "pt") as file:
+                parts.append(file.get_tensor("scores"))
+            first = int(path.stem.split("-")[1]) * SHARD
+            numbers.append(torch.arange(first, first + len(parts[-1])))
+        return torch.cat(numbers), torch.cat(parts)
+
+    def readable_shards(self) -> Iterator[Path]:
         for path in self.shards():
             if not _length(path):
                 raise GuidanceError(f"{path.name} in {self.folder.name} is damaged; delete it and collect again, which redoes only that shard.")
+            yield path
+
+    def load(self) -> "Samples":
+        """All samples. Raises GuidanceError that names the shard which is damaged or of another shape."""
+        parts = []
+        for path in self.readable_shards():
             part = load_file(path)
             if tuple(part["clean"].shape[1:]) != self.description.shape:
                 raise GuidanceError(f"{path.name} in {self.folder.name} holds latents of another shape; it belongs to another collection.")
-            first = int(path.stem.split("-")[1]) * SHARD
-            numbers.append(torch.arange(first, first + len(part["clean"])))
             parts.append(part)
         joined = {name: torch.cat([part[name] for part in parts]) for name in ("clean", "scores", "sigma", "denoised")}
-        return Samples(self.description, torch.cat(numbers), self.text(), **joined)
+        return Samples(self.description, self.scores()[0], self.text(), **joined)
 
     def text(self) -> Text:
         try:
@@ -152,6 +187,12 @@ class Collection:
         tokens = [rows[f"tokens.{i}"] for i in range(len(self.description.prompts))]
         pooled = torch.stack([rows[f"pooled.{i}"] for i in range(len(self.description.prompts))])
         return Text(padded(tokens), pooled)
+
+
+def half(tensor: Tensor) -> Tensor:
+    """In half precision; what lies beyond its range is brought to its end."""
+    most = torch.finfo(torch.float16).max
+    return tensor.clamp(-most, most).half().contiguous()
 
 
 def padded(rows: Sequence[Tensor]) -> Tensor:
@@ -190,10 +231,9 @@ class Samples:
         """(N,) the prompt of each."""
         return self.numbers % len(self.description.prompts)
 
-    def rewards(self, weights: Sequence[float]) -> Tensor:
+    def rewards(self, weights: Sequence[float] = ()) -> Tensor:
         """(N,) weighted sums of the standardized scores."""
-        means, stds = (torch.tensor(values) for values in (self.description.reward_means, self.description.reward_stds))
-        return ((self.scores - means) / stds * torch.tensor(tuple(weights))).sum(1)
+        return self.description.combined(self.scores, weights)
 
     def rows(self, chosen: Tensor) -> "Samples":
         return Samples(
@@ -208,12 +248,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class StoredPairs:
-    """Batches of stored states: no diffusion model is needed."""
+    """Batches of stored states: no diffusion model is needed, but for forms that ask it elsewhere."""
 
     samples: Samples
     weights: Tensor
     process: Process
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    denoise: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    """x (B,...), σ (B,), prompts (B,) -> D (B,...)."""
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -227,28 +269,18 @@ class StoredPairs:
         clean, sigma = samples.clean[rows].float(), samples.sigma[rows, chosen]
         drawn = torch.stack([noise(clean.shape[1:], self.seeds[row], level) for row, level in zip(rows.tolist(), chosen.tolist(), strict=True)])
         x = self.process.add_noise(clean, drawn, column(sigma, clean))
-        text = samples.text[samples.prompts[rows]]
+        prompts = samples.prompts[rows]
         clean, x, sigma, denoised, weights = (
             value.to(self.device, torch.float32) for value in (clean, x, sigma, samples.denoised[rows, chosen], self.weights[rows])
         )
-        return Batch(clean, x, sigma, denoised, weights, text.to(self.device))
+        ask = self.denoise
+        denoise = None if ask is None else lambda point: ask(point, sigma, prompts)
+        return Batch(clean, x, sigma, denoised, weights, samples.text[prompts].to(self.device), denoise, prompts)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    _write(path, lambda partial: save_file(dict(tensors), partial))
+    write_whole(path, lambda partial: save_file(dict(tensors), partial))
 
 
 def write_text(path: Path, content: str) -> None:
-    _write(path, lambda partial: partial.write_text(content, encoding="utf-8"))
-
-
-def _write(path: Path, save) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(partial)
-        os.replace(partial, path)
-    except Exception as error:
-        partial.unlink(missing_ok=True)
-        raise GuidanceError(f"{path.name} could not be written ({error}); free some space and run again: it goes on from here.") from error
+    write_whole(path, lambda partial: partial.write_text(content, encoding="utf-8"))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .errors import GuidanceError
+from .files import write
 from .network import FORMS, Architecture, Denoiser, GuidanceNetwork, Text, column
 from .process import Process
 
@@ -98,6 +99,8 @@ class Batch:
     text: Text
     denoise: Denoiser | None = None
     """D at other points, with a graph; for the form `shift`."""
+    prompts: Tensor | None = None
+    """(B,) the prompt of each, where the source knows it."""
 
 
 class Source(Protocol):
@@ -196,7 +199,10 @@ def reward_gradient(network: nn.Module, task: Task, batch: Batch) -> Tensor:
     if task.reward is None:
         raise GuidanceError("The objective reward_gradient needs the reward itself, with a gradient; labels are not enough.")
     tilted, correction = task.correction(network, batch)
-    return (correction.square().flatten(1).sum(1) / 2 - task.reward(tilted, batch) / task.plan.temperature).mean()
+    scores = task.reward(tilted, batch)
+    if torch.is_grad_enabled() and not scores.requires_grad:
+        raise GuidanceError("This reward has no gradient to train by: choose the objective weighted.")
+    return (correction.square().flatten(1).sum(1) / 2 - scores / task.plan.temperature).mean()
 
 
 def potential(loss: Callable[[Tensor, Tensor], Tensor]) -> Objective:
@@ -283,15 +289,25 @@ class Training:
     @torch.no_grad()
     def look(self, loss: float) -> Progress:
         """Judge the averaged network by samples it has not seen, keep it if it is the best, and write a checkpoint."""
-        batch = None if self.held_out is None else self.held_out.batch(8 * self.task.plan.batch, (self.task.plan.seed, -1))
-        check = loss if batch is None else float(OBJECTIVES[self.task.plan.objective](self.average.module, self.task, batch))
-        best = batch is None or not self.curve or check < min(value for _, value in self.curve)
+        check = loss if self.held_out is None else self.judge(self.held_out)
+        best = self.held_out is None or not self.curve or check < min(value for _, value in self.curve)
         self.curve.append((self.step, check))
         if best:
             self.best = copy.deepcopy(self.average.module.state_dict())
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and leads():
             self.save(self.checkpoint)
         return Progress(self.step, loss, check, best)
+
+    def judge(self, held_out: Source) -> float:
+        """The averaged network's loss on the same eight batches at every look."""
+        plan = self.task.plan
+        batches = (held_out.batch(plan.batch, (plan.seed, -1, i)) for i in range(8))
+        return sum(float(OBJECTIVES[plan.objective](self.average.module, self.task, batch)) for batch in batches) / 8
+
+    def pause(self) -> None:
+        """Stopped between two looks: look, so that what has been reached since the last one counts."""
+        if self.step and (not self.curve or self.curve[-1][0] != self.step):
+            self.look(math.nan)
 
     def result(self) -> GuidanceNetwork:
         """The best network so far."""
@@ -304,17 +320,24 @@ class Training:
         return parts | {"best": self.best, "step": self.step, "curve": self.curve, "plan": asdict(self.task.plan)}
 
     def save(self, path: Path) -> None:
-        partial = path.with_suffix(".partial")
-        torch.save(self.state(), partial)
-        partial.replace(path)
+        """Whole or not at all. Raises GuidanceError where the disk does not take it."""
+        write(path, lambda partial: torch.save(self.state(), partial))
 
     def restore(self, path: Path) -> None:
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:
+            raise GuidanceError(f"{path.name} is damaged; delete it to train from the start.") from error
         if state["plan"] != asdict(self.task.plan):
             raise GuidanceError(f"{path.name} belongs to a training with other settings: delete it, or go back to those settings.")
         for name in ("network", "average", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
         self.best, self.step, self.curve = state["best"], state["step"], [tuple(point) for point in state["curve"]]
+
+
+def leads() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def own_part(size: int) -> slice:

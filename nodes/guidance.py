@@ -83,18 +83,10 @@ def tuning_inputs() -> list[io.Input]:
         ),
         io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Where in the sampling guidance starts.", **rare),
         io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Where in the sampling guidance ends.", **rare),
-        io.Int.Input(
-            "smoothing", default=4, min=0, max=64, tooltip="Points around the estimate whose gradients are averaged; 0 to 8.", **rare
-        ),
-        io.Float.Input(
-            "radius", default=0.3, min=0.0, max=2.0, step=0.05, tooltip="Their distance, in posterior standard deviations.", **rare
-        ),
-        io.Float.Input(
-            "momentum", default=0.0, min=0.0, max=0.95, step=0.05, tooltip="Share of the previous gradient that is kept.", **rare
-        ),
-        io.Float.Input(
-            "cap", default=2.0, min=0.0, max=20.0, step=0.1, tooltip="Largest shift of a sample, in units of its noise.", **rare
-        ),
+        io.Int.Input("smoothing", default=4, min=0, max=64, tooltip="Points around the estimate whose gradients are averaged; 0 to 8.", **rare),
+        io.Float.Input("radius", default=0.3, min=0.0, max=2.0, step=0.05, tooltip="Their distance, in posterior standard deviations.", **rare),
+        io.Float.Input("momentum", default=0.0, min=0.0, max=0.95, step=0.05, tooltip="Share of the previous gradient that is kept.", **rare),
+        io.Float.Input("cap", default=2.0, min=0.0, max=20.0, step=0.1, tooltip="Largest shift of a sample, in units of its noise.", **rare),
         io.Int.Input("every", default=1, min=1, max=100, tooltip="Take a new reward gradient every so many model calls.", **rare),
         io.Combo.Input(
             "decoder",

@@ -274,9 +274,7 @@ class ParticlesKSampler(io.ComfyNode):
         held_out: LoadedReward | None = None,
     ) -> io.NodeOutput:
         if min(particles, keep, every) < 1 or chunk < 0:
-            raise GuidanceError(
-                f"Particles, keep and every must be at least 1 and chunk at least 0, not {particles}, {keep}, {every} and {chunk}."
-            )
+            raise GuidanceError(f"Particles, keep and every must be at least 1 and chunk at least 0, not {particles}, {keep}, {every} and {chunk}.")
         if denoise <= 0:
             raise GuidanceError("With a denoise of 0 there is nothing to sample; raise it.")
         if particles > 1:

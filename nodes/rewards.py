@@ -38,11 +38,11 @@ MOST_PICTURES, MOST_PIXELS = 8, 2**24
 """Of pictures scored at once."""
 
 
-def register_folder() -> None:
-    """models/reward_models, beside whatever extra_model_paths.yaml names."""
-    paths, extensions = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
-    own = os.path.join(folder_paths.models_dir, FOLDER)
-    folder_paths.folder_names_and_paths[FOLDER] = (list(dict.fromkeys([*paths, own])), extensions or folder_paths.supported_pt_extensions)
+def register_folder(name: str = FOLDER) -> None:
+    """A folder of models, beside whatever extra_model_paths.yaml names."""
+    paths, extensions = folder_paths.folder_names_and_paths.get(name, ([], set()))
+    own = os.path.join(folder_paths.models_dir, name)
+    folder_paths.folder_names_and_paths[name] = (list(dict.fromkeys([*paths, own])), extensions or folder_paths.supported_pt_extensions)
 
 
 def reward_names() -> list[str]:

@@ -1,6 +1,7 @@
 """The only place that knows inference mode, model patchers and the hooks of ComfyUI's samplers."""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -11,17 +12,23 @@ from weakref import WeakKeyDictionary
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
+import comfy.sampler_helpers
+import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ..guidance.errors import GuidanceError
 from ..guidance.estimators import ESTIMATORS, Estimator, Jacobian, Settings
+from ..guidance.files import Base, Card
+from ..guidance.network import FORMS, GuidanceNetwork, Text, column
+from ..guidance.prior import tilted_noise
 from ..guidance.process import Diffusion, Flow, Process
 from ..guidance.rewards import Reward, evaluate, require_prompt
 from .decoders import Decoder
 
 _serial = count()
+GRADIENT_KEY = "reward_guidance.gradient."
 
 
 class GradientPatcher(comfy.model_patcher.ModelPatcher):
@@ -97,8 +104,20 @@ def _alias(tensor: Tensor) -> Tensor:
 @contextmanager
 def gradients(*modules: nn.Module) -> Iterator[None]:
     """Inside, autograd works through these modules although ComfyUI runs its prompts in inference mode."""
-    with torch.inference_mode(False), torch.no_grad(), normal_weights(*modules):
+    wanted = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(wanted), normal_weights(*modules):
         yield
+
+
+def as_here(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function in the inference and gradient modes of where this is called, wherever it is called itself."""
+    inference, gradient = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    def run(*arguments) -> Tensor:
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradient):
+            return function(*arguments)
+
+    return run
 
 
 @contextmanager
@@ -138,10 +157,15 @@ class LatentReward:
         self.patchers = [*loaded.patchers, *map(manage, decoder.modules)]
 
     def __call__(self, latents: Tensor) -> Tensor:
+        return self.score(latents, [self.prompt])
+
+    def score(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The same for a prompt of each sample's own."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         pictures = self.pictures(latents)
         pixels = self.decoder.pixels(pictures)
-        scores = self.loaded.reward.standardize(evaluate(self.loaded.reward, pixels, [self.prompt]))
+        told = prompts if len(prompts) == 1 else [prompt for prompt in prompts for _ in range(len(pictures) // len(latents))]
+        scores = self.loaded.reward.standardize(evaluate(self.loaded.reward, pixels, told))
         return scores.view(len(latents), -1).mean(1)
 
     def pictures(self, latents: Tensor) -> Tensor:
@@ -170,9 +194,7 @@ def rewards_of(denoised: Tensor, rewards: Tensor, held_out: Callable[[Tensor], T
         return {"reward": rewards.tolist()} | ({"reward/held-out": held_out(denoised).tolist()} if held_out else {})
 
 
-def with_room_for(
-    rewards: Sequence[LatentReward | None], patcher: comfy.model_patcher.ModelPatcher, noise_shape: Sequence[int]
-) -> list[int]:
+def with_room_for(rewards: Sequence[LatentReward | None], patcher: comfy.model_patcher.ModelPatcher, noise_shape: Sequence[int]) -> list[int]:
     """A shape with as many more samples as take the memory of scoring those of `noise_shape` by one reward after the other."""
     per_sample = patcher.model.memory_required([1, *noise_shape[1:]])
     extra = math.ceil(max(reward.activation_bytes(torch.Size(noise_shape)) for reward in rewards if reward) / per_sample)
@@ -215,6 +237,16 @@ class Run:
         return self.last_sigma < sigma <= self.first_sigma
 
 
+def require_order(start: float, end: float) -> None:
+    if start > end:
+        raise GuidanceError(f"Guidance starts at {start} and ends at {end}: the start must not lie after the end.")
+
+
+def refuse_streams(latent_shapes: Sequence | None) -> None:
+    if latent_shapes is not None and len(latent_shapes) > 1:
+        raise GuidanceError("Reward guidance cannot score latents that hold several streams, such as video with audio.")
+
+
 @dataclass(frozen=True, eq=False)
 class RewardGuidance:
     """Reward guidance of one model: clone, attach, forget. All state lives in the run it belongs to."""
@@ -230,15 +262,14 @@ class RewardGuidance:
     runs: "WeakKeyDictionary[object, Run]" = field(default_factory=WeakKeyDictionary)
 
     def __post_init__(self):
-        if self.start > self.end:
-            raise GuidanceError(f"Guidance starts at {self.start} and ends at {self.end}: the start must not lie after the end.")
+        require_order(self.start, self.end)
 
     def attach(self, model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
         """A clone of the model that any sampler guides by the reward; the model itself where there is nothing to do."""
         if self.settings.strength == 0 or self.start == self.end:
             return model
         patched = model.clone(disable_dynamic=self.needs_model_gradient)
-        key = f"reward_guidance.{next(_serial)}"
+        key = f"{GRADIENT_KEY}{next(_serial)}"
         patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, key, self.outer_sample)
         patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, key, self.prepare_sampling)
         patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, key, self.predict_noise)
@@ -256,8 +287,7 @@ class RewardGuidance:
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, latent_shapes=None, **kwargs):
         """Begin with clean state and forget it at the end, however the run ends."""
-        if latent_shapes is not None and len(latent_shapes) > 1:
-            raise GuidanceError("Reward guidance cannot score latents that hold several streams, such as video with audio.")
+        refuse_streams(latent_shapes)
         guider = executor.class_obj
         self.runs.pop(guider, None)
         try:
@@ -291,12 +321,7 @@ class RewardGuidance:
         return Run(estimator, model_sampling.percent_to_sigma(self.start), model_sampling.percent_to_sigma(self.end), sigmas)
 
     def guide(self, run: Run, denoise, x: Tensor, sigma: float, guider) -> Tensor:
-        inference = torch.is_inference_mode_enabled()
-
-        def plain_denoise(point: Tensor) -> Tensor:
-            with torch.inference_mode(inference):
-                return denoise(point)
-
+        plain_denoise = as_here(denoise)
         with ExitStack() as stack:
             stack.enter_context(gradients(*self.reward.modules))
             if self.needs_model_gradient:
@@ -336,6 +361,179 @@ class RewardBeside:
     def predict_noise(self, executor, x, timestep, model_options=None, seed=None):
         parts = zip(x.split(self.chunk), timestep.split(self.chunk), strict=True)
         return torch.cat([executor(part, level, model_options or {}, seed) for part, level in parts])
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedNetwork:
+    """What travels along a GUIDANCE_NETWORK link."""
+
+    network: GuidanceNetwork
+    card: Card
+    patcher: GradientPatcher
+
+    def require(self, target: str, advice: str) -> None:
+        """Raise GuidanceError where a network that tilts data is to tilt noise, or the other way round."""
+        if self.card.base.target != target:
+            raise GuidanceError(f"This guidance network tilts {self.card.base.target}, not {target}: use {advice}.")
+
+
+def manage_network(network: GuidanceNetwork, card: Card) -> LoadedNetwork:
+    return LoadedNetwork(network, card, manage(network))
+
+
+def base_of(model: comfy.model_patcher.ModelPatcher, target: str = "data") -> Base:
+    """What samples of a model belong to."""
+    latents = model.get_model_object("latent_format")
+    process = process_of(model.get_model_object("model_sampling"))
+    return Base(type(model.model.model_config).__name__, type(latents).__name__, latents.latent_channels, process.name, target)
+
+
+def name_of(model: comfy.model_patcher.ModelPatcher) -> str:
+    """The file that a model was loaded from, and how much of it is patched, as by a LoRA: what tells its samples from those of another."""
+    loading = getattr(model, "cached_patcher_init", None)
+    file = os.path.basename(str(loading[1][0])) if loading else type(model.model).__name__
+    strengths = [patch[0] for patches in model.patches.values() for patch in patches]
+    return f"{file} with {len(strengths)} patches of strength {sum(strengths):g}" if strengths else file
+
+
+def require_unguided(model: comfy.model_patcher.ModelPatcher) -> None:
+    """Raise GuidanceError for a model that Reward Guidance has patched: it goes from step to step and cannot be asked at any noise level."""
+    if any(key.startswith(GRADIENT_KEY) for key in model.wrappers.get(WrappersMP.PREDICT_NOISE, {})):
+        raise GuidanceError("Samples are collected from the model itself: connect it before Reward Guidance.")
+
+
+def text_of(conditions: Sequence[dict]) -> Text:
+    """The tokens (B,T,E) and the pooled text (B,P) of the first of a guider's conditions; widths are 0 where there is none."""
+    first = conditions[0] if conditions else {}
+    tokens, pooled = first.get("cross_attn"), first.get("pooled_output")
+    batch = next((len(part) for part in (tokens, pooled) if part is not None), 1)
+    none = Text.none(batch)
+    return Text(none.tokens if tokens is None else tokens, none.pooled if pooled is None else pooled)
+
+
+def text_of_conditioning(conditioning: list) -> Text:
+    """The same of a CONDITIONING."""
+    return text_of(comfy.sampler_helpers.convert_cond(conditioning))
+
+
+def text_for(loaded: LoadedNetwork, text: Text, like: Tensor) -> Text:
+    """The text as a network reads it beside latents (B,...). Raises GuidanceError where it comes from another text encoder."""
+    wanted = loaded.network.architecture
+
+    def part(tensor: Tensor, width: int) -> Tensor:
+        if width and tensor.shape[-1] not in (0, width):
+            family = loaded.card.base.model
+            raise GuidanceError(
+                f"This guidance network was made for {family} and its text of {width} channels, but the model is told {tensor.shape[-1]}."
+            )
+        known = tensor if tensor.shape[-1] == width else tensor.new_zeros(*tensor.shape[:-1], width)
+        return comfy.utils.repeat_to_batch_size(known, len(like))
+
+    return Text(part(text.tokens, wanted.tokens), part(text.pooled, wanted.pooled)).to(like.device)
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkGuidance:
+    """Guidance of one model by a trained network. It has no state."""
+
+    loaded: LoadedNetwork
+    strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self):
+        require_order(self.start, self.end)
+
+    def attach(self, model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+        """A clone of the model that any sampler guides; the model itself where there is nothing to do."""
+        self.loaded.require("data", "Guided Noise or KSampler (Guidance Network)")
+        self.loaded.card.base.require(base_of(model), "guidance network")
+        if self.strength == 0 or self.start == self.end:
+            return model
+        patched = model.clone()
+        key = f"reward_guidance.network.{next(_serial)}"
+        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, key, self.outer_sample)
+        patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, key, self.predict_noise)
+        patched.set_additional_models(key, [self.loaded.patcher])
+        return patched
+
+    def outer_sample(self, executor, *args, latent_shapes=None, **kwargs):
+        refuse_streams(latent_shapes)
+        return executor(*args, latent_shapes=latent_shapes, **kwargs)
+
+    def predict_noise(self, executor, x, timestep, model_options=None, seed=None):
+        """D -> D_q for one model call."""
+        guider, form = executor.class_obj, FORMS[self.loaded.card.form]
+        sampling = guider.inner_model.model_sampling
+        process = process_of(sampling)
+
+        def denoise(point: Tensor) -> Tensor:
+            return executor(point, timestep, {} if model_options is None else model_options, seed)
+
+        # A batch may hold states of several noise levels, as where samples are collected.
+        active = (sampling.percent_to_sigma(self.end) < timestep) & (timestep <= sampling.percent_to_sigma(self.start))
+        if self.loaded.card.form == "potential":
+            active &= (process.scale(timestep) >= Estimator.min_scale).all()
+        if not active.any():
+            return denoise(x)
+        text = text_for(self.loaded, text_of(guider.conds.get("positive", ())), x)
+        answer = as_here(denoise)
+        with gradients(self.loaded.network):
+            strength = self.strength * column(active.to(x), x)
+            return form(self.loaded.network, process, answer, x.clone(), timestep.clone(), text, strength)
+
+
+def tilt(loaded: LoadedNetwork, noise: Tensor, conditioning: list, steps: int, strength: float) -> Tensor:
+    """Noise (B,...) -> noise from which a one-step generator makes pictures that are rewarded; on the device and in the dtype it came in."""
+    loaded.require("noise", "Apply Guidance Network")
+    if noise.shape[1] != loaded.card.base.channels:
+        raise GuidanceError(
+            f"This guidance network was made for {loaded.card.base.model} with {loaded.card.base.channels} latent channels, not {noise.shape[1]}."
+        )
+    if strength == 0:
+        return noise
+    comfy.model_management.load_models_gpu([loaded.patcher])
+    moved = noise.to(loaded.patcher.load_device, torch.float32)
+    text = text_for(loaded, text_of_conditioning(conditioning), moved)
+    return tilted_noise(loaded.network, moved, text, steps, strength).to(noise)
+
+
+@contextmanager
+def trainable() -> Iterator[None]:
+    """Inside, networks can be trained although ComfyUI runs its prompts in inference mode."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def as_nodes_run() -> Iterator[None]:
+    """Inside, all is as ComfyUI runs its prompts."""
+    with torch.inference_mode():
+        yield
+
+
+@contextmanager
+def differentiable_clone(model: comfy.model_patcher.ModelPatcher) -> Iterator[comfy.model_patcher.ModelPatcher]:
+    """A clone, wholly on its device, through which gradients flow and none into its weights."""
+    clone = model.clone(disable_dynamic=True)
+    comfy.model_management.load_models_gpu([clone], force_full_load=True)
+    with differentiable_model(clone.model.requires_grad_(False)):
+        yield clone
+
+
+@contextmanager
+def loaded_reward(reward: LatentReward) -> Iterator[LatentReward]:
+    """On its device, for gradients through it outside of sampling."""
+    comfy.model_management.load_models_gpu(reward.patchers)
+    with normal_weights(*reward.modules):
+        yield reward
+
+
+def room_for(needed: int) -> torch.device:
+    """The device, with so many bytes free where that is possible."""
+    device = comfy.model_management.get_torch_device()
+    comfy.model_management.free_memory(needed, device)
+    return device
 
 
 def as_many_as_fit(model: comfy.model_patcher.ModelPatcher, shape: Sequence[int]) -> int:

@@ -69,6 +69,12 @@ def sampled(latent: dict, origins: list[int], samples: Tensor, seeds: Sequence[i
     return out if seeds is None else out | {SEEDS: list(seeds)}
 
 
+def start_of(model, latent: dict) -> Tensor:
+    """The latent in the model's shape."""
+    ratios = (latent.get(f"downscale_ratio_{kind}") for kind in ("spacial", "temporal"))
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios)
+
+
 def seeds_from(seed: int, count: int) -> list[int]:
     return [(seed + i) % 2**64 for i in range(count)]
 
@@ -85,6 +91,8 @@ class Sampling:
     positive: list
     negative: list
     denoise: float
+    tilt: Callable[[Tensor], Tensor] = lambda noise: noise
+    """What becomes of the noise before it is sampled from."""
 
     def __call__(self, latent: dict, seeds: Sequence[int], callback: Callback) -> Tensor:
         """A sample (N,...) of one latent for each seed. A seed alone gives what a stock KSampler gives, bit for bit."""
@@ -99,7 +107,7 @@ class Sampling:
         noise = [comfy.sample.prepare_noise(start, seed, latent.get("batch_index")) for seed in seeds]
         return comfy.sample.sample_custom(
             self.model,
-            torch.cat(noise),
+            self.tilt(torch.cat(noise)),
             self.cfg,
             sampler,
             self.sigmas(),
@@ -113,9 +121,7 @@ class Sampling:
         )
 
     def start(self, latent: dict) -> Tensor:
-        """The latent in the model's shape."""
-        ratios = (latent.get(f"downscale_ratio_{kind}") for kind in ("spacial", "temporal"))
-        return comfy.sample.fix_empty_latent_channels(self.model, latent["samples"], *ratios)
+        return start_of(self.model, latent)
 
     def sigmas(self) -> Tensor:
         model = self.model

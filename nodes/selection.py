@@ -56,9 +56,7 @@ class SelectBest(io.ComfyNode):
                     tooltip="In place of a reward: a number for each candidate, higher is better, such as Score Images gives.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes latents to score where no pictures are connected."),
-                io.String.Input(
-                    "prompt", multiline=True, default="", tooltip="The prompt of the pictures, for rewards that compare with one."
-                ),
+                io.String.Input("prompt", multiline=True, default="", tooltip="The prompt of the pictures, for rewards that compare with one."),
                 io.Combo.Input(
                     "choose",
                     options=["best", "above threshold"],
@@ -71,8 +69,7 @@ class SelectBest(io.ComfyNode):
                     min=-1e6,
                     max=1e6,
                     step=0.05,
-                    tooltip="above threshold: the lowest score to keep, in units of the reward's typical spread (0 to 2), or of the scores "
-                    "given.",
+                    tooltip="above threshold: the lowest score to keep, in units of the reward's typical spread (0 to 2), or of the scores given.",
                 ),
             ],
             outputs=[

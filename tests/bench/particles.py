@@ -42,9 +42,7 @@ class Bench:
         latent = torch.zeros(self.count * n, 2, 1, 1)
         noise = comfy.sample.prepare_noise(latent, seed)
         with torch.inference_mode():
-            out = comfy.sample.sample_custom(
-                self.model, noise, 1.0, sampler, self.sigmas, CONDITION, CONDITION, latent, disable_pbar=True, seed=seed
-            )
+            out = comfy.sample.sample_custom(self.model, noise, 1.0, sampler, self.sigmas, CONDITION, CONDITION, latent, disable_pbar=True, seed=seed)
         return out.double().view(self.count, n, 2)
 
     def unguided(self, seed: int) -> Tensor:

@@ -1,11 +1,9 @@
 """Guidance together with everything else that a graph may hold."""
 
 import pytest
-import torch
 from reward_guidance.guidance.rewards import STATISTICS
 from reward_guidance.tests.harness.graphs import FAMILIES, Graph
-from reward_guidance.tests.harness.guided import guided_model, latents, mean_reward, one_box, statistic, stock, two_nodes
-from safetensors.torch import load_file, save_file
+from reward_guidance.tests.harness.guided import guided_model, latents, mean_reward, one_box, statistic, stock, two_nodes, under_control
 
 FREE = {"decoder": "latent_rgb"}
 """The decoder that costs nothing."""
@@ -128,20 +126,6 @@ def test_inpainting_keeps_what_the_mask_keeps(bench, family):
     assert distance(left, plain[..., :4]) > 1e-3
 
 
-@pytest.fixture(scope="module")
-def lora(server):
-    """For Flux: rank 4 on one layer."""
-    network = load_file(server.base / "models" / "diffusion_models" / "flux1-dev.safetensors")
-    outer, inner = network["double_blocks.0.img_attn.proj.weight"].shape
-    generator = torch.Generator().manual_seed(0)
-    parts = {"lora_A": (4, inner), "lora_B": (outer, 4)}
-    name = "diffusion_model.double_blocks.0.img_attn.proj"
-    weights = {f"{name}.{part}.weight": torch.randn(shape, generator=generator) for part, shape in parts.items()}
-    (server.base / "models" / "loras").mkdir(exist_ok=True)
-    save_file(weights, server.base / "models" / "loras" / "tiny_flux_lora.safetensors")
-    return "tiny_flux_lora.safetensors"
-
-
 @pytest.mark.parametrize("after", [False, True], ids=["before guidance", "after guidance"])
 @pytest.mark.parametrize("estimator", ["shift", "jacobian"])
 def test_lora(bench, lora, estimator, after):
@@ -165,18 +149,8 @@ def test_lora(bench, lora, estimator, after):
 
 @pytest.mark.parametrize("estimator", ["shift", "jacobian"])
 def test_controlnet(bench, estimator):
-    def controlled(guide):
-        def build(graph, inputs):
-            hint = graph.add("hint", "EmptyImage", width=64, height=64, batch_size=1, color=0xFF8000)
-            control = graph.add("control", "ControlNetLoader", control_net_name="control_v11p_sd15_canny.pth")
-            conditions = {name: inputs[name] for name in ("positive", "negative")}
-            graph.add("apply", "ControlNetApplyAdvanced", control_net=control, image=hint, strength=1.0, **conditions)
-            return guide(graph, inputs | {"positive": ["apply", 0], "negative": ["apply", 1]})
-
-        return build
-
     guide = two_nodes(estimator=estimator, **FREE)
-    both, only_control, only_guidance = (bench.sample("sd15", way) for way in (controlled(guide), controlled(stock), guide))
+    both, only_control, only_guidance = (bench.sample("sd15", way) for way in (under_control(guide), under_control(stock), guide))
     assert both.isfinite().all()
     assert distance(both, only_control) > 1e-3
     assert distance(both, only_guidance) > 1e-3
@@ -290,9 +264,7 @@ def test_clip_reward_file_guides(bench, clip_reward, decoder):
 
 
 def test_clip_reward_file_scores_by_the_prompt(bench, clip_reward):
-    one, other = (
-        bench.run(built(score(clip_reward, two_pictures, prompt=text))).outputs["raw"]["text"] for text in ("a red circle", "two cats")
-    )
+    one, other = (bench.run(built(score(clip_reward, two_pictures, prompt=text))).outputs["raw"]["text"] for text in ("a red circle", "two cats"))
     assert len(one) == 2
     assert one != other
 

@@ -47,7 +47,6 @@ def decode(decoder, point):
         return decoder.pixels(point)
 
 
-
 @pytest.mark.parametrize("choice", ["latent_rgb", "taesd", "vae"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_gradients_are_those_of_finite_differences(standins, name, choice):

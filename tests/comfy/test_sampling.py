@@ -28,8 +28,6 @@ def ring_reward(latents):
     return -0.6 * (latents.flatten(1) - CENTRE).pow(2).sum(1)
 
 
-
-
 def flow_model():
     return analytic_model(RING, Flow(), flow=True, shift=3.0)
 

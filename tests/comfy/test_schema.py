@@ -15,8 +15,8 @@ ADVICE = (
 MOST_WIDGETS = 8
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR"}
 KEPT = ("default", "min", "max", "step", "options", "advanced", "multiline")
-COMFYUIS_OWN = {"sampler_name", "scheduler", "reward_name", "image_tower", "text_tower"}
-"""Choices that come from ComfyUI or the models folder."""
+COMFYUIS_OWN = {"sampler_name", "scheduler", "reward_name", "image_tower", "text_tower", "network_name", "folder"}
+"""Choices that come from ComfyUI or from what is on disk."""
 
 
 @pytest.fixture(scope="module")

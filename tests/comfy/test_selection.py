@@ -121,9 +121,7 @@ def test_one_candidate_is_the_stock_ksamplers(bench, family, guide, sampler):
 
 def test_one_particle_by_a_sampler_without_noise(bench):
     def by_euler(graph, inputs):
-        return graph.add(
-            "sampler", "RewardGuidanceKSamplerParticles", **inputs, **with_reward(graph, {"particles": 1, "decoder": "latent_rgb"})
-        )
+        return graph.add("sampler", "RewardGuidanceKSamplerParticles", **inputs, **with_reward(graph, {"particles": 1, "decoder": "latent_rgb"}))
 
     seed = next(SEEDS)
     assert distance(bench.sample("flux", by_euler, seed=seed), bench.sample("flux", stock, seed=seed)) == 0

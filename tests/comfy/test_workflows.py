@@ -1,6 +1,7 @@
 """UI workflows become the prompts that the page would queue."""
 
 import json
+import shutil
 
 import pytest
 from reward_guidance.tests.harness.environment import CHECKOUT
@@ -64,3 +65,38 @@ def test_shipped_workflow_is_sound(path, object_info):
         info = object_info[node_["class_type"]]
         assert set(node_["inputs"]) <= {name for group in info["input_order"].values() for name in group}
         assert set(info["input_order"].get("required", [])) <= set(node_["inputs"])
+
+
+SMALL = {
+    "EmptyLatentImage": {"width": 64, "height": 64, "batch_size": 4},
+    "EmptySD3LatentImage": {"width": 64, "height": 64, "batch_size": 4},
+    "RewardGuidanceCollect": {"count": 12, "levels": 2},
+    "RewardGuidanceTrain": {"steps": 20, "batch": 4, "size": "small"},
+}
+"""What makes a workflow quick."""
+
+
+@pytest.fixture(scope="module")
+def run(client, object_info, server):
+    """Run a shipped workflow, made small, on stand-ins under the real names; the pictures that it saves."""
+    checkpoints = server.base / "models" / "checkpoints"
+    (checkpoints / "sd_turbo.safetensors").symlink_to(checkpoints / "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors")
+    for folder in (server.base / "output" / "guidance_data", server.base / "models" / "guidance_networks"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def of(name):
+        prompt = ui_to_api(json.loads((CHECKOUT / "workflows" / f"{name}.json").read_text()), object_info)
+        for content in prompt.values():
+            content["inputs"].update(SMALL.get(content["class_type"], {}))
+        return client.images(client.run(prompt).check())
+
+    return of
+
+
+def test_a_network_is_trained_and_then_sampled_with(run):
+    assert run("guidance_network_train_sd35") == []
+    assert [picture.size for picture in run("guidance_network_sample_sd35")] == [(64, 64)] * 4
+
+
+def test_one_step_with_a_network(run):
+    assert [picture.size for picture in run("guidance_network_sd_turbo")] == [(64, 64)] * 4

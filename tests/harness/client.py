@@ -18,6 +18,8 @@ from PIL import Image
 Prompt = dict[str, dict[str, Any]]
 """A graph in API format: node id -> class_type and inputs."""
 Event = tuple[str, dict[str, Any]]
+TEXT_UNDER_NODE = 3
+"""ComfyUI's number for messages of this kind."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,9 @@ async def follow(socket, prompt_id: str, on_event: Callable[[str, dict], None]) 
     node_seconds: dict[str, float] = {}
     node, since = None, time.monotonic()
     async for message in socket:
-        if message.type is not aiohttp.WSMsgType.TEXT:
+        if message.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
             continue
-        event = json.loads(message.data)
-        kind, data = event["type"], event.get("data") or {}
+        kind, data = read(message.data)
         events.append((kind, data))
         on_event(kind, data)
         if kind == "executing" and data.get("prompt_id") == prompt_id:
@@ -118,6 +119,17 @@ async def follow(socket, prompt_id: str, on_event: Callable[[str, dict], None]) 
             if node is None:
                 return events, node_seconds
     raise ConnectionError("ComfyUI went away while it ran the prompt.")
+
+
+def read(message: str | bytes) -> Event:
+    """One message of the server. Previews carry their size, lines of text the node under which they stand."""
+    if isinstance(message, str):
+        event = json.loads(message)
+        return event["type"], event.get("data") or {}
+    kind, start = (int.from_bytes(message[i : i + 4], "big") for i in (0, 4))
+    if kind == TEXT_UNDER_NODE:
+        return "text", {"node": message[8 : 8 + start].decode(), "text": message[8 + start :].decode()}
+    return "preview", {"bytes": len(message)}
 
 
 def failure(events: list[Event]) -> str | None:

@@ -182,9 +182,7 @@ def pip(env: Path, *arguments: str) -> None:
     log = cache() / "pip.log"
     with scratch() as temporary, open(log, "w") as file:
         command = [str(python_of(env)), "-m", "pip", "--no-cache-dir", "--disable-pip-version-check", "--no-input", *arguments]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "TMPDIR": str(temporary)}
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "TMPDIR": str(temporary)})
         for line in with_heartbeat(process.stdout):
             file.write(line)
             if notice := condense(line):

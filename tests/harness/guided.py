@@ -99,6 +99,19 @@ def guided_model(graph: Graph, model: Link, node: str = "guidance", **options: A
     return graph.add(node, "RewardGuidance", model=model, **with_reward(graph, options))
 
 
+def under_control(guide: Guide) -> Guide:
+    """The same with a ControlNet, of SD1.5."""
+
+    def build(graph: Graph, inputs: dict) -> Link:
+        hint = graph.add("hint", "EmptyImage", width=64, height=64, batch_size=1, color=0xFF8000)
+        control = graph.add("control", "ControlNetLoader", control_net_name="control_v11p_sd15_canny.pth")
+        conditions = {name: inputs[name] for name in ("positive", "negative")}
+        graph.add("controlled", "ControlNetApplyAdvanced", control_net=control, image=hint, strength=1.0, **conditions)
+        return guide(graph, inputs | {"positive": ["controlled", 0], "negative": ["controlled", 1]})
+
+    return build
+
+
 def with_reward(graph: Graph, options: dict) -> dict:
     """Options in which a reward, or a function that makes one, becomes a link; None leaves the reward unconnected."""
     made = {name: value(graph) if callable(value) else value for name, value in ({"reward": statistic()} | options).items()}

@@ -47,7 +47,12 @@ class MixtureNetwork(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, **_) -> Tensor:
         self.calls += 1
-        sigma = float(self.sigma_of(timestep)[0])
+        levels = self.sigma_of(timestep)
+        if (levels == levels[0]).all():
+            return self.answer(x, float(levels[0]))
+        return torch.cat([self.answer(*each) for each in zip(x.split(1), levels.tolist(), strict=True)])
+
+    def answer(self, x: Tensor, sigma: float) -> Tensor:
         point = x.flatten(1).to(self.mixture.means)
         if self.process.scale(sigma) == 1:
             point = point * (sigma**2 + 1) ** 0.5

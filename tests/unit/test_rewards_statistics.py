@@ -107,9 +107,7 @@ def test_statistics_mean_what_they_say(photographs):
     }
     for name, pixels in worse.items():
         assert ImageStatistic(name)(pixels, [""]) < ImageStatistic(name)(photo, [""])
-    assert ImageStatistic("brightness")(photo + 0.1, [""]).item() == pytest.approx(
-        ImageStatistic("brightness")(photo, [""]).item() + 0.1, abs=1e-5
-    )
+    assert ImageStatistic("brightness")(photo + 0.1, [""]).item() == pytest.approx(ImageStatistic("brightness")(photo, [""]).item() + 0.1, abs=1e-5)
     assert ImageStatistic("contrast")(photo + 0.1, [""]).item() == pytest.approx(ImageStatistic("contrast")(photo, [""]).item(), abs=1e-5)
 
 

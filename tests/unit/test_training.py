@@ -1,9 +1,6 @@
 """Labels, objectives against closed forms, and that training is repeatable, resumable and shareable."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -213,16 +210,3 @@ def test_training_learns():
     run = training(steps=300)
     fit(run)
     assert min(value for _, value in run.curve) < -0.01
-
-
-WORKER = Path(__file__).with_name("distributed_worker.py")
-
-
-def test_two_processes_make_what_one_makes(tmp_path):
-    for processes in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(WORKER)]
-        done = subprocess.run([*command, str(tmp_path / f"{processes}.pt")], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (torch.load(tmp_path / f"{processes}.pt", weights_only=True) for processes in (1, 2))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)

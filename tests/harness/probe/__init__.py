@@ -43,6 +43,7 @@ BREAKAGES = {
     "one number for all": lambda scores: scores.mean(),
     "a number for each pixel": lambda scores: scores[:, None].expand(-1, 3),
     "no gradient": lambda scores: scores.detach(),
+    "flat": lambda scores: scores * 0,
     "steep": lambda scores: (scores - scores.detach()).sqrt(),
 }
 

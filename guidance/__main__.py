@@ -1,0 +1,107 @@
+"""Trains a guidance network from collected samples, without ComfyUI. In the folder of the pack:
+
+    python -m guidance FOLDER --out likes.safetensors --temperature 0.5
+    torchrun --nproc-per-node 8 -m guidance FOLDER --out likes.safetensors --temperature 0.5
+
+It prints how it goes, and leaves a checkpoint beside the network until it is done: the same command goes on after whatever stopped it.
+"""
+
+import argparse
+import logging
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as distributed
+
+from .errors import GuidanceError
+from .files import save_network
+from .fitting import BATCH, DATA_OBJECTIVES, WIDTHS, Fitting, plan_for, prepare, weights_from
+from .samples import Collection
+from .training import Plan, leads
+
+log = logging.getLogger(__name__)
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    plan = Plan()
+    parser = argparse.ArgumentParser("python -m guidance", description="Trains a guidance network from collected samples.")
+    parser.add_argument("folder", type=Path, help="what Collect Guidance Data made: output/guidance_data/NAME")
+    parser.add_argument("--out", type=Path, required=True, help="the network to write, for models/guidance_networks")
+    parser.add_argument("--temperature", type=float, default=plan.temperature, help="in standard deviations of the reward; 0.3 to 2")
+    parser.add_argument("--steps", type=int, default=plan.steps, help="of training")
+    parser.add_argument("--size", choices=WIDTHS, default="medium", help="of the network")
+    parser.add_argument("--seed", type=int, default=plan.seed)
+    parser.add_argument("--objective", choices=[name for name in DATA_OBJECTIVES if name != "reward_gradient"], default=plan.objective)
+    parser.add_argument("--batch", type=int, default=BATCH, help="states a step, shared by all processes")
+    parser.add_argument("--learning-rate", type=float, default=plan.learning_rate)
+    parser.add_argument("--weights", default="", help='one for each reward that was collected, such as "1, 0.5"')
+    parser.add_argument("--device", default="", help="cuda where there is one, if nothing is said")
+    return parser.parse_args(given)
+
+
+@contextmanager
+def process_group():
+    """What torchrun and Accelerate launch works together."""
+    if not distributed.is_torchelastic_launched():
+        yield
+        return
+    distributed.init_process_group()
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def device_for(wanted: str) -> torch.device:
+    if wanted or not torch.cuda.is_available():
+        return torch.device(wanted or "cpu")
+    return torch.device("cuda", distributed.get_node_local_rank(0))
+
+
+def main(given: list[str] | None = None) -> int:
+    options = arguments(given)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        with process_group():
+            run(options)
+    except GuidanceError as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    samples = Collection.open(options.folder).load()
+    asked = {name: getattr(options, name) for name in ("objective", "temperature", "steps", "batch", "learning_rate", "seed")}
+    plan = plan_for(samples.description, **asked)
+    fitting = prepare(samples, plan, options.size, weights_from(options.weights), device_for(options.device), options.out.absolute().parent)
+    train(fitting)
+    if leads():
+        save_network(options.out, fitting.network(), fitting.card())
+        if fitting.training.checkpoint and fitting.training.step == plan.steps:
+            fitting.training.checkpoint.unlink(missing_ok=True)
+        log.info("%s\n%s", fitting.report(), options.out)
+
+
+def train(fitting: Fitting) -> None:
+    """To the end, or to Ctrl-C once there is a network to keep."""
+    if fitting.training.step:
+        say(f"going on at step {fitting.training.step}")
+    try:
+        for progress in fitting.training:
+            if progress.check is not None:
+                say(f"step {progress.step}: loss {progress.loss:.4f}, on held-out samples {progress.check:.4f}{' best' if progress.best else ''}")
+    except KeyboardInterrupt:
+        if not fitting.training.curve:
+            raise
+
+
+def say(text: str) -> None:
+    if leads():
+        log.info("%s", text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""From a collection of samples to a network and its card: what the node and the command line share."""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import prior
+from .errors import GuidanceError
+from .files import Card
+from .network import FORMS, Architecture, GuidanceNetwork
+from .process import process_named
+from .samples import Collection, Description, Samples, StoredPairs
+from .training import Batch, Health, Plan, Source, Task, Training, label
+
+WIDTHS = {"small": 24, "medium": 48, "large": 64}
+"""Of the sizes a network comes in: about 2, 6 and 10 million parameters."""
+BATCH = 64
+HELD_OUT = 0.1
+"""Share of the samples that judge the network and do not train it."""
+CURVE_END = 20
+"""Values of the loss that go into a card."""
+DATA_OBJECTIVES = ("weighted", "reward_gradient", "potential")
+DATA_FORMS = ("correction", "shift")
+
+
+def plan_for(description: Description, objective: str = "weighted", form: str = "correction", **options: Any) -> Plan:
+    """A plan that fits what was collected: noise has a form of its own, and so has a potential. `options` are those of Plan.
+
+    A short training is looked at more often, and its average forgets the beginning sooner.
+    """
+    if description.base.target == "noise":
+        if objective != "weighted":
+            raise GuidanceError(f"The noise of one-step generators is tilted by the objective weighted, not by {objective}.")
+        form = "noise"
+    elif objective == "potential":
+        form = "potential"
+    steps = options.get("steps", Plan.steps)
+    pace = {"check_every": min(Plan.check_every, max(10, steps // 20)), "ema": min(Plan.ema, 1 - 10 / max(20, steps))}
+    return Plan(**{"objective": objective, "form": form, "batch": BATCH, **pace} | options)
+
+
+def weights_from(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them, as a person writes them; an empty text is no weights."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text.strip() else ()
+    except ValueError as error:
+        raise GuidanceError(f"Weights are written as numbers with commas between them, such as 1, 0.5, not as {text!r}.") from error
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A training of labelled samples, and what to say of it."""
+
+    description: Description
+    reward_weights: tuple[float, ...]
+    health: Health
+    training: Training
+
+    def network(self) -> GuidanceNetwork:
+        """The best so far, on the CPU."""
+        return self.training.result().cpu()
+
+    def card(self) -> Card:
+        plan = self.training.task.plan
+        return Card(
+            base=self.description.base,
+            form=plan.form,
+            objective=plan.objective,
+            temperature=plan.temperature,
+            rewards=self.description.rewards,
+            reward_weights=self.reward_weights,
+            reward_mean=self.health.mean,
+            reward_std=self.health.std,
+            prompts=digest(self.description.prompts),
+            samples=self.health.count,
+            steps=self.training.step,
+            effective=self.health.effective,
+            curve=tuple(self.training.curve[-CURVE_END:]),
+        )
+
+    def report(self) -> str:
+        """What was trained on what, how it went, and what to be wary of, in lines."""
+        plan, done, curve = self.training.task.plan, self.training.step, self.training.curve
+        lines = [self.card().describe(), described(self.health)]
+        if curve:
+            step, value = min(curve, key=lambda point: point[1])
+            lines.append(f"best at step {step} of {plan.steps}, with a loss of {value:.4f} on samples it was not trained on")
+            if plan.objective == "weighted" and value >= 0:
+                lines.append("That is no better than no guidance, whose loss is 0: collect more samples, or raise the temperature.")
+        if done < plan.steps:
+            going_on = ", and running it again goes on from there" if self.training.checkpoint else ""
+            lines.append(f"stopped at step {done} of {plan.steps}: this is the best network up to there{going_on}")
+        return "\n".join([*lines, *self.health.warnings()])
+
+
+def prepare(
+    samples: Samples,
+    plan: Plan,
+    size: str = "medium",
+    reward_weights: Sequence[float] = (),
+    device: torch.device | None = None,
+    checkpoints: Path | None = None,
+    denoise: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    reward: Callable[[Tensor, Batch], Tensor] | None = None,
+) -> Fitting:
+    """A training that is ready to run. Raises GuidanceError where these samples cannot be learned from.
+
+    checkpoints: the folder where a training leaves off and goes on; each finds its own. denoise: x, σ, prompts -> D with a graph, for the form
+    `shift`. reward: for `reward_gradient`; see Task.
+    """
+    description, device = samples.description, device or torch.device("cpu")
+    if plan.form == "shift" and denoise is None:
+        raise GuidanceError("The form shift asks the model itself while it trains: train it in the graph that collects the samples.")
+    weights, health = label(samples.rewards(reward_weights), samples.prompts, plan.temperature)
+    reward_weights = description.weights(reward_weights)
+    noise = description.base.target == "noise"
+
+    def source(rows: Tensor) -> Source:
+        chosen = samples.rows(rows)
+        if noise:
+            return prior.NoisePairs(chosen.clean, weights[rows], chosen.text, chosen.prompts, device)
+        return StoredPairs(chosen, weights[rows], process_named(description.base.process), device, denoise)
+
+    own, held_out = samples.split(HELD_OUT)
+    name = digest((asdict(description), samples.numbers.tolist(), asdict(plan), size, reward_weights))
+    training = Training(
+        source(own),
+        Task(prior.PROCESS if noise else process_named(description.base.process), plan, reward),
+        architecture(samples, plan.form, size),
+        source(held_out) if len(held_out) else None,
+        checkpoints and checkpoints / f"training-{name}.checkpoint",
+        device,
+    )
+    return Fitting(description, reward_weights, health, training)
+
+
+def architecture(samples: Samples, form: str, size: str) -> Architecture:
+    text, shape = samples.text, samples.description.shape
+    sizes = {"tokens": text.tokens.shape[2], "pooled": text.pooled.shape[1], "width": WIDTHS[size]}
+    return Architecture(shape[0], FORMS[form].inputs, scalar=form == "potential", **sizes).fitted(shape)
+
+
+def bytes_for(description: Description, plan: Plan, size: str) -> int:
+    """Rough memory of a training step: some 30 maps of a latent's resolution, and as much again for the lower ones."""
+    return plan.batch * 64 * WIDTHS[size] * math.prod(description.shape[1:]) * 4
+
+
+def digest(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+
+
+def described(health: Health) -> str:
+    return (
+        f"{health.count} samples of {health.prompts} prompts, reward {health.mean:+.3f} with a spread of {health.std:.3f} within a prompt; "
+        f"{health.effective:.1%} of them count"
+    )
+
+
+def overview(collection: Collection, temperature: float = 1.0) -> str:
+    """What a collection holds, in lines: how many samples, how every reward judges them, and what could be learned from them."""
+    description = collection.description
+    numbers, scores = collection.scores()
+    lines = [f"{len(numbers)} samples of {len(description.prompts)} prompts in {collection.folder.name}"]
+    spreads = zip(description.rewards, scores.mean(0).tolist(), scores.std(0, correction=0).tolist(), strict=True)
+    lines += [f"{name}: {mean:.4f} ± {std:.4f}" for name, mean, std in spreads]
+    try:
+        _, health = label(description.combined(scores), numbers % len(description.prompts), temperature)
+        lines += [f"at temperature {temperature:g}, {health.effective:.1%} of the samples count", *health.warnings()]
+    except GuidanceError as error:
+        lines.append(str(error))
+    return "\n".join(lines)

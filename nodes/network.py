@@ -1,0 +1,245 @@
+"""Nodes that sample with a guidance network, and keep it in a file."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import comfy.sample
+import folder_paths
+import torch
+from comfy_api.v0_0_2 import io, ui
+from torch import Tensor
+
+from ..guidance.errors import GuidanceError
+from ..guidance.files import load_network, save_network
+from .guidance import sampler_inputs
+from .runtime import LoadedNetwork, NetworkGuidance, base_of, manage_network, tilt
+from .sampling import Sampling, sampled, samples_of
+
+NETWORK = io.Custom("GUIDANCE_NETWORK")
+FOLDER = "guidance_networks"
+CATEGORY = "reward guidance/network"
+
+
+def strength_input() -> io.Input:
+    return io.Float.Input(
+        "strength",
+        default=1.0,
+        min=0.0,
+        max=20.0,
+        step=0.05,
+        tooltip="How closely to follow what the network learned. 0 is off, 1 the temperature it was trained at; 0.5 to 2.",
+    )
+
+
+def interval_inputs(what: str) -> list[io.Input]:
+    common = {"min": 0.0, "max": 1.0, "step": 0.01, "advanced": True}
+    return [
+        io.Float.Input("start_percent", default=0.0, tooltip=f"Where in the sampling {what} starts, as a share of it. 0 to 0.3.", **common),
+        io.Float.Input("end_percent", default=1.0, tooltip=f"Where in the sampling {what} ends, as a share of it. 0.7 to 1.", **common),
+    ]
+
+
+def noise_steps_input(name: str = "noise_steps", **options) -> io.Input:
+    return io.Int.Input(
+        name,
+        default=4,
+        min=1,
+        max=1000,
+        tooltip="For networks that tilt noise: calls of the small network before the model is asked. More are more exact; 4 to 16.",
+        **options,
+    )
+
+
+class LoadNetwork(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RewardGuidanceLoadNetwork",
+            display_name="Load Guidance Network",
+            category=CATEGORY,
+            description="Loads a guidance network from models/guidance_networks. What it was trained for, it says itself.",
+            search_aliases=["reward network", "guidance model", "alignment network"],
+            inputs=[
+                io.Combo.Input(
+                    "network_name",
+                    options=folder_paths.get_filename_list(FOLDER),
+                    tooltip="A file that Save Guidance Network or the command line wrote into models/guidance_networks.",
+                )
+            ],
+            outputs=[
+                NETWORK.Output(display_name="network", tooltip="For Apply Guidance Network, KSampler (Guidance Network) and Guided Noise."),
+                io.String.Output(display_name="report", tooltip="What the network was trained for, and on what."),
+            ],
+        )
+
+    @classmethod
+    @torch.inference_mode(False)
+    def execute(cls, network_name: str) -> io.NodeOutput:
+        network, card = load_network(Path(folder_paths.get_full_path_or_raise(FOLDER, network_name)))
+        return io.NodeOutput(manage_network(network, card), card.describe(), ui=ui.PreviewText(card.describe()))
+
+    @classmethod
+    def fingerprint_inputs(cls, network_name: str) -> float:
+        return os.path.getmtime(folder_paths.get_full_path_or_raise(FOLDER, network_name))
+
+
+class SaveNetwork(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RewardGuidanceSaveNetwork",
+            display_name="Save Guidance Network",
+            category=CATEGORY,
+            description="Saves a guidance network into models/guidance_networks, under a new number each time.",
+            search_aliases=["export guidance network"],
+            inputs=[
+                NETWORK.Input("network", tooltip="The network to save."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="guidance",
+                    tooltip="How the file is called, before its number; it may begin with subfolders: styles/blue becomes styles/blue_00001_.",
+                ),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, network: LoadedNetwork, filename_prefix: str) -> io.NodeOutput:
+        path = free_path(filename_prefix)
+        save_network(path, network.network, network.card)
+        return io.NodeOutput(ui=ui.PreviewText(f"{path}\n{network.card.describe()}"))
+
+
+def free_path(prefix: str) -> Path:
+    """A path in models/guidance_networks that no file has."""
+    root = folder_paths.get_folder_paths(FOLDER)[0]
+    if not (Path(root) / prefix).resolve().is_relative_to(Path(root).resolve()) or not Path(prefix).name:
+        raise GuidanceError(f"{prefix!r} is not a name for a file in models/guidance_networks; leave out leading slashes and '..'.")
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
+    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+
+
+class ApplyNetwork(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RewardGuidanceApplyNetwork",
+            display_name="Apply Guidance Network",
+            category=CATEGORY,
+            description="Makes a model follow what a guidance network learned, with any sampler and guider and at the model calls of the plain one.",
+            search_aliases=["guidance network", "reward network", "alignment"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model, of the family that the network was trained for."),
+                NETWORK.Input("network", tooltip="A network that tilts data."),
+                strength_input(),
+                *interval_inputs("guidance"),
+            ],
+            outputs=[io.Model.Output(tooltip="The model, guided by the network.")],
+        )
+
+    @classmethod
+    def execute(cls, model, network: LoadedNetwork, strength: float, start_percent: float, end_percent: float) -> io.NodeOutput:
+        return io.NodeOutput(NetworkGuidance(network, strength, start_percent, end_percent).attach(model))
+
+
+@dataclass(frozen=True)
+class GuidedNoise:
+    """What travels along a NOISE link."""
+
+    network: LoadedNetwork
+    conditioning: list
+    seed: int
+    steps: int
+    strength: float
+
+    def generate_noise(self, input_latent: dict) -> Tensor:
+        noise = comfy.sample.prepare_noise(samples_of(input_latent), self.seed, input_latent.get("batch_index"))
+        return tilt(self.network, noise, self.conditioning, self.steps, self.strength)
+
+
+class Noise(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RewardGuidanceNoise",
+            display_name="Guided Noise",
+            category=CATEGORY,
+            description="Noise from which a one-step generator makes pictures that are rewarded; for SamplerCustomAdvanced.",
+            search_aliases=["one step", "noise tilt", "RandomNoise", "SD-Turbo", "initial noise"],
+            inputs=[
+                NETWORK.Input("network", tooltip="A network that tilts noise: its samples were collected with the target noise."),
+                io.Conditioning.Input("conditioning", tooltip="What the pictures should show; the guider's own conditioning."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="The seed of the noise before it is tilted."
+                ),
+                noise_steps_input("steps"),
+                strength_input(),
+            ],
+            outputs=[io.Noise.Output(tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, network: LoadedNetwork, conditioning: list, seed: int, steps: int, strength: float) -> io.NodeOutput:
+        network.require("noise", "Apply Guidance Network")
+        return io.NodeOutput(GuidedNoise(network, conditioning, seed, steps, strength))
+
+
+def followed(
+    sampling: Sampling, network: LoadedNetwork, strength: float = 1.0, start: float = 0.0, end: float = 1.0, noise_steps: int = 4
+) -> Sampling:
+    """The same sampling, guided by a network on the way or in its noise, as the network was trained to do."""
+    if network.card.base.target == "data":
+        return replace(sampling, model=NetworkGuidance(network, strength, start, end).attach(sampling.model))
+    network.card.base.require(base_of(sampling.model, "noise"), "guidance network")
+    return replace(sampling, tilt=lambda noise: tilt(network, noise, sampling.positive, noise_steps, strength))
+
+
+class NetworkKSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RewardGuidanceKSamplerNetwork",
+            display_name="KSampler (Guidance Network)",
+            category=CATEGORY,
+            description="A KSampler whose pictures follow what a guidance network learned: on the way for multi-step models, in the noise for "
+            "one-step generators.",
+            search_aliases=["guidance network sampler", "one step sampler", "SD-Turbo", "aligned sampling"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model, of the family that the network was trained for."),
+                NETWORK.Input("network", tooltip="The guidance network."),
+                *sampler_inputs(),
+                strength_input(),
+                *interval_inputs("guidance on the way"),
+                noise_steps_input(advanced=True),
+            ],
+            outputs=[io.Latent.Output(tooltip="The denoised latent.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        network: LoadedNetwork,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        positive,
+        negative,
+        latent_image: dict,
+        denoise: float,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        noise_steps: int,
+    ) -> io.NodeOutput:
+        plain = Sampling(model, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
+        sampling = followed(plain, network, strength, start_percent, end_percent, noise_steps)
+        samples = sampling(latent_image, [seed], sampling.progress(1)(0))
+        return io.NodeOutput(sampled(latent_image, list(range(len(samples_of(latent_image)))), samples))
+
+
+NODES = [LoadNetwork, SaveNetwork, ApplyNetwork, Noise, NetworkKSampler]

@@ -1,0 +1,253 @@
+"""The node that trains a guidance network."""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import comfy.model_management
+import comfy.utils
+from comfy_api.v0_0_2 import io, ui
+from PIL import Image
+from server import PromptServer
+
+from ..guidance.fitting import BATCH, DATA_FORMS, DATA_OBJECTIVES, WIDTHS, Fitting, bytes_for, plan_for, prepare, weights_from
+from ..guidance.training import Plan, Progress
+from . import runtime
+from .collecting import CATEGORY, DATA, GuidanceData, picture
+from .decoders import make_decoder
+from .guidance import HIDDEN
+from .network import NETWORK, followed
+from .reporting import MOST_STEPS, Reporter
+from .runtime import LatentReward, as_nodes_run, differentiable_clone, loaded_reward, manage_network, room_for, trainable
+from .selection import decode
+
+_stopped: Counter[str] = Counter()
+"""Node -> how often it was interrupted and returned what it had. Queued again, it goes on instead of being taken from ComfyUI's cache."""
+
+
+@contextmanager
+def assistants(data: GuidanceData, plan: Plan) -> Iterator[dict[str, Callable]]:
+    """What a training asks beside the samples: the model at other points, or the gradient of the reward."""
+    description = data.collection.description
+    with ExitStack() as stack:
+        asked: dict[str, Callable] = {}
+        if plan.form == "shift":
+            studio = data.ask("The form shift")
+            model = replace(studio, model=stack.enter_context(differentiable_clone(studio.model)))
+            asked["denoise"] = lambda x, sigma, prompts: model.denoise(x, sigma, prompts.tolist())
+        if plan.objective == "reward_gradient":
+            studio = data.ask("The objective reward_gradient")
+            decoder = make_decoder("auto", studio.model.get_model_object("latent_format"), studio.vae)
+            reward = stack.enter_context(loaded_reward(LatentReward(studio.reward, decoder, description.prompts[0])))
+            asked["reward"] = lambda latents, batch: reward.score(latents, [description.prompts[i] for i in batch.prompts.tolist()])
+        yield asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(runtime.Progress):
+    effective: float
+    """The share of the samples that count."""
+
+
+@dataclass
+class Watch:
+    """Runs a training, tells the page how it goes, and ends it early where it is interrupted."""
+
+    fitting: Fitting
+    report: Reporter
+    preview: Callable[[Fitting], Image.Image] | None
+    preview_every: int
+
+    def run(self) -> None:
+        training, steps = self.fitting.training, self.fitting.training.task.plan.steps
+        pace = max(1, steps // MOST_STEPS)
+        losses: deque[float] = deque(maxlen=pace)
+        bar = comfy.utils.ProgressBar(steps)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        try:
+            for progress in training:
+                # This takes the interrupt back, so that what comes after this node runs.
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                losses.append(progress.loss)
+                if progress.check is not None or progress.step % pace == 0:
+                    self.tell(progress, fmean(losses))
+                    bar.update_absolute(progress.step, steps)
+                if self.preview and training.curve and progress.step % self.preview_every == 0:
+                    bar.update_absolute(progress.step, steps, ("JPEG", self.preview(self.fitting), None))
+        except comfy.model_management.InterruptProcessingException:
+            if not training.step:
+                raise
+            training.pause()
+
+    def tell(self, progress: Progress, loss: float) -> None:
+        steps, effective = self.fitting.training.task.plan.steps, self.fitting.health.effective
+        check = {} if progress.check is None else {"loss/held-out": [progress.check]}
+        self.report(Step(step=progress.step, steps=steps, series={"loss": [loss]} | check, effective=effective))
+        held_out = f" · held-out {self.fitting.training.curve[-1][1]:.4f}" if self.fitting.training.curve else ""
+        text = f"step {progress.step}/{steps} · loss {loss:.4f}{held_out} · {effective:.0%} of samples count"
+        PromptServer.instance.send_progress_text(text, self.report.node)
+
+
+def first_picture(data: GuidanceData) -> Callable[[Fitting], Image.Image]:
+    """The first sample of a collection, as the best network so far would guide it."""
+    studio, description = data.ask("A preview"), data.collection.description
+
+    def draw(fitting: Fitting) -> Image.Image:
+        network = manage_network(fitting.network(), fitting.card())
+        with as_nodes_run():
+            latent = studio.sample([0], [description.seed_of(0)], lambda *_: None, lambda sampling: followed(sampling, network))
+            return picture(decode(studio.vae, latent)[0, 0])
+
+    return draw
+
+
+def leave_off(fitting: Fitting, node: str) -> None:
+    """A training that is done needs its checkpoint no more; one that is not goes on when it is queued again."""
+    checkpoint = fitting.training.checkpoint
+    if fitting.training.step < fitting.training.task.plan.steps:
+        _stopped[node] += checkpoint is not None
+    elif checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+
+
+class TrainNetwork(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        plan, rare = Plan(), {"advanced": True}
+        return io.Schema(
+            node_id="RewardGuidanceTrain",
+            display_name="Train Guidance Network",
+            category=CATEGORY,
+            description="Trains a small network that guides a model to what a reward liked among its samples. The model stays as it is, and no "
+            "gradient of a reward is taken. Interrupt it, and it returns the best network so far; queue again, and it goes on.",
+            search_aliases=["fit guidance network", "alignment training", "reward training", "finetune"],
+            inputs=[
+                DATA.Input("data", tooltip="Samples and their scores: from Collect Guidance Data, which brings the model too, or from disk."),
+                io.Float.Input(
+                    "temperature",
+                    default=1.0,
+                    min=0.001,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="β in exp(reward/β), in standard deviations of the reward among samples of one prompt. Lower values insist on the best "
+                    "samples and need more of them: the report says how many count. 0.3 to 2.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=plan.steps,
+                    min=1,
+                    max=10_000_000,
+                    tooltip="Training steps. 1,000 to 20,000; the best network on the way is kept.",
+                ),
+                io.Combo.Input(
+                    "size",
+                    options=list(WIDTHS),
+                    default="medium",
+                    tooltip="Of the network: about 2, 6 or 10 million parameters. Larger ones learn more from many samples, and cost more per step.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=False,
+                    tooltip="Of the first weights and of the order of the samples. A training goes on only with the seed that it began with.",
+                ),
+                io.Combo.Input(
+                    "objective",
+                    options=list(DATA_OBJECTIVES),
+                    tooltip="weighted: regression on samples weighted by exp(reward/β). potential: the logarithm of the expected weight, whose "
+                    "gradient guides. reward_gradient: through the reward itself, which must have a gradient; for few samples.",
+                    **rare,
+                ),
+                io.Combo.Input(
+                    "form",
+                    options=list(DATA_FORMS),
+                    tooltip="correction: the network corrects the model's estimate. shift: it moves the point where the model is asked, and needs "
+                    "the model and a backward pass through it while it trains: a batch of 1 to 8.",
+                    **rare,
+                ),
+                io.Int.Input(
+                    "batch",
+                    default=BATCH,
+                    min=1,
+                    max=65536,
+                    tooltip="Noised samples a step, 16 to 256. Lower it where memory runs out.",
+                    **rare,
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=plan.learning_rate,
+                    min=1e-7,
+                    max=1.0,
+                    step=1e-5,
+                    round=1e-7,
+                    tooltip="Of AdamW, at its highest. 0.0001 to 0.002; lower it where the training diverges.",
+                    **rare,
+                ),
+                io.String.Input(
+                    "reward_weights",
+                    default="",
+                    tooltip="Of a combination: a weight for each reward, such as 1, 0.5, in place of those it was collected with. No new samples "
+                    "are needed.",
+                    **rare,
+                ),
+                io.Int.Input(
+                    "preview_every",
+                    default=0,
+                    min=0,
+                    max=1_000_000,
+                    tooltip="Steps between two previews, the first sample as the best network so far guides it; 0 shows none. 200 to 1,000.",
+                    **rare,
+                ),
+                io.Boolean.Input(
+                    "checkpoint",
+                    default=True,
+                    tooltip="Keep what is needed to go on beside the samples until the training is done: after an interrupt or a crash, the same "
+                    "settings go on from there.",
+                    **rare,
+                ),
+            ],
+            outputs=[
+                NETWORK.Output(display_name="network", tooltip="The best network, by the loss on samples that it was not trained on."),
+                io.String.Output(display_name="report", tooltip="What was trained on what, how it went, and what to be wary of."),
+            ],
+            hidden=HIDDEN,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        data: GuidanceData,
+        temperature: float,
+        steps: int,
+        size: str,
+        seed: int,
+        objective: str,
+        form: str,
+        batch: int,
+        learning_rate: float,
+        reward_weights: str,
+        preview_every: int,
+        checkpoint: bool,
+    ) -> io.NodeOutput:
+        options = {"temperature": temperature, "steps": steps, "batch": batch, "learning_rate": learning_rate, "seed": seed}
+        plan = plan_for(data.collection.description, objective, form, **options)
+        device = room_for(bytes_for(data.collection.description, plan, size))
+        with trainable(), assistants(data, plan) as asked:
+            folder = data.collection.folder if checkpoint else None
+            fitting = prepare(data.collection.load(), plan, size, weights_from(reward_weights), device, folder, **asked)
+            Watch(fitting, Reporter(cls.hidden), first_picture(data) if preview_every else None, preview_every).run()
+            network = manage_network(fitting.network(), fitting.card())
+        leave_off(fitting, cls.hidden.unique_id)
+        report = fitting.report()
+        return io.NodeOutput(network, report, ui=ui.PreviewText(report))
+
+    @classmethod
+    def fingerprint_inputs(cls, **_) -> int:
+        return _stopped[cls.hidden.unique_id]
+
+
+NODES = [TrainNetwork]

@@ -1,0 +1,328 @@
+"""Guidance networks inside ComfyUI's samplers, on models whose answers are known."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+from reward_guidance.tests.harness.inprocess import load_comfyui
+
+load_comfyui()
+
+import comfy.sample
+import comfy.samplers
+import torch
+from reward_guidance.guidance.errors import GuidanceError
+from reward_guidance.guidance.estimators import ESTIMATORS, Settings, Smoothing
+from reward_guidance.guidance.files import Card
+from reward_guidance.guidance.fitting import plan_for, prepare
+from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork, Text
+from reward_guidance.guidance.process import Diffusion, Flow
+from reward_guidance.guidance.samples import Collection, Description, Samples
+from reward_guidance.guidance.training import fit
+from reward_guidance.nodes.collecting import Collector, Studio, alike, asked, level, stacked
+from reward_guidance.nodes.network import GuidedNoise, followed
+from reward_guidance.nodes.runtime import (
+    NetworkGuidance,
+    RewardGuidance,
+    base_of,
+    manage_network,
+    name_of,
+    require_unguided,
+    text_of_conditioning,
+    tilt,
+)
+from reward_guidance.nodes.sampling import Sampling
+from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
+from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
+
+RING = Mixture.ring(radius=1.5, std=0.15)
+CLOUD = Mixture.random(6, 48, torch.Generator().manual_seed(0))
+"""48 numbers: with fewer than 16, PyTorch draws noise another way."""
+CONDITION = [[torch.zeros(1, 1, 1), {}]]
+STEPS = 6
+
+
+def model_of(mixture, flow):
+    return analytic_model(mixture, Flow() if flow else Diffusion(), flow, 3.0)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["flow", "diffusion"])
+def model(request):
+    return model_of(RING, request.param)
+
+
+@pytest.fixture(autouse=True)
+def like_a_node():
+    with torch.inference_mode():
+        yield
+
+
+@torch.inference_mode(False)
+def network(model, form="correction", trained=True, channels=2, tokens=0, base=None):
+    """A random one; before training its last layer is zero."""
+    target = "noise" if form == "noise" else "data"
+    architecture = Architecture(channels, FORMS[form].inputs, tokens=tokens, width=16, scalar=form == "potential").fitted((channels, 1, 1))
+    torch.manual_seed(3)
+    made = GuidanceNetwork(architecture)
+    if trained:
+        torch.nn.init.normal_(made.head.weight, std=0.3)
+    card = Card(
+        base=dataclasses.replace(base_of(model, target), **(base or {})), form=form, objective="weighted", temperature=1.0, rewards=("likes",),
+        reward_weights=(1.0,), reward_mean=0.0, reward_std=1.0, prompts="", samples=1, steps=1, effective=1.0, curve=(),
+    )  # fmt: skip
+    return manage_network(made.eval().requires_grad_(False), card)
+
+
+def sample(model, sampler="euler", count=8, seed=3, cfg=1.0, condition=CONDITION, steps=STEPS):
+    latent = torch.zeros(count, model.model.latent_format.latent_channels, 1, 1)
+    noise = comfy.sample.prepare_noise(latent, seed)
+    return comfy.sample.sample(model, noise, steps, cfg, sampler, "simple", condition, CONDITION, latent, seed=seed, disable_pbar=True)
+
+
+DATA_FORMS = [form for form in FORMS if form != "noise"]
+
+
+@pytest.mark.parametrize("form", DATA_FORMS)
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m_sde"])
+def test_every_form_guides_without_an_additional_model_call(model, form, sampler):
+    calls, made = model.model.diffusion_model, []
+    for candidate in (model, NetworkGuidance(network(model, form)).attach(model)):
+        calls.calls = 0
+        made.append((sample(candidate, sampler), calls.calls))
+    (plain, before), (guided, after) = made
+    assert guided.isfinite().all() and (guided - plain).abs().max() > 1e-3
+    assert before == after > 0
+
+
+@pytest.mark.parametrize(("sampler", "form"), list(zip(comfy.samplers.KSampler.SAMPLERS, itertools.cycle(DATA_FORMS), strict=False)))
+def test_an_untrained_network_changes_not_one_bit(model, sampler, form):
+    untrained = NetworkGuidance(network(model, form, trained=False)).attach(model)
+    assert torch.equal(sample(untrained, sampler), sample(model, sampler))
+
+
+def test_strength_zero_and_an_empty_interval_leave_the_model_alone(model):
+    for options in ({"strength": 0.0}, {"start": 0.4, "end": 0.4}):
+        assert NetworkGuidance(network(model), **options).attach(model) is model
+
+
+def test_the_interval_bounds_the_guidance(model):
+    loaded, seen = network(model), []
+    loaded.network.register_forward_pre_hook(lambda _, inputs: seen.append(float(inputs[1][0])))
+    sample(NetworkGuidance(loaded, start=0.25, end=0.75).attach(model))
+    assert 0 < len(seen) < STEPS
+    seen.clear()
+    sample(NetworkGuidance(loaded).attach(model))
+    assert len(seen) == STEPS
+
+
+def test_states_of_several_noise_levels_are_each_guided_by_the_interval(model):
+    """As where samples are collected."""
+    guided = NetworkGuidance(network(model), start=0.25, end=0.75).attach(model)
+    sampling = model.get_model_object("model_sampling")
+    sigma = torch.tensor([sampling.percent_to_sigma(percent) for percent in (0.1, 0.5, 0.9)])
+    x, latent = torch.randn(3, 2, 1, 1), {"samples": torch.zeros(1, 2, 1, 1)}
+    both = [ask(candidate, latent, x, sigma) for candidate in (model, guided)]
+    changed = (both[0] - both[1]).flatten(1).abs().amax(1) > 1e-6
+    assert changed.tolist() == [False, True, False]
+
+
+def ask(model, latent, x, sigma):
+    return asked(Sampling(model, STEPS, 1.0, "euler", "simple", CONDITION, CONDITION, 1.0), latent, x, sigma)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("form", DATA_FORMS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_it_composes_with_reward_guidance(model, estimator, form, first):
+    settings = Settings(smoothing=Smoothing(0), strength=0.5)
+    by_reward = RewardGuidance(PlainReward(lambda latents: latents.flatten(1).sum(1)), estimator, settings)
+    by_network = NetworkGuidance(network(model, form), strength=0.5)
+    order = (by_network, by_reward) if first else (by_reward, by_network)
+    both = sample(order[1].attach(order[0].attach(model)))
+    assert both.isfinite().all()
+    for one in order:
+        assert (sample(one.attach(model)) - both).abs().max() > 1e-3
+
+
+def test_a_second_run_is_the_same(model):
+    guided = NetworkGuidance(network(model, "potential")).attach(model)
+    assert torch.equal(sample(guided), sample(guided))
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ({"latents": "Flux", "model": "Flux"}, "made for Flux .latents: Flux., but the model is BASE .PlainLatents."),
+        ({"channels": 16}, "latent channels: 16"),
+        ({"process": "Flow 8"}, "noising process: Flow 8"),
+        ({"target": "noise"}, "tilts noise, not data: use Guided Noise"),
+    ],
+)
+def test_a_network_of_another_family_is_refused(model, base, said):
+    with pytest.raises(GuidanceError, match=said):
+        NetworkGuidance(network(model, base=base)).attach(model)
+
+
+def test_text_of_another_encoder_is_refused_and_none_is_empty(model):
+    loaded = network(model, tokens=5)
+    guided = NetworkGuidance(loaded).attach(model)
+    with pytest.raises(GuidanceError, match="its text of 5 channels, but the model is told 7"):
+        sample(guided, condition=[[torch.zeros(1, 4, 7), {}]])
+    assert sample(guided, condition=[[None, {}]]).isfinite().all()
+    words = torch.linspace(-1, 1, 5).expand(1, 4, 5)
+    one, other = (sample(guided, condition=[[said, {}]]) for said in (words, -words))
+    assert not torch.equal(one, other)
+
+
+def test_start_after_the_end_is_refused(model):
+    with pytest.raises(GuidanceError, match="the start must not lie after the end"):
+        NetworkGuidance(network(model), start=0.8, end=0.2)
+
+
+# Noise
+
+
+def sampling_of(model, **options):
+    return dataclasses.replace(Sampling(model, STEPS, 1.0, "euler", "simple", CONDITION, CONDITION, 1.0), **options)
+
+
+def test_guided_noise_is_the_stock_noise_tilted():
+    model = model_of(CLOUD, True)
+    loaded, latent = network(model, "noise", channels=48), {"samples": torch.zeros(3, 48, 1, 1), "batch_index": [4, 0, 2]}
+    stock = comfy.sample.prepare_noise(latent["samples"], 9, latent["batch_index"])
+    tilted = GuidedNoise(loaded, CONDITION, 9, 4, 1.0).generate_noise(latent)
+    assert tilted.shape == stock.shape and (tilted - stock).abs().max() > 1e-3
+    assert torch.equal(GuidedNoise(loaded, CONDITION, 9, 4, 0.0).generate_noise(latent), stock)
+    untrained = network(model, "noise", trained=False, channels=48)
+    assert torch.equal(GuidedNoise(untrained, CONDITION, 9, 4, 1.0).generate_noise(latent), stock)
+    alone = GuidedNoise(loaded, CONDITION, 9, 4, 1.0).generate_noise({"samples": latent["samples"][:1], "batch_index": [4]})
+    torch.testing.assert_close(alone, tilted[:1])
+
+
+def test_one_box_samples_from_tilted_noise(model):
+    loaded, latent = network(model, "noise"), {"samples": torch.zeros(2, 2, 1, 1)}
+    plain = sampling_of(model)
+    guided = followed(plain, loaded, noise_steps=2)(latent, [5], lambda *_: None)
+    noise = tilt(loaded, comfy.sample.prepare_noise(latent["samples"], 5), CONDITION, 2, 1.0)
+    expected = comfy.sample.sample(model, noise, STEPS, 1.0, "euler", "simple", CONDITION, CONDITION, latent["samples"], seed=5, disable_pbar=True)
+    assert torch.equal(guided, expected)
+    off = followed(plain, loaded, strength=0.0)(latent, [5], lambda *_: None)
+    assert torch.equal(off, plain(latent, [5], lambda *_: None))
+
+
+def test_noise_for_another_model_is_refused(model):
+    with pytest.raises(GuidanceError, match="with 2 latent channels, not 3"):
+        tilt(network(model, "noise"), torch.zeros(1, 3, 1, 1), CONDITION, 4, 1.0)
+
+
+# What samples are made by
+
+
+def test_the_model_is_asked_what_the_closed_form_answers(model):
+    process = Flow() if model.model.model_type.name == "FLOW" else Diffusion()
+    sampling = model.get_model_object("model_sampling")
+    sigma = torch.tensor([level(sampling, percent) for percent in (0.05, 0.4, 0.95)])
+    x = torch.randn(3, 2, 1, 1)
+    answers = ask(model, {"samples": torch.zeros(1, 2, 1, 1)}, x, sigma)
+    for point, noise_level, answer in zip(x.split(1), sigma.tolist(), answers, strict=True):
+        truth = RING.denoised(point.flatten(1).double(), process, noise_level)
+        assert (answer.flatten() - truth).abs().max() < 1e-3
+
+
+def test_levels_stay_within_what_the_model_knows(model):
+    sampling = model.get_model_object("model_sampling")
+    levels = [level(sampling, percent) for percent in (0.0, 0.3, 0.6, 1.0)]
+    assert levels == sorted(levels, reverse=True)
+    assert levels[0] == float(sampling.sigma_max) and levels[-1] == float(sampling.sigma_min) > 0
+
+
+def conditioning(length, **options):
+    return [[torch.ones(1, length, 4), {"pooled_output": torch.ones(1, 3)} | options]]
+
+
+def test_prompts_of_one_length_are_told_together():
+    twice = [*conditioning(5), *conditioning(5)]
+    all_of_them = [conditioning(5), conditioning(7), conditioning(5), twice, conditioning(5), conditioning(5, guidance=3.5)]
+    assert sorted(alike(all_of_them, 2)) == [[0, 2], [1], [3], [4], [5]]
+    tokens, options = stacked([conditioning(5), conditioning(5)])[0]
+    assert tokens.shape == (2, 5, 4) and options["pooled_output"].shape == (2, 3)
+    assert stacked([twice]) is twice
+
+
+def studio(model, batch=4, sampler="euler"):
+    lengths = {"short": 3, "long": 5}
+    encode = lambda prompt: [[torch.ones(1, lengths.get(prompt, 3), 1), {}]]  # noqa: E731
+    latent = {"samples": torch.zeros(1, 48, 1, 1)}
+    return Studio(model, ("short", "long"), encode, "", STEPS, 1.0, sampler, "simple", latent, batch, None, None)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde", "dpm_adaptive"])
+def test_samples_are_those_of_their_seeds_however_they_are_grouped(sampler):
+    model, ticks = model_of(CLOUD, True), []
+    made = studio(model, sampler=sampler).sample([0, 1, 0, 0, 1], [3, 4, 5, 6, 7], lambda count, x0: ticks.append(count))
+    alone = torch.cat([sample(model, sampler, count=1, seed=seed) for seed in (3, 4, 5, 6, 7)])
+    torch.testing.assert_close(made, alone, rtol=1e-4, atol=1e-4)
+    if sampler != "dpm_adaptive":
+        assert sum(ticks) == 5 * STEPS
+
+
+def test_answers_come_in_the_order_of_the_questions():
+    model = model_of(CLOUD, True)
+    x, sigma = torch.randn(5, 48, 1, 1), torch.linspace(0.2, 0.8, 5)
+    one_studio = studio(model)
+    together = one_studio.denoise(x, sigma, [0, 1, 0, 1, 0])
+    alone = torch.cat([one_studio.denoise(x[i : i + 1], sigma[i : i + 1], [0]) for i in range(5)])
+    torch.testing.assert_close(together, alone)
+
+
+def test_text_has_the_length_of_the_longest_prompt():
+    text = studio(model_of(CLOUD, True)).text()
+    assert text.tokens.shape == (2, 5, 1) and text.tokens.any(2).sum(1).tolist() == [3, 5]
+    assert text_of_conditioning([[None, {}]]).tokens.shape == (1, 0, 0)
+
+
+def test_samples_are_not_collected_from_a_guided_model(model):
+    by_reward = RewardGuidance(PlainReward(lambda latents: latents.flatten(1).sum(1)), "shift", Settings())
+    require_unguided(NetworkGuidance(network(model)).attach(model))
+    with pytest.raises(GuidanceError, match="connect it before Reward Guidance"):
+        require_unguided(by_reward.attach(model))
+
+
+def test_a_patched_model_has_another_name(model):
+    assert name_of(model) == "BaseModel"
+    patched = model.clone()
+    patched.patches = {"weight": [(0.5, None, 1.0, None, None)]}
+    assert name_of(patched) == "BaseModel with 1 patches of strength 0.5"
+
+
+def ring_reward(latents):
+    return -0.6 * (latents.flatten(1) - torch.tensor([1.2, 0.9])).pow(2).sum(1)
+
+
+@torch.inference_mode(False)
+def fitted(description, samples):
+    """A network trained on samples as the node trains it, but without a disk."""
+    stacked_samples = {name: torch.stack([getattr(sample, name) for sample in samples]) for name in ("clean", "scores", "sigma", "denoised")}
+    whole = Samples(description, torch.arange(len(samples)), Text.none(1), **{name: value.clone() for name, value in stacked_samples.items()})
+    with torch.enable_grad():
+        fitting = prepare(whole, plan_for(description, steps=400, temperature=0.5, batch=128), "small")
+        fit(fitting.training)
+    return manage_network(fitting.network(), fitting.card())
+
+
+def test_what_was_collected_leads_to_the_reward_weighted_ring():
+    """The whole way but for the decoder: samples and answers of the model, labels, training, sampling."""
+    model = model_of(RING, True)
+    latent, count = {"samples": torch.zeros(1, 2, 1, 1)}, 2000
+    one_studio = Studio(model, ("",), lambda _: CONDITION, "", 20, 1.0, "euler", "simple", latent, count, None, None)
+    description = Description(base_of(model), (2, 1, 1), 4, ("",), ("ring",), (0.0,), (1.0,), seed=0)
+    clean = sample(model, count=count, seed=1, steps=20)
+    collector = Collector(one_studio, Collection(Path(), description), False, lambda *_: None)
+    rewards = ring_reward(clean)
+    loaded = fitted(description, collector.states(clean, list(range(count)), [0] * count, rewards[:, None]))
+    truth = RING.sample(20_000, torch.Generator().manual_seed(50))
+    truth = resample(truth, ring_reward(truth) / (0.5 * rewards.std()), 1000, torch.Generator().manual_seed(51))
+    plain, guided = (sample(each, count=1000, seed=2, steps=20).flatten(1).double() for each in (model, NetworkGuidance(loaded).attach(model)))
+    assert energy_distance(plain, truth) > 0.3
+    assert energy_distance(guided, truth) < 0.06

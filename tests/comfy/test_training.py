@@ -1,0 +1,638 @@
+"""Collect, train, save, load and apply, queued as a user's page queues them."""
+
+import itertools
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from reward_guidance.guidance.files import load_network
+from reward_guidance.guidance.fitting import plan_for, prepare
+from reward_guidance.guidance.samples import SHARD, Collection
+from reward_guidance.guidance.training import fit
+from reward_guidance.tests.harness.graphs import FAMILIES, Graph
+from reward_guidance.tests.harness.guided import guided_model, latents, statistic, stock, two_nodes, under_control, with_reward
+from safetensors.torch import load_file, save_file
+
+SEEDS = itertools.count(70_000, 100)
+"""Each prompt has its own, so that ComfyUI runs it and does not remember it."""
+PROMPTS = "a red circle\n\n  a blue square \na red circle on a green ground\n"
+COUNT = 6
+CHECKPOINT = "training-*.checkpoint"
+
+
+def distance(one, other):
+    return float((one - other).abs().max())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clean(server):
+    for folder in (server.base / "output" / "guidance_data", server.base / "models" / "guidance_networks"):
+        shutil.rmtree(folder, ignore_errors=True)
+    return server.base
+
+
+@pytest.fixture
+def data_folder(server):
+    return lambda name: server.base / "output" / "guidance_data" / name
+
+
+@pytest.fixture
+def network_folder(server):
+    return server.base / "models" / "guidance_networks"
+
+
+def collected(graph, family, folder, batch=6, node="collect", **options):
+    """Adds the loaders, a reward and Collect Guidance Data; the link to its data."""
+    one = FAMILIES[family]
+    for name, (kind, inputs) in one.loaders.items():
+        graph.add(name, kind, **inputs)
+    latent = graph.add("sizes", one.latent, width=64, height=64, batch_size=batch, **one.latent_options)
+    sampling = {"seed": 5, "steps": 1, "cfg": one.cfg, "sampler_name": "euler", "scheduler": "simple"}
+    links = {"model": one.model, "clip": one.clip, "vae": one.vae, "latent_image": latent}
+    asked = {"prompts": PROMPTS, "count": COUNT, "levels": 2, "folder": folder} | with_reward(graph, options)
+    return graph.add(node, "RewardGuidanceCollect", **links | sampling | asked)
+
+
+def trained(graph, data, node="train", **options):
+    return graph.add(node, "RewardGuidanceTrain", data=data, **{"steps": 12, "batch": 4, "size": "small"} | options)
+
+
+def shown(graph, link, node):
+    graph.add(node, "PreviewAny", source=link)
+
+
+def collect(bench, family, folder, **options):
+    graph = Graph()
+    collected(graph, family, folder, **options)
+    shown(graph, ["collect", 1], "report")
+    return bench.queue(graph.prompt)
+
+
+def report(result, node="report"):
+    return result.outputs[node]["text"][0].splitlines()
+
+
+def train(bench, *given, **options):
+    return bench.queue(prompt_of_training(*given, **options))
+
+
+def prompt_of_training(folder, save=None, build=lambda graph: None, **options):
+    """From samples on disk, if nothing else is built."""
+    graph = Graph()
+    data = build(graph) or graph.add("data", "RewardGuidanceLoadData", folder=folder)
+    network = trained(graph, data, **options)
+    shown(graph, ["train", 1], "report")
+    if save:
+        graph.add("save_network", "RewardGuidanceSaveNetwork", network=network, filename_prefix=save)
+    return graph.prompt
+
+
+def applied(name, node="apply", **options):
+    """A way of sampling: the stock KSampler on a model to which a network from disk is applied."""
+
+    def build(graph, inputs):
+        network = graph.add(f"{node}_network", "RewardGuidanceLoadNetwork", network_name=name)
+        model = graph.add(node, "RewardGuidanceApplyNetwork", model=inputs["model"], network=network, **options)
+        return stock(graph, inputs | {"model": model})
+
+    return build
+
+
+def boxed(name, **options):
+    """The same in one box."""
+
+    def build(graph, inputs):
+        network = graph.add("network", "RewardGuidanceLoadNetwork", network_name=name)
+        return graph.add("sampler", "RewardGuidanceKSamplerNetwork", network=network, **inputs, **options)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def networks(bench, clean):
+    """Trained networks of the families that a test asks for: the name of the file."""
+
+    def network_of(family, **options):
+        key = f"{family}{''.join(f'_{value}' for value in options.values())}"
+        name = f"tests/{key}_00001_.safetensors"
+        if not (clean / "models" / "guidance_networks" / name).exists():
+            collect(bench, family, key, **options).check()
+            train(bench, key, save=f"tests/{key}").check()
+        return name
+
+    return network_of
+
+
+# From a model to guided pictures
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3", "flux", "wan"])
+def test_collect_train_save_load_and_apply(bench, data_folder, network_folder, family):
+    seed = next(SEEDS)
+
+    def at_once(graph, inputs):
+        network = trained(graph, collected(graph, family, family))
+        graph.add("save_network", "RewardGuidanceSaveNetwork", network=network, filename_prefix=f"tests/{family}")
+        shown(graph, ["collect", 1], "collected")
+        shown(graph, ["train", 1], "trained")
+        return stock(graph, inputs | {"model": graph.add("apply", "RewardGuidanceApplyNetwork", model=inputs["model"], network=network)})
+
+    result = bench.run(latents(family, at_once, seed=seed))
+    guided = bench.latent(result)
+    assert report(result, "collected")[0] == f"{COUNT} samples of 3 prompts in {family}"
+    assert report(result, "collected")[1].startswith("brightness: ")
+    assert "brightness at temperature 1" in report(result, "trained")[0]
+    assert not list(data_folder(family).glob(CHECKPOINT)), "what is done needs no checkpoint"
+    _, card = load_network(network_folder / f"tests/{family}_00001_.safetensors")
+    assert (card.samples, card.steps, card.form) == (COUNT, 12, "correction")
+
+    assert guided.isfinite().all()
+    assert distance(guided, bench.sample(family, stock, seed=seed)) > 1e-4
+    for way in (applied, boxed):
+        assert distance(guided, bench.sample(family, way(f"tests/{family}_00001_.safetensors"), seed=seed)) < 1e-5
+
+
+def test_what_is_off_changes_not_one_bit(bench, networks):
+    seed = next(SEEDS)
+    plain = bench.sample("flux", stock, seed=seed)
+    for way in (applied, boxed):
+        for off in ({"strength": 0.0}, {"start_percent": 0.4, "end_percent": 0.4}):
+            assert distance(bench.sample("flux", way(networks("flux"), **off), seed=seed), plain) == 0
+
+
+def test_files_are_never_overwritten(bench, networks, network_folder):
+    name = networks("flux")
+    graph = Graph()
+    network = graph.add("network", "RewardGuidanceLoadNetwork", network_name=name)
+    shown(graph, ["network", 1], "report")
+    for node, prefix in (("one", "tests/flux"), ("other", "tests/../tests/flux")):  # of two equal nodes ComfyUI would run one
+        graph.add(node, "RewardGuidanceSaveNetwork", network=network, filename_prefix=prefix)
+    result = bench.run(graph.prompt)
+    paths = [network_folder / name.replace("00001", number) for number in ("00001", "00002", "00003")]
+    (first, card), *others = map(load_network, paths)
+    for network, same_card in others:
+        assert same_card == card and all(torch.equal(value, first.state_dict()[name]) for name, value in network.state_dict().items())
+    assert result.outputs["one"]["text"][0].startswith(str(paths[1].parent))
+    assert report(result)[0].startswith("correction network for Flux: 1 brightness")
+
+
+# What is collected
+
+
+def test_samples_are_those_of_a_stock_ksampler(bench, data_folder):
+    collect(bench, "flux", "stock", batch=2, count=5).check()
+    loaded = Collection.open(data_folder("stock")).load()
+    prompts = [line.strip() for line in PROMPTS.splitlines() if line.strip()]
+    assert loaded.description.prompts == tuple(prompts)
+    for i in (0, 4):
+        alone = bench.sample("flux", stock, seed=5 + i, steps=1, text=prompts[i % 3])
+        torch.testing.assert_close((alone[0] - 0.1159) * 0.3611, loaded.clean[i].float(), rtol=2e-3, atol=2e-3)
+    assert loaded.sigma.shape == (5, 2) and (loaded.sigma[:, 0] > loaded.sigma[:, 1]).all()
+    assert loaded.denoised.isfinite().all() and loaded.text.tokens.shape[::2] == (3, 768) and loaded.text.pooled.shape == (3, 768)
+
+
+def test_a_larger_count_adds_to_what_is_there(bench, data_folder):
+    assert report(collect(bench, "flux", "more", count=4).check())[0].startswith("4 samples")
+    first = data_folder("more") / "shard-00000.safetensors"
+    written = first.stat().st_mtime_ns
+    assert report(collect(bench, "flux", "more", count=3, keep_images=True).check())[0].startswith("4 samples")
+    assert first.stat().st_mtime_ns == written and not (data_folder("more") / "images").exists()
+    assert report(collect(bench, "flux", "more", count=6, keep_images=True).check())[0].startswith("6 samples")
+    assert len(list((data_folder("more") / "images").glob("*.png"))) == 6
+
+
+def combined(weights):
+    def build(graph):
+        parts = {f"reward_{i}": statistic(name, name)(graph) for i, name in enumerate(("brightness", "contrast"), 1)}
+        return graph.add("combined", "RewardGuidanceCombineRewards", **parts, weight_1=weights[0], weight_2=weights[1])
+
+    return build
+
+
+def test_parts_of_a_combination_are_kept_and_weighted_later(bench, data_folder):
+    options = {"count": 6, "reward": combined((1.0, -1.0))}
+    lines = report(collect(bench, "flux", "parts", **options).check())
+    assert [line.split(":")[0] for line in lines[1:3]] == ["brightness", "contrast"]
+    shard = data_folder("parts") / "shard-00000.safetensors"
+    written = shard.stat().st_mtime_ns
+    collect(bench, "flux", "parts", **options | {"reward": combined((0.0 + 1, 0.5))}).check()
+    assert shard.stat().st_mtime_ns == written
+    weights = Collection.open(data_folder("parts")).description.reward_weights
+    assert weights[1] == pytest.approx(weights[0] / 2)
+    assert "1 brightness + 3 contrast" in report(train(bench, "parts", reward_weights="1, 3").check())[0]
+
+
+@pytest.mark.parametrize("family", ["wan"])
+def test_frames_of_videos_are_kept(bench, data_folder, family):
+    collect(bench, family, "frames", count=1, keep_images=True).check()
+    assert len(list((data_folder("frames") / "images").glob("000000_*.png"))) == 5
+
+
+# What is trained
+
+
+def from_model(folder, **options):
+    """Data from Collect Guidance Data, which brings the model."""
+    return lambda graph: collected(graph, "flux", folder, **options)
+
+
+@pytest.mark.parametrize("options", [{"form": "shift"}, {"objective": "potential"}, {"objective": "reward_gradient"}])
+def test_every_objective_and_form_makes_a_network_that_guides(bench, networks, options):
+    networks("flux")
+    name = "_".join(options.values())
+    result = train(bench, "flux", save=name, build=from_model("flux"), steps=4, **options).check()
+    assert result.outputs["save_network"]
+    seed = next(SEEDS)
+    guided, plain = (bench.sample("flux", way, seed=seed) for way in (applied(f"{name}_00001_.safetensors", strength=5.0), stock))
+    assert guided.isfinite().all() and distance(guided, plain) > 1e-5
+
+
+def test_the_page_hears_how_a_training_goes(bench, networks):
+    networks("flux")
+    seed = next(SEEDS)
+    result = train(bench, "flux", steps=25, seed=seed).check()
+    events = result.of("reward_guidance.step")
+    assert [event["step"] for event in events] == list(range(1, 26)) and {event["steps"] for event in events} == {25}
+    assert [event["index"] for event in events] == list(range(25)) and {event["node"] for event in events} == {"train"}
+    assert len({event["run"] for event in events}) == 1 and {tuple(event["scattered"]) for event in events} == {()}
+    assert {len(event["series"]["loss"]) for event in events} == {1} and all(0 < event["effective"] <= 1 for event in events)
+    assert ["loss/held-out" in event["series"] for event in events] == [event["step"] >= 10 for event in events]
+    again = train(bench, "flux", steps=25, seed=seed).check()
+    assert not again.of("reward_guidance.step"), "what is done comes from ComfyUI's cache"
+    bars = [data["value"] for data in result.of("progress") if data["node"] == "train"]
+    assert bars[-1] == 25 and bars == sorted(bars)
+
+
+def test_previews_show_what_has_been_learned(bench, networks):
+    networks("flux")
+    seed = next(SEEDS)
+    told = [train(bench, "flux", build=from_model("flux"), steps=12, seed=seed, preview_every=every).check() for every in (5, 0)]
+    assert [len(result.of("preview")) for result in told] == [1, 0], "there is one only after the first look"
+    assert report(told[0]) == report(told[1])
+
+
+# Whatever stops it
+
+
+def begin(folder, seed, checkpoints=None):
+    """The training of a node with 20 steps and otherwise the defaults of `trained`, outside of ComfyUI."""
+    samples = Collection.open(folder).load()
+    return prepare(samples, plan_for(samples.description, steps=20, batch=4, seed=seed), "small", checkpoints=checkpoints)
+
+
+LONG = SHARD + 8
+
+
+def test_an_interrupted_collection_keeps_whole_shards_and_goes_on(bench, data_folder):
+    def stop(kind, data):
+        if kind == "progress" and data["node"] == "collect" and data["value"] > 3 * SHARD + 4:
+            bench.client.interrupt()
+
+    options = {"count": LONG, "batch": 16}
+    graph = Graph()
+    collected(graph, "flux", "stopped", **options)
+    stopped = bench.queue(graph.prompt, on_event=stop)
+    assert stopped.error == "interrupted"
+    assert stopped.of("text")[-1] == {"node": "collect", "text": f"{SHARD} of {LONG} samples are on disk; queue again to go on"}
+    assert [path.name for path in data_folder("stopped").glob("shard-*")] == ["shard-00000.safetensors"]
+    written = (data_folder("stopped") / "shard-00000.safetensors").stat().st_mtime_ns
+    assert report(collect(bench, "flux", "stopped", **options).check())[0].startswith(f"{LONG} samples")
+    assert (data_folder("stopped") / "shard-00000.safetensors").stat().st_mtime_ns == written
+
+
+def test_an_interrupted_training_returns_its_best_and_goes_on(bench, networks, data_folder, network_folder):
+    networks("flux")
+    prompt = prompt_of_training("flux", "best", steps=5000, seed=next(SEEDS))
+    steps = []
+    for number in (1, 2):
+        stopped = bench.queue(prompt, on_event=once(bench.client.interrupt))
+        assert stopped.error is None and stopped.outputs["save_network"], "what comes after it runs"
+        (line,) = (line for line in report(stopped) if line.startswith("stopped at step"))
+        steps.append(int(line.split()[3]))
+        assert load_network(network_folder / f"best_0000{number}_.safetensors")[1].steps == steps[-1] < 5000
+        assert len(list(data_folder("flux").glob(CHECKPOINT))) == 1
+    assert stopped.of("reward_guidance.step")[0]["step"] > steps[0] and steps[1] > steps[0]
+    again = bench.queue(prompt_of_training("flux", steps=5000, seed=next(SEEDS), checkpoint=False), on_event=once(bench.client.interrupt))
+    assert any(line.startswith("stopped") for line in report(again))
+    assert len(list(data_folder("flux").glob(CHECKPOINT))) == 1
+    for left in data_folder("flux").glob(CHECKPOINT):
+        left.unlink()
+
+
+def once(act):
+    """Something to do when a training is under way."""
+    done = []
+
+    def on_event(kind, data):
+        if kind == "progress" and data["node"] == "train" and not done:
+            done.append(act())
+
+    return on_event
+
+
+def test_a_training_whose_process_was_killed_goes_on_bit_for_bit(bench, networks, data_folder, network_folder):
+    """Killed after its first checkpoint, in another process; the node's settings are those of the command line."""
+    networks("flux")
+    seed = next(SEEDS)
+    begun = begin(data_folder("flux"), seed, data_folder("flux")).training
+    for progress in begun:
+        if progress.step == 13:
+            break
+    assert begun.checkpoint.exists()
+    result = train(bench, "flux", save="killed", steps=20, seed=seed).check()
+    assert result.of("reward_guidance.step")[0]["step"] == 11
+    expected = fit(begin(data_folder("flux"), seed).training).state_dict()
+    resumed = load_network(network_folder / "killed_00001_.safetensors")[0].state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
+
+
+# Noise, for one-step generators
+
+
+@pytest.fixture(scope="module")
+def noise_network(networks):
+    return networks("flux", target="noise")
+
+
+def from_noise(name, **options):
+    """SamplerCustomAdvanced with Guided Noise, or with RandomNoise if there is no network."""
+
+    def build(graph, inputs):
+        seed = {"noise_seed": inputs["seed"]}
+        noise = graph.add("noise", "RandomNoise", **seed)
+        if name:
+            network = graph.add("network", "RewardGuidanceLoadNetwork", network_name=name)
+            noise = graph.add(
+                "noise", "RewardGuidanceNoise", network=network, conditioning=inputs["positive"], seed=inputs["seed"], **{"steps": 4} | options
+            )
+        guider = graph.add("guider", "BasicGuider", model=inputs["model"], conditioning=inputs["positive"])
+        sampler = graph.add("select", "KSamplerSelect", sampler_name=inputs["sampler_name"])
+        sigmas = graph.add("sigmas", "BasicScheduler", model=inputs["model"], **{key: inputs[key] for key in ("scheduler", "steps", "denoise")})
+        links = {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas, "latent_image": inputs["latent_image"]}
+        return graph.add("sampler", "SamplerCustomAdvanced", **links)
+
+    return build
+
+
+def test_noise_is_what_a_stock_ksampler_begins_with(noise_network, data_folder):
+    loaded = Collection.open(data_folder("flux_noise")).load()
+    assert loaded.description.base.target == "noise" and loaded.sigma.shape == (COUNT, 0)
+    for i in (0, COUNT - 1):
+        expected = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(5 + i))[0]
+        torch.testing.assert_close(loaded.clean[i].float(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_box_and_guided_noise_are_alike(bench, noise_network, batch):
+    options = {"seed": next(SEEDS), "steps": 1, "batch": batch}
+    box, parts, plain = (bench.sample("flux", way, **options) for way in (boxed(noise_network), from_noise(noise_network), stock))
+    assert distance(box, parts) == 0 and box.shape[0] == batch
+    assert distance(box, plain) > 1e-4
+    for off in (boxed(noise_network, strength=0.0), from_noise(noise_network, strength=0.0), from_noise(None)):
+        assert distance(bench.sample("flux", off, **options), plain) == 0
+
+
+# Together with everything else
+
+
+@pytest.mark.parametrize(("family", "cfg"), [("sd15", 1.0), ("sd3", 1.0), ("flux", 4.0)])
+def test_other_scales_of_classifier_free_guidance(bench, networks, family, cfg):
+    seed = next(SEEDS)
+    guided, plain = (bench.sample(family, way, seed=seed, cfg=cfg) for way in (applied(networks(family), strength=5.0), stock))
+    assert guided.isfinite().all() and distance(guided, plain) > 1e-4
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_reward_guidance_beside_it(bench, networks, first):
+    name, by_reward = networks("flux"), {"decoder": "latent_rgb"}
+
+    def both(graph, inputs):
+        network = graph.add("network", "RewardGuidanceLoadNetwork", network_name=name)
+        model = inputs["model"] if first else guided_model(graph, inputs["model"], **by_reward)
+        model = graph.add("apply", "RewardGuidanceApplyNetwork", model=model, network=network, strength=5.0)
+        return stock(graph, inputs | {"model": guided_model(graph, model, **by_reward) if first else model})
+
+    options = {"seed": next(SEEDS), "steps": 3}
+    result = bench.run(latents("flux", both, count_calls=True, **options))
+    assert result.model_calls == 3 and len(result.of("reward_guidance.step")) == 3
+    for alone in (applied(name, strength=5.0), two_nodes(**by_reward)):
+        assert distance(bench.latent(result), bench.sample("flux", alone, **options)) > 1e-4
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_a_lora_beside_it(bench, networks, lora, first):
+    name = networks("flux")
+
+    def both(graph, inputs):
+        load = lambda model: graph.add("lora", "LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1.0)  # noqa: E731
+        if first:
+            return applied(name, strength=5.0)(graph, inputs | {"model": load(inputs["model"])})
+        network = graph.add("network", "RewardGuidanceLoadNetwork", network_name=name)
+        model = graph.add("apply", "RewardGuidanceApplyNetwork", model=inputs["model"], network=network, strength=5.0)
+        return stock(graph, inputs | {"model": load(model)})
+
+    seed = next(SEEDS)
+    together, alone = bench.sample("flux", both, seed=seed), bench.sample("flux", applied(name, strength=5.0), seed=seed)
+    assert together.isfinite().all() and distance(together, alone) > 1e-3
+
+
+def test_a_controlnet_beside_it(bench, networks):
+    name, seed = networks("sd15"), next(SEEDS)
+    controlled, alone = (bench.sample("sd15", way, seed=seed) for way in (under_control(applied(name, strength=5.0)), under_control(stock)))
+    assert controlled.isfinite().all() and distance(controlled, alone) > 1e-4
+    assert distance(controlled, bench.sample("sd15", applied(name, strength=5.0), seed=seed)) > 1e-4
+
+
+# What goes wrong
+
+
+@pytest.fixture
+def refused(bench):
+    """Queue a prompt that must fail with these words in one line, and then a plain one that must not."""
+
+    def queue(prompt, *words):
+        result = bench.queue(prompt)
+        assert result.error is not None, "the prompt succeeded"
+        for some in words:
+            assert some in result.error
+        assert "\n" not in result.error and "Traceback" not in result.error and len(result.error) < 300
+        assert bench.queue(latents("flux", stock, seed=next(SEEDS), steps=1)).error is None
+
+    return queue
+
+
+def prompt_of_collecting(folder, family="flux", build=collected, **options):
+    graph = Graph()
+    build(graph, family, folder, **options)
+    return graph.prompt
+
+
+@pytest.fixture(scope="module")
+def few(bench, clean):
+    """A folder with a few samples."""
+    collect(bench, "flux", "few", count=6).check()
+    return "few"
+
+
+OTHERS = {
+    "another model's": ({"family": "sd3"}, "made for Flux (latents: Flux), but the model is SD3 (SD3)"),
+    "another shape": ({"size": 128}, "holds samples with another shape; choose another folder"),
+    "other prompts": ({"prompts": "a cat"}, "holds samples with another prompts"),
+    "another seed": ({"seed": 6}, "holds samples with another seed"),
+    "another way of sampling": ({"steps": 2}, "holds samples with another settings"),
+    "another reward": ({"reward": statistic("contrast")}, "holds samples with another rewards"),
+    "other levels": ({"levels": 3}, "holds samples with another levels"),
+    "another use": ({"target": "noise"}, "(use: data), but the model is Flux (noise)"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), OTHERS.values(), ids=OTHERS)
+def test_samples_of_two_kinds_are_not_mixed(refused, few, data_folder, change, words):
+    before = sorted(path.name for path in data_folder(few).iterdir())
+    options = {"family": "flux"} | change
+    size = options.pop("size", 64)
+    prompt = prompt_of_collecting(few, **options)
+    prompt["sizes"]["inputs"]["width"] = size
+    refused(prompt, words)
+    assert sorted(path.name for path in data_folder(few).iterdir()) == before
+
+
+def test_a_patched_model_is_another_model(refused, few, lora):
+    def with_lora(graph, *given, **options):
+        data = collected(graph, *given, **options)
+        model = graph.prompt["collect"]["inputs"]["model"]
+        graph.prompt["collect"]["inputs"]["model"] = graph.add("lora", "LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1.0)
+        return data
+
+    refused(prompt_of_collecting(few, build=with_lora), "holds samples with another settings")
+
+
+def test_a_truncated_shard_is_named_and_collected_again(bench, refused, data_folder):
+    collect(bench, "flux", "truncated", count=5).check()
+    shard = data_folder("truncated") / "shard-00000.safetensors"
+    whole = shard.read_bytes()
+    os.truncate(shard, 3000)
+    refused(prompt_of_training("truncated", seed=next(SEEDS)), "shard-00000.safetensors in truncated is damaged; delete it and collect again")
+    collect(bench, "flux", "truncated", count=5, keep_images=True).check()
+    assert shard.read_bytes() == whole
+
+
+def test_a_shard_of_another_collection_is_named(refused, few, data_folder, tmp_path):
+    shard = data_folder(few) / "shard-00000.safetensors"
+    kept = shard.read_bytes()
+    parts = load_file(shard)
+    save_file(parts | {"clean": parts["clean"][..., :4].contiguous()}, shard)
+    refused(prompt_of_training(few, seed=next(SEEDS)), "shard-00000.safetensors in few holds latents of another shape")
+    shard.write_bytes(kept)
+
+
+def test_samples_that_are_all_liked_alike(refused, bench, data_folder):
+    text = report(collect(bench, "flux", "alike", count=4, reward=broken("flat")).check())
+    assert "have the same reward for their prompt: there is nothing to learn from them" in text[-1]
+    refused(prompt_of_training("alike"), "All 4 samples have the same reward for their prompt")
+
+
+def broken(breakage):
+    return lambda graph: graph.add("broken", "ProbeBrokenReward", reward=statistic()(graph), breakage=breakage)
+
+
+def test_rewards_that_are_no_numbers(refused, data_folder):
+    refused(prompt_of_collecting("nan", reward=broken("nan")), "returned a score that is not a finite number")
+    assert not list(data_folder("nan").glob("shard-*"))
+
+
+def test_a_gradient_objective_needs_a_gradient(refused, few):
+    data = lambda graph: collected(graph, "flux", few, count=6, reward=broken("no gradient"))  # noqa: E731
+    refused(prompt_of_training(few, build=data, objective="reward_gradient"), "has no gradient")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_loses_nothing(refused, few, data_folder, bench):
+    """What is about to be written leads to a device without space."""
+    images = data_folder(few) / "images"
+    images.mkdir()
+    (images / "000001.partial").symlink_to("/dev/full")
+    refused(prompt_of_collecting(few, count=7, keep_images=True), "000001.png could not be written", "No space left on device", "goes on from here")
+    assert report(collect(bench, "flux", few, count=6, keep_images=True).check())[0].startswith("6 samples")
+    seed = next(SEEDS)
+    checkpoint = begin(data_folder(few), seed, data_folder(few)).training.checkpoint
+    checkpoint.with_suffix(".partial").symlink_to("/dev/full")
+    refused(prompt_of_training(few, steps=20, seed=seed), f"{checkpoint.name} could not be written", "goes on from here")
+    assert not checkpoint.exists() and not os.path.lexists(checkpoint.with_suffix(".partial"))
+
+
+@pytest.mark.parametrize("way", [applied, boxed])
+def test_a_network_of_another_family(refused, networks, way):
+    refused(latents("sd3", way(networks("flux")), seed=next(SEEDS)), "made for Flux (latents: Flux), but the model is SD3 (SD3)")
+
+
+def test_a_network_of_the_same_latents_and_another_text_encoder(refused, networks):
+    refused(latents("sd2", applied(networks("sd15")), seed=next(SEEDS)), "its text of 768 channels, but the model is told 1024")
+
+
+def test_a_network_for_another_use(refused, networks, noise_network):
+    refused(latents("flux", applied(noise_network), seed=next(SEEDS)), "tilts noise, not data: use Guided Noise")
+    refused(latents("flux", from_noise(networks("flux")), seed=next(SEEDS)), "tilts data, not noise: use Apply Guidance Network")
+
+
+WRONG = {
+    "no prompt": ({"prompts": " \n "}, "There is no prompt: write one on each line"),
+    "no folder": ({"folder": " "}, "is not a name for a folder in output/guidance_data"),
+    "a folder outside": ({"folder": "../elsewhere"}, "'../elsewhere' is not a name for a folder in output/guidance_data"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), WRONG.values(), ids=WRONG)
+def test_collections_that_make_no_sense(refused, change, words):
+    options = {"folder": "nothing"} | change
+    refused(prompt_of_collecting(options.pop("folder"), **options), words)
+
+
+TRAININGS = {
+    "weights": ({"reward_weights": "1, 2"}, "scores of brightness: give 1 weights, not 2"),
+    "no weights": ({"reward_weights": "one"}, "Weights are written as numbers with commas"),
+    "a form without its model": ({"form": "shift"}, "The form shift needs the model that made the samples"),
+    "a preview without its model": ({"preview_every": 1}, "A preview needs the model that made the samples"),
+    "an objective without its reward": ({"objective": "reward_gradient"}, "reward_gradient needs the model that made the samples"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), TRAININGS.values(), ids=TRAININGS)
+def test_trainings_that_make_no_sense(refused, few, change, words):
+    refused(prompt_of_training(few, seed=next(SEEDS), **change), words)
+
+
+@pytest.mark.parametrize("name", ["../stolen", "/tmp/stolen", "", "."])
+def test_names_that_lead_out_of_the_folder(refused, networks, name):
+    graph = Graph()
+    network = graph.add("network", "RewardGuidanceLoadNetwork", network_name=networks("flux"))
+    graph.add("save", "RewardGuidanceSaveNetwork", network=network, filename_prefix=name)
+    refused(graph.prompt, "is not a name for a file in models/guidance_networks")
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"", "not a safetensors file"), (None, "only half of one")], ids=["empty", "truncated"])
+def test_damaged_networks(refused, networks, network_folder, content, words):
+    whole = (network_folder / networks("flux")).read_bytes()
+    (network_folder / "damaged.safetensors").write_bytes(whole[:5000] if content is None else content)
+    refused(latents("flux", applied("damaged.safetensors"), seed=next(SEEDS)), words)
+
+
+def test_samples_of_a_model_that_reward_guidance_patched(refused):
+    def guided(graph, *given, **options):
+        data = collected(graph, *given, **options)
+        inputs = graph.prompt["collect"]["inputs"]
+        inputs["model"] = guided_model(graph, inputs["model"], decoder="latent_rgb")
+        return data
+
+    refused(prompt_of_collecting("guided", build=guided), "connect it before Reward Guidance")
+
+
+def test_a_folder_that_has_no_samples_yet(refused, data_folder):
+    """As after an interrupt in the first shard."""
+    data_folder("begun").mkdir(parents=True, exist_ok=True)
+    shutil.copy(data_folder("few") / "collection.json", data_folder("begun"))
+    refused(prompt_of_training("begun"), "begun holds no samples yet; collect some first")
+    (data_folder("begun") / "collection.json").write_text(json.dumps({}))
+    refused(prompt_of_training("begun", seed=next(SEEDS)), "collection.json in begun is damaged")
