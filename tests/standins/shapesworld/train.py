@@ -14,6 +14,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from ...harness.inprocess import load_comfyui
 
@@ -266,29 +267,89 @@ def train_flow(work: Path, steps: int = 12000, batch: int = 128, pool: int = 320
     torch.save(model.state_dict(), work / "flow.pt")
 
 
-def reward_pool(work: Path, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures as bytes (2n,3,64,64), the two scenes in each (2n,2,4) and the share of the first: n drawn, n decoded from mixed latents.
+class Pool(NamedTuple):
+    """Pictures as bytes (P,3,64,64), the scenes blended in each (P,64,4) and their shares (P,64)."""
+
+    pictures: Tensor
+    scenes: Tensor
+    shares: Tensor
+
+    def take(self, chosen: Tensor) -> "Pool":
+        return Pool(*(part[chosen] for part in self))
+
+
+BLENDED = 64
+
+
+def reward_pool(work: Path, n: int, rng: torch.Generator) -> Pool:
+    """What a reward meets along a sampler's way: finished pictures, mixtures of two, and the means of all that may still become."""
+    networks = load_autoencoder(work)
+    parts = drawn_and_mixed(*networks, n, rng) + [estimates(*networks, n // 32, 2 * n, rng)]
+    return Pool(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def decode(decoder: nn.Module, latents: Tensor, rng: torch.Generator, roughness: float) -> Tensor:
+    """Bytes of latents (B,16,8,8) with up to that much noise."""
+    noise = torch.rand(len(latents), 1, 1, 1, generator=rng) * roughness * torch.randn(latents.shape, generator=rng)
+    with fast(), torch.no_grad():
+        return (decoder(latents + noise).float().clamp(0, 1) * 255).round().byte()
+
+
+def encode(encoder: nn.Module, pictures: Tensor) -> Tensor:
+    with fast(), torch.no_grad():
+        return encoder(pictures).float()
+
+
+def drawn_and_mixed(encoder: Encoder, decoder: Decoder, n: int, rng: torch.Generator) -> list[Pool]:
+    """n pictures, and n mixtures of each with another.
 
     Half of the mixed scenes lie alike and differ in two attributes at most, as what a model hesitates between does.
     """
-    encoder, decoder = load_autoencoder(work)
     first, second = scene_pairs(n, rng)
     state = rng.get_state()
     drawn = draw(first, rng)
     share = torch.rand(n, generator=rng).mul(1.5).clamp(max=1)
     twin = torch.Generator()
     twin.set_state(state)
-    decoded = []
+    mixed = []
     for i, (picture, other, part) in enumerate(zip(drawn.split(256), second.split(256), share.split(256), strict=True)):
         beside = world.render(other, twin if i % 2 else rng)
         if not i % 2:
             world.render(other, twin)
-        with fast(), torch.no_grad():
-            latent = torch.lerp(encoder(beside).float(), encoder(pixels(picture)).float(), part[:, None, None, None])
-            noise = torch.rand(len(part), 1, 1, 1, generator=rng) * 0.4 * torch.randn(latent.shape, generator=rng)
-            decoded.append((decoder(latent + noise).float().clamp(0, 1) * 255).round().byte())
-    pair = torch.stack([first, second], 1)
-    return torch.cat([drawn, *decoded]), torch.cat([pair, pair]), torch.cat([torch.ones(n), share])
+        latents = torch.lerp(encode(encoder, beside), encode(encoder, pixels(picture)), part[:, None, None, None])
+        mixed.append(decode(decoder, latents, rng, 0.4))
+    scenes = torch.zeros(n, BLENDED, 4, dtype=torch.long)
+    scenes[:, 0], scenes[:, 1] = first, second
+    shares = F.pad(torch.stack([share, 1 - share], 1), (0, BLENDED - 2))
+    return [Pool(drawn, scenes, F.one_hot(torch.zeros(n, dtype=torch.long), BLENDED).float()), Pool(torch.cat(mixed), scenes, shares)]
+
+
+def estimates(encoder: Encoder, decoder: Decoder, captions: int, n: int, rng: torch.Generator) -> Pool:
+    """n estimates D(x, σ), σ from .8 to 1, of ideal denoisers that know 64 pictures under each caption.
+
+    Each denoiser favours values of the attributes at random, as guidance will.
+    """
+    scenes = world.depicted(world.wishes(captions, rng).repeat_interleave(BLENDED, 0), rng)
+    latents = torch.cat([encode(encoder, world.render(part, rng)) for part in scenes.split(256)])
+    scenes, latents = scenes.unflatten(0, (captions, BLENDED)), latents.unflatten(0, (captions, BLENDED))
+    chosen = torch.randint(captions, (n,), generator=rng)
+    shares, decoded = [], []
+    for rows in chosen.split(128):
+        known, sigma = latents[rows], 0.8 + 0.2 * torch.rand(len(rows), 1, 1, 1, 1, generator=rng)
+        behind = (1 - sigma) * known
+        x = behind[:, :1] + sigma * torch.randn(behind[:, :1].shape, generator=rng)
+        likelihood = -((x - behind) / sigma).square().flatten(2).sum(2) / 2
+        shares.append((likelihood + favour(scenes[rows], rng)).softmax(1))
+        decoded.append(decode(decoder, torch.einsum("bk,bkchw->bchw", shares[-1], known), rng, 0.2))
+    return Pool(torch.cat(decoded), scenes[chosen], torch.cat(shares))
+
+
+def favour(scenes: Tensor, rng: torch.Generator) -> Tensor:
+    """Scenes (B,K,4) -> log-weights (B,K): each row likes values of the attributes at random, and more or less."""
+    total = torch.zeros(scenes.shape[:2])
+    for i, values in enumerate(world.VALUES):
+        total += torch.randn(len(scenes), len(values), generator=rng).gather(1, scenes[..., i])
+    return 3 * torch.rand(len(scenes), 1, generator=rng) * total
 
 
 def scene_pairs(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -313,34 +374,38 @@ def roughened(pictures: Tensor, rng: torch.Generator) -> Tensor:
     return blurred
 
 
-def agreement(first: Tensor, second: Tensor, share: Tensor, captions: Tensor) -> Tensor:
-    """How well mixtures of two scenes (B,4), the first with a share (B,), fit captions (N,4), in [0,1] (B,N): what the cosine shall be.
+def agreement(scenes: Tensor, shares: Tensor, captions: Tensor) -> Tensor:
+    """How well blends of scenes (B,K,4) with shares (B,K) fit captions (N,4), in [0,1] (B,N): what the cosine shall be.
 
-    A mean over the attributes. Sizes and shapes fit or do not; of colours, near ones fit better than far ones, as to a person, so that
-    there is a slope to follow from any of them.
+    The mean over the blended, as the best forecast is, and over the attributes. Sizes and shapes fit or do not; of colours, near ones
+    fit better than far ones, as to a person, so that there is a slope to follow from any of them.
     """
-    fit = torch.zeros(len(first), len(captions))
+    fit = torch.zeros(len(scenes), len(captions))
     for i, palette in enumerate((None, world.OBJECT_HSV, None, world.GROUND_HSV)):
-        tones = torch.eye(len(world.VALUES[i])) if palette is None else world.hsv_to_rgb(palette)
-        distance = torch.cdist(torch.lerp(tones[second[:, i]], tones[first[:, i]], share[:, None]), tones)
-        distance = distance / torch.cdist(tones, tones).max()
-        fit += (1 - (distance if palette is None else distance.sqrt()))[:, captions[:, i]] / len(world.VALUES)
+        table = torch.eye(len(world.VALUES[i])) if palette is None else nearness(world.hsv_to_rgb(palette))
+        fit += torch.einsum("bk,bkv->bv", shares, table[scenes[..., i]])[:, captions[:, i]] / len(world.VALUES)
     return fit
+
+
+def nearness(tones: Tensor) -> Tensor:
+    """1 for a colour and itself, 0 for the two that are furthest apart (V,V)."""
+    distance = torch.cdist(tones, tones)
+    return 1 - (distance / distance.max()).sqrt()
 
 
 def train_reward(kind: str, seed: int, work: Path, steps: int, batch: int = 128, pool: int = 8000) -> None:
     rng = seeded(seed)
     model, captions = clip.build(kind), world.all_scenes()
     tokens = clip.tokenize([world.caption(scene) for scene in captions])
-    pictures, pair, share = reward_pool(work, pool, rng)
+    shown = reward_pool(work, pool, rng)
     model.logit_scale.data.fill_(math.log(20.0))
     model.logit_scale.requires_grad_(False)
     run = Run(kind, model, steps, 1.5e-3)
     while run.step < steps:
-        chosen = torch.randint(len(pictures), (batch,), generator=rng)
-        target = agreement(*pair[chosen].unbind(1), share[chosen], captions)
+        pictures, scenes, shares = shown.take(torch.randint(len(shown.pictures), (batch,), generator=rng))
+        target = agreement(scenes, shares, captions)
         with fast():
-            seen = model.encode_image(clip.normalize(roughened(pixels(pictures[chosen]), rng)), normalize=True)
+            seen = model.encode_image(clip.normalize(roughened(pixels(pictures), rng)), normalize=True)
             said = model.encode_text(tokens, normalize=True)
         cosine = seen.float() @ said.float().T
         right = (cosine.argmax(1) == target.argmax(1)).float().mean()
