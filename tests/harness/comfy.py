@@ -53,7 +53,12 @@ def serve(
     server = Server(f"http://127.0.0.1:{port}", base, base / "server.log")
     with open(server.log, "w") as log:
         process = subprocess.Popen(
-            command(base, port, packs, options), cwd=comfyui(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env={**isolated(), **variables}
+            command(base, port, packs, options),
+            cwd=comfyui(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**isolated(), **variables},
         )
     try:
         with interrupt_on_terminate():
