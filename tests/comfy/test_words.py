@@ -32,7 +32,8 @@ def locale(language: str, name: str = "nodeDefs") -> dict:
 
 def inputs_of(info: dict) -> dict[str, tuple[str, dict]]:
     """Name -> type and options."""
-    return {name: (spec[0], spec[1] if len(spec) > 1 else {}) for group in info["input"].values() if isinstance(group, dict) for name, spec in group.items()}
+    specs = info["input"].get("required", {}) | info["input"].get("optional", {})
+    return {name: (spec[0], spec[1] if len(spec) > 1 else {}) for name, spec in specs.items()}
 
 
 def said_by(info: dict) -> dict:
