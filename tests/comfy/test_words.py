@@ -74,7 +74,9 @@ def test_everything_says_what_it_is(nodes):
 
 
 def test_every_number_has_a_good_range(nodes):
-    numbers = {f"{node}.{name}": options for node, info in nodes.items() for name, (kind, options) in inputs_of(info).items() if kind in ("INT", "FLOAT")}
+    numbers = {
+        f"{node}.{name}": options for node, info in nodes.items() for name, (kind, options) in inputs_of(info).items() if kind in ("INT", "FLOAT")
+    }
     given = {name: options["tooltip"] for name, options in numbers.items() if not name.endswith(".seed") and not options.get("forceInput")}
     assert [name for name, tooltip in given.items() if not RANGE.search(tooltip)] == []
 
