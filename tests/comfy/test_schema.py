@@ -4,8 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import pytest
-
 SNAPSHOT = Path(__file__).with_name("node_schemas.json")
 RENEW = "RENEW_SCHEMAS"
 ADVICE = (
@@ -20,11 +18,6 @@ WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR"}
 KEPT = ("default", "min", "max", "step", "options", "advanced", "multiline")
 COMFYUIS_OWN = {"sampler_name", "scheduler", "reward_name", "image_tower", "text_tower", "network_name", "folder"}
 """Choices that come from ComfyUI or from what is on disk."""
-
-
-@pytest.fixture(scope="module")
-def nodes(bench):
-    return {name: info for name, info in sorted(bench.object_info.items()) if info["python_module"] == "custom_nodes.reward-guidance"}
 
 
 def inputs_of(info):

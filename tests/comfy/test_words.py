@@ -21,11 +21,6 @@ RANGE = re.compile(r"\d to -?[\d.]")
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
-@pytest.fixture(scope="module")
-def nodes(bench):
-    return {name: info for name, info in sorted(bench.object_info.items()) if info["python_module"] == "custom_nodes.reward-guidance"}
-
-
 def locale(language: str, name: str = "nodeDefs") -> dict:
     return json.loads((LOCALES / language / f"{name}.json").read_text(encoding="utf-8"))
 
