@@ -72,8 +72,8 @@ class Stage:
     def strength(self) -> float:
         return self.workflow[nodes_of(self.workflow, SAMPLER)[0]]["inputs"]["strength"]
 
-    def play(self, text: str, column: str, strength: float, seed: int = SEED, batch: int = BATCH) -> Cell:
-        prompt = adapt(self.workflow, text, strength, seed, batch)
+    def play(self, text: str, column: str, strength: float, seed: int = SEED) -> Cell:
+        prompt = adapt(self.workflow, text, strength, seed)
         result = self.client.run(prompt).check()
         images = self.client.images(result, nodes_of(prompt, "SaveImage")[0])
         pictures = torch.stack([pil_to_tensor(image) for image in images]).float() / 255
@@ -89,7 +89,7 @@ class Stage:
         )
 
 
-def adapt(workflow: Prompt, text: str, strength: float, seed: int, batch: int) -> Prompt:
+def adapt(workflow: Prompt, text: str, strength: float, seed: int) -> Prompt:
     """The workflow with this prompt, strength and seed, pictures of the stand-in's size, and a counter on the model."""
     prompt = {node: content | {"inputs": dict(content["inputs"])} for node, content in workflow.items()}
     for content in prompt.values():
@@ -97,7 +97,7 @@ def adapt(workflow: Prompt, text: str, strength: float, seed: int, batch: int) -
         if content["_meta"]["title"] == "Prompt":
             inputs["value"] = text
         elif content["class_type"] == "EmptySD3LatentImage":
-            inputs.update(width=world.SIDE, height=world.SIDE, batch_size=batch)
+            inputs.update(width=world.SIDE, height=world.SIDE, batch_size=BATCH)
         elif content["class_type"] == SAMPLER:
             prompt_model = inputs["model"]
             inputs.update(seed=seed, strength=strength, model=["probe", 0])
