@@ -2,7 +2,7 @@ PYTHON ?= python3
 # Makes what is missing, then names the environment's Python; the second time it only names it.
 ENVIRONMENT = python=$$($(PYTHON) tests/harness/environment.py) && bin=$$(dirname "$$python")
 
-.PHONY: demo test ui lint unit browser bench clean
+.PHONY: demo test ui lint unit browser bench pictures clean
 
 demo: ## a real ComfyUI, unguided and guided, in demo.png
 	@$(ENVIRONMENT) && "$$python" tests/harness demo
@@ -24,6 +24,9 @@ ui: ## the same ComfyUI for a person
 
 bench: ## the numbers in the README
 	@$(ENVIRONMENT) && for file in tests/bench/*.py; do echo "== $$file" && "$$python" "$$file" || exit 1; done
+
+pictures: ## the pictures of the help pages
+	@$(ENVIRONMENT) && "$$python" tests/harness pictures
 
 clean: ## the environment, ComfyUI and stand-ins in the cache folder, and what the demo wrote
 	@$(PYTHON) tests/harness/environment.py --remove

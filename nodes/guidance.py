@@ -22,14 +22,16 @@ def sampler_inputs(sampler_name: io.Input | None = None) -> list[io.Input]:
     every_sampler = io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="Any sampler of ComfyUI.")
     return [
         io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="The seed of the noise."),
-        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps."),
-        io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Classifier-free guidance scale."),
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps. 15 to 50; distilled models need fewer."),
+        io.Float.Input(
+            "cfg", default=4.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Classifier-free guidance scale. 3 to 8; distilled models take 1."
+        ),
         sampler_name or every_sampler,
         io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How the noise falls from step to step."),
         io.Conditioning.Input("positive", tooltip="What the pictures should show."),
         io.Conditioning.Input("negative", tooltip="What they should not show."),
         io.Latent.Input("latent_image", tooltip="The latent to denoise."),
-        io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="1 starts from noise; less keeps more of the latent."),
+        io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="1 starts from noise; less keeps more of the latent. 0.3 to 1."),
     ]
 
 
@@ -48,7 +50,7 @@ def reward_inputs() -> list[io.Input]:
             min=0.0,
             max=20.0,
             step=0.05,
-            tooltip="How closely to follow the reward. 0 is off, 1 the reward-weighted distribution; lower it when pictures look overdone.",
+            tooltip="How closely to follow the reward. 0 is off, 1 the reward-weighted distribution; lower it when pictures look overdone. 0.3 to 2.",
         ),
     ]
 
@@ -71,7 +73,7 @@ def tuning_inputs() -> list[io.Input]:
             min=0.001,
             max=100.0,
             step=0.01,
-            tooltip="β in exp(reward/β), in units of the reward's typical spread. Lower values insist on the best pictures.",
+            tooltip="β in exp(reward/β), in units of the reward's typical spread. Lower values insist on the best pictures. 0.2 to 2.",
             **rare,
         ),
         io.Combo.Input(
@@ -81,20 +83,49 @@ def tuning_inputs() -> list[io.Input]:
             "jacobian: backward pass through the model, much memory, prone to artefacts.",
             **rare,
         ),
-        io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Where in the sampling guidance starts.", **rare),
-        io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Where in the sampling guidance ends.", **rare),
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Where in the sampling guidance starts, as a share of it. 0 to 0.3.",
+            **rare,
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Where in the sampling guidance ends, as a share of it. 0.6 to 1.",
+            **rare,
+        ),
         io.Int.Input("smoothing", default=4, min=0, max=64, tooltip="Points around the estimate whose gradients are averaged; 0 to 8.", **rare),
-        io.Float.Input("radius", default=0.3, min=0.0, max=2.0, step=0.05, tooltip="Their distance, in posterior standard deviations.", **rare),
-        io.Float.Input("momentum", default=0.0, min=0.0, max=0.95, step=0.05, tooltip="Share of the previous gradient that is kept.", **rare),
-        io.Float.Input("cap", default=2.0, min=0.0, max=20.0, step=0.1, tooltip="Largest shift of a sample, in units of its noise.", **rare),
-        io.Int.Input("every", default=1, min=1, max=100, tooltip="Take a new reward gradient every so many model calls.", **rare),
+        io.Float.Input(
+            "radius", default=0.3, min=0.0, max=2.0, step=0.05, tooltip="Their distance, in posterior standard deviations. 0.1 to 1.", **rare
+        ),
+        io.Float.Input(
+            "momentum", default=0.0, min=0.0, max=0.95, step=0.05, tooltip="Share of the previous gradient that is kept. 0 to 0.7.", **rare
+        ),
+        io.Float.Input(
+            "cap", default=2.0, min=0.0, max=20.0, step=0.1, tooltip="Largest shift of a sample, in units of its noise. 0.5 to 4.", **rare
+        ),
+        io.Int.Input(
+            "every",
+            default=1,
+            min=1,
+            max=100,
+            tooltip="Take a new reward gradient every so many model calls. 1 to 4: more is faster and weaker.",
+            **rare,
+        ),
         io.Combo.Input(
             "decoder",
             options=list(DECODERS),
             tooltip="How estimates become pixels. auto: taesd if its file is in models/vae_approx, else the vae, else latent_rgb.",
             **rare,
         ),
-        io.Int.Input("frames", default=3, min=1, max=64, tooltip="Video: how many evenly spaced frames are scored.", **rare),
+        io.Int.Input("frames", default=3, min=1, max=64, tooltip="Video: how many evenly spaced frames are scored. 1 to 8.", **rare),
         io.Vae.Input("vae", optional=True, tooltip="Needed for the decoder 'vae' only."),
         held_out_input(),
     ]

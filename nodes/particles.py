@@ -210,7 +210,14 @@ class ParticlesKSampler(io.ComfyNode):
                     step=0.01,
                     tooltip="β in exp(reward/β), in units of the reward's typical spread. Lower values copy the best particles more. 0.1 to 2.",
                 ),
-                io.Int.Input("keep", default=1, min=1, max=4096, tooltip="How many of the final particles to keep, best first, copies last."),
+                io.Int.Input(
+                    "keep",
+                    default=1,
+                    min=1,
+                    max=4096,
+                    tooltip="How many of the final particles to keep, best first, copies last. 1 to 4.",
+                    **rare,
+                ),
                 io.Int.Input("every", default=4, min=1, max=1000, tooltip="Steps between two looks at the rewards. 1 to 5.", **rare),
                 io.Float.Input(
                     "resample_below",
@@ -226,7 +233,7 @@ class ParticlesKSampler(io.ComfyNode):
                     default=0,
                     min=0,
                     max=4096,
-                    tooltip="How many particles the model sees at once; 0 is all. Lower it if memory runs out.",
+                    tooltip="How many particles the model sees at once, 1 to 16; 0 is all. Lower it if memory runs out.",
                     **rare,
                 ),
                 io.Combo.Input(
@@ -235,7 +242,7 @@ class ParticlesKSampler(io.ComfyNode):
                     tooltip="How estimates become pixels. auto: taesd if its file is in models/vae_approx, else the vae, else latent_rgb.",
                     **rare,
                 ),
-                io.Int.Input("frames", default=3, min=1, max=64, tooltip="Video: how many evenly spaced frames are scored.", **rare),
+                io.Int.Input("frames", default=3, min=1, max=64, tooltip="Video: how many evenly spaced frames are scored. 1 to 8.", **rare),
                 io.Vae.Input("vae", optional=True, tooltip="Needed for the decoder 'vae' only."),
                 held_out_input(),
             ],

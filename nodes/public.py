@@ -1,4 +1,4 @@
-"""What other packs may use: from reward_guidance import Reward, RewardError, manage_reward. See docs/your_own_reward.md."""
+"""What other packs may use: from reward_guidance import Reward, RewardError, manage_reward. See web/docs/your_own_reward.md."""
 
 import sys
 import types

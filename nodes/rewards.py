@@ -154,7 +154,7 @@ class ImageStatisticReward(io.ComfyNode):
                 io.Color.Input("colour", default="#3366cc", tooltip="The target of the two colour statistics; the others ignore it."),
                 io.Boolean.Input("lower", default=False, tooltip="Lower the statistic instead: darker, flatter, greyer, softer, another colour."),
             ],
-            outputs=[REWARD.Output(display_name="reward")],
+            outputs=[REWARD.Output(display_name="reward", tooltip="For guidance, scoring and choosing.")],
         )
 
     @classmethod
@@ -190,7 +190,7 @@ class ImageSimilarityReward(io.ComfyNode):
                 ),
                 REWARD.Input("clip_reward", optional=True, tooltip="A CLIP from Load Reward Model; needed for likeness in meaning."),
             ],
-            outputs=[REWARD.Output(display_name="reward")],
+            outputs=[REWARD.Output(display_name="reward", tooltip="For guidance, scoring and choosing.")],
         )
 
     @classmethod
@@ -212,7 +212,14 @@ class CombineRewards(io.ComfyNode):
             for i in range(1, 5)
             for entry in (
                 REWARD.Input(f"reward_{i}", optional=i > 1, tooltip="Every reward is first brought to zero mean and unit spread."),
-                io.Float.Input(f"weight_{i}", default=1.0, min=-10.0, max=10.0, step=0.05, tooltip="Its share. Negative weights punish."),
+                io.Float.Input(
+                    f"weight_{i}",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="Its share of the sum, -2 to 2; negative weights punish, 0 leaves it out.",
+                ),
             )
         ]
         return io.Schema(
@@ -222,7 +229,7 @@ class CombineRewards(io.ComfyNode):
             description="A weighted sum of standardized rewards. Several rewards are harder to fool than one.",
             search_aliases=["ensemble", "weighted reward"],
             inputs=parts,
-            outputs=[REWARD.Output(display_name="reward")],
+            outputs=[REWARD.Output(display_name="reward", tooltip="For guidance, scoring and choosing.")],
         )
 
     @classmethod

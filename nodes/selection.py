@@ -62,7 +62,7 @@ class SelectBest(io.ComfyNode):
                     options=["best", "above threshold"],
                     tooltip="best: the highest scores, as many as keep says. above threshold: all whose score is at least the threshold.",
                 ),
-                io.Int.Input("keep", default=1, min=1, max=4096, tooltip="best: how many candidates to keep. Of fewer, all are kept."),
+                io.Int.Input("keep", default=1, min=1, max=4096, tooltip="best: how many candidates to keep, 1 to 8. Of fewer, all are kept."),
                 io.Float.Input(
                     "threshold",
                     default=0.0,
@@ -222,7 +222,7 @@ class BestOfN(io.ComfyNode):
                     max=4096,
                     tooltip="Candidates for each latent of the batch; sampling takes n times as long. 2 to 16.",
                 ),
-                io.Int.Input("keep", default=1, min=1, max=4096, tooltip="How many of them to keep, best first."),
+                io.Int.Input("keep", default=1, min=1, max=4096, tooltip="How many of them to keep, best first. 1 to 4.", advanced=True),
                 io.Float.Input(
                     "stop_above",
                     default=100.0,
@@ -237,8 +237,8 @@ class BestOfN(io.ComfyNode):
                     default=1,
                     min=0,
                     max=4096,
-                    tooltip="How many candidates to sample at once; 0 takes as many as memory holds. With 1 a stock KSampler makes each again "
-                    "from its seed, bit for bit; with more, to rounding, and guided ones only roughly.",
+                    tooltip="How many candidates to sample at once, 1 to 16; 0 takes as many as memory holds. With 1 a stock KSampler makes each "
+                    "again from its seed, bit for bit; with more, to rounding, and guided ones only roughly.",
                     advanced=True,
                 ),
                 held_out_input(),

@@ -17,12 +17,12 @@ class RewardError(GuidanceError):
 
 
 class Reward(nn.Module):
-    """Scores pictures. Subclasses implement `forward` and state the class attributes; docs/your_own_reward.md has one in ten lines.
+    """Scores pictures. Subclasses implement `forward` and state the class attributes; nodes/web/docs/your_own_reward.md has one in ten lines.
 
     forward(pixels, prompts): pixels (B,3,H,W) in [0,1] of any size, one prompt per picture -> raw scores (B,).
     Values a little outside [0,1], as a decoder makes them, are scored too, never clamped: a clamp has no gradient.
     A differentiable reward has a useful gradient with respect to pixels (resize on tensors, never round).
-    Weights are frozen (`requires_grad_(False)`) and the module is in `eval()`; whoever loads it moves it between devices.
+    Weights are frozen (`requires_grad_(False)`) and the module is in evaluation mode; whoever loads it moves it between devices.
     """
 
     name = "reward"

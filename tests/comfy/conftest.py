@@ -35,6 +35,12 @@ def bench(client) -> Bench:
 
 
 @pytest.fixture(scope="session")
+def nodes(bench) -> dict[str, dict]:
+    """What ComfyUI says of the pack's nodes."""
+    return {name: info for name, info in sorted(bench.object_info.items()) if info["python_module"] == f"custom_nodes.{comfy.PACK}"}
+
+
+@pytest.fixture(scope="session")
 def lora(server):
     """For Flux: rank 4 on one layer."""
     network = load_file(server.base / "models" / "diffusion_models" / "flux1-dev.safetensors")

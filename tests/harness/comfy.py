@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,15 +40,25 @@ class Server:
 
 @contextmanager
 def serve(
-    base: Path, options: Sequence[str] = (), port: int | None = None, variables: Mapping[str, str] = {}, timeout: float = 300
+    base: Path,
+    options: Sequence[str] = (),
+    port: int | None = None,
+    variables: Mapping[str, str] = {},
+    packs: Mapping[str, Path] = PACKS,
+    timeout: float = 300,
 ) -> Iterator[Server]:
     """A running server over the folder `base`; ComfyUI's own folder stays as it is."""
-    install(base)
+    install(base, packs)
     port = port or free_port()
     server = Server(f"http://127.0.0.1:{port}", base, base / "server.log")
     with open(server.log, "w") as log:
         process = subprocess.Popen(
-            command(base, port, options), cwd=comfyui(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env={**isolated(), **variables}
+            command(base, port, packs, options),
+            cwd=comfyui(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**isolated(), **variables},
         )
     try:
         with interrupt_on_terminate():
@@ -58,10 +68,10 @@ def serve(
         stop(process)
 
 
-def install(base: Path) -> None:
+def install(base: Path, packs: Mapping[str, Path]) -> None:
     for name in FOLDERS:
         (base / name).mkdir(parents=True, exist_ok=True)
-    for name, source in PACKS.items():
+    for name, source in packs.items():
         add_pack(source, base / "custom_nodes" / name)
 
 
@@ -79,12 +89,12 @@ def add_pack(source: Path, target: Path) -> None:
             shutil.copy2(source / name, target / name)
 
 
-def command(base: Path, port: int, options: Sequence[str]) -> list[str]:
+def command(base: Path, port: int, packs: Iterable[str], options: Sequence[str]) -> list[str]:
     fixed = ["--base-directory", str(base), "--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch", "--disable-api-nodes"]
-    packs = ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *PACKS]
+    only = ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *packs]
     database = ["--database-url", "sqlite:///:memory:"]
     device = [] if torch.cuda.is_available() or torch.backends.mps.is_available() else ["--cpu"]
-    return [sys.executable, "main.py", *fixed, *packs, *database, *device, *options]
+    return [sys.executable, "main.py", *fixed, *only, *database, *device, *options]
 
 
 def isolated() -> dict[str, str]:

@@ -173,6 +173,20 @@ def build(env: Path) -> None:
     say("environment ready")
 
 
+def tool(package: str) -> Path:
+    """The folder of commands of a package that has an environment of its own, because what it requires is not ComfyUI's."""
+    env = cache() / f"tool-{package}-{platform.python_version()}"
+    if not is_complete(env):
+        with locked():
+            if not is_complete(env):
+                shutil.rmtree(env, ignore_errors=True)
+                say(f"installing {package}")
+                make_venv(env)
+                pip(env, "install", package)
+                (env / "complete").touch()
+    return python_of(env).parent
+
+
 def make_venv(env: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(env)], check=True, stdout=sys.stderr)
 
@@ -237,7 +251,7 @@ def scratch() -> Iterator[Path]:
 
 def remove() -> None:
     """Take away what is in the cache folder by name: it may be a folder that holds other things."""
-    for pattern in ("env-*", "comfyui-*", "tmp-*", "standins-*", "shapesworld", "frontend", "work", "typing", "mypy", "pip.log", "lock"):
+    for pattern in ("env-*", "tool-*", "comfyui-*", "tmp-*", "standins-*", "shapesworld", "frontend", "work", "typing", "mypy", "pip.log", "lock"):
         for path in cache().glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""A pack of somebody else's, with a reward of its own: what docs/your_own_reward.md shows."""
+"""A pack of somebody else's, with a reward of its own: what nodes/web/docs/your_own_reward.md shows."""
 
 from comfy_api.latest import ComfyExtension, io
 

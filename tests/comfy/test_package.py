@@ -1,0 +1,174 @@
+"""What the registry would get: packed by its own command, read as its scanners read it, and run from a folder of another name."""
+
+import ast
+import re
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from PIL import Image
+from reward_guidance.tests.harness import comfy, environment, models
+from reward_guidance.tests.harness.client import Client
+from reward_guidance.tests.harness.environment import CHECKOUT
+from reward_guidance.tests.harness.guided import Bench, latents, one_box
+
+FOLDER = "Reward_Guidance-main"
+"""Neither the project's name nor an identifier. (ComfyUI serves no web files of folders whose names have spaces or brackets.)"""
+SHIPPED = {"__init__.py", "CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "requirements.txt", "guidance", "nodes", "workflows", "locales"}
+ALARMING = re.compile(
+    r"\b(os\.environ|getenv|subprocess|os\.system|popen|pickle|marshal|importlib|__import__|ctypes|b64decode|urllib|urlopen|requests\.\w|socket\.\w)"
+    r"|(?<![.\w])(eval|exec|compile)\(|new Function|XMLHttpRequest|document\.cookie|torch\.load\((?!.*weights_only=True)",
+    re.IGNORECASE,
+)
+"""What the registry's scanner was seen to flag in code, comments included."""
+CODE = {".py", ".js"}
+MEGABYTES = 5
+
+
+def git(folder: Path, *words: str) -> str:
+    return subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def comfy_node(folder: Path, word: str) -> str:
+    """What `comfy node WORD` says; its settings stay beside the folder."""
+    command = [str(environment.tool("comfy-cli") / "comfy"), "--skip-prompt", "--no-json", "node", word]
+    answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**comfy.isolated(), "HOME": str(folder.parent)})
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return answer.stdout + answer.stderr
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    """The checkout as it would be committed, with a history of its own."""
+    try:
+        names = git(CHECKOUT, "ls-files", "--cached", "--others", "--exclude-standard").splitlines()
+    except subprocess.CalledProcessError:
+        pytest.skip("not a git checkout")
+    folder = tmp_path_factory.mktemp("repository") / "pack"
+    for name in names:
+        if (CHECKOUT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(CHECKOUT / name, folder / name)
+    git(folder, "init", "--quiet")
+    git(folder, "add", "--all")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def archive(repository) -> Path:
+    comfy_node(repository, "pack")
+    return repository / "node.zip"
+
+
+@pytest.fixture(scope="module")
+def pack(archive) -> Path:
+    """The archive, unpacked."""
+    folder = archive.parent.parent / FOLDER
+    with zipfile.ZipFile(archive) as opened:
+        opened.extractall(folder)
+    return folder
+
+
+def names_in(pack: Path) -> list[str]:
+    return sorted(path.relative_to(pack).as_posix() for path in pack.rglob("*") if path.is_file())
+
+
+def project() -> dict:
+    return pytest.importorskip("tomllib").loads((CHECKOUT / "pyproject.toml").read_text())
+
+
+def test_the_registry_has_nothing_to_complain_of(repository):
+    said = comfy_node(repository, "validate")
+    assert "All validation checks passed" in said
+    assert "warning" not in said.lower()
+
+
+def test_only_the_pack_ships(pack, archive):
+    names = names_in(pack)
+    assert {name.split("/")[0] for name in names} == SHIPPED
+    own = [path.relative_to(CHECKOUT).as_posix() for folder in ("guidance", "nodes") for path in (CHECKOUT / folder).rglob("*.py")]
+    assert {name for name in names if name.endswith(".py")} == {"__init__.py", *own}
+    assert archive.stat().st_size < MEGABYTES * 1e6
+
+
+def alarms(text: str) -> list[str]:
+    return [line for line in text.splitlines() if ALARMING.search(line)]
+
+
+def test_nothing_that_ships_alarms_a_scanner(pack):
+    found = {name: alarms((pack / name).read_text()) for name in names_in(pack) if Path(name).suffix in CODE}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+def test_alarms_go_off():
+    bad = ["import pickle", "torch.load(f)", "x = eval('1')", "os.environ['A']", "requests.get(u)", "new Function('x')", "# subprocess"]
+    assert alarms("\n".join(bad)) == bad
+    assert alarms("torch.load(f, weights_only=True)\nmodel.eval()\nre.compile(x)\nrequests = 2\n") == []
+
+
+def test_dependencies_leave_comfyui_its_own():
+    theirs = [Requirement(line) for line in (environment.comfyui() / "requirements.txt").read_text().splitlines() if line and line[0] not in "#-"]
+    ours = [Requirement(line) for line in (CHECKOUT / "requirements.txt").read_text().split()]
+    owned = {requirement.name.lower() for requirement in theirs} | {"torch", "torchvision", "torchaudio"}
+    assert [str(requirement) for requirement in ours if requirement.name.lower() in owned and requirement.specifier] == []
+    assert not {"torch", "torchvision", "torchaudio"} & {requirement.name for requirement in ours}
+
+
+@pytest.mark.parametrize(("name", "shape"), [("Icon", (1, 1)), ("Banner", (21, 9))])
+def test_pictures_of_the_registry(name, shape):
+    place = project()["tool"]["comfy"][name].split("/main/")[1]
+    with Image.open(CHECKOUT / place) as picture:
+        width, height = picture.size
+    assert width * shape[1] == height * shape[0]
+    assert name == "Banner" or width <= 400
+
+
+def test_the_id_is_one_that_the_registry_takes():
+    name, version = project()["project"]["name"], project()["project"]["version"]
+    assert re.fullmatch("[a-z]+(-[a-z]+)*", name)
+    assert "comfyui" not in name
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+
+
+def scanned_ids(folder: Path) -> set[str]:
+    """Node ids as ComfyUI-Manager finds them without running anything: a base called ComfyNode, and a literal node_id in a Schema call."""
+    trees = [ast.parse(path.read_text()) for path in folder.rglob("*.py")]
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    nodes = [each for each in classes if any(ast.unparse(base).split(".")[-1] == "ComfyNode" for base in each.bases)]
+    calls = [call for each in nodes for call in ast.walk(each) if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] == "Schema"]
+    values = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "node_id"]
+    return {value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)}
+
+
+@pytest.fixture(scope="module")
+def elsewhere(pack):
+    """A ComfyUI with nothing but the archive, in a folder of another name."""
+    base = environment.cache() / "work" / "package"
+    models.link_models(base / "models", models.format_standins())
+    shutil.rmtree(base / "custom_nodes", ignore_errors=True)
+    with comfy.serve(base, variables={"OMP_NUM_THREADS": "1"}, packs={FOLDER: pack}) as server:
+        yield Client(server.url)
+
+
+def test_every_node_is_found_with_and_without_running(elsewhere, pack):
+    served = {name for name, info in elsewhere.object_info().items() if info["python_module"] == f"custom_nodes.{FOLDER}"}
+    assert served
+    assert scanned_ids(pack) == served
+
+
+def test_it_runs_from_another_folder(elsewhere):
+    result = Bench(elsewhere).run(latents("sd15", one_box(decoder="latent_rgb")))
+    assert len(result.outputs["sampler"]["reward_guidance"]) == 2
+    assert Bench(elsewhere).latent(result).isfinite().all()
+
+
+def test_what_the_page_asks_for_is_served(elsewhere):
+    own = f"/extensions/{FOLDER}"
+    assert f"{own}/curve.js" in elsewhere.get("/extensions")
+    for name in ("curve.js", "docs/RewardGuidance.md", "docs/RewardGuidance/zh.md", "docs/temperature.png"):
+        assert elsewhere.fetch(f"{own}/{name}")
+    assert {"en", "zh"} <= {language for language, words in elsewhere.get("/i18n").items() if "RewardGuidance" in words.get("nodeDefs", {})}
+    assert set(elsewhere.get("/workflow_templates")[FOLDER]) == {path.stem for path in (CHECKOUT / "workflows").glob("*.json")}

@@ -1,0 +1,122 @@
+"""What users read of a node: its tooltips, its help page, and both in Chinese."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from reward_guidance.tests.harness.environment import CHECKOUT
+
+LOCALES, HELP = CHECKOUT / "locales", CHECKOUT / "nodes" / "web" / "docs"
+ENGLISH = LOCALES / "en" / "nodeDefs.json"
+LANGUAGES = {"en": lambda node: HELP / f"{node}.md", "zh": lambda node: HELP / node / "zh.md"}
+"""Whose help page lies where. The English one is also that of every other language."""
+RENEW = "RENEW_SCHEMAS"
+ADVICE = f"{ENGLISH} is not what the nodes say. Write it anew with {RENEW}=1 pytest {Path(__file__).name}, then mend the Chinese one."
+CONTROL = "control_after_generate"
+COMMON = {"your_own_reward.md"}
+"""Of no node."""
+RANGE = re.compile(r"\d to -?[\d.]")
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+
+
+def locale(language: str, name: str = "nodeDefs") -> dict:
+    return json.loads((LOCALES / language / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def inputs_of(info: dict) -> dict[str, tuple[str, dict]]:
+    """Name -> type and options."""
+    specs = info["input"].get("required", {}) | info["input"].get("optional", {})
+    return {name: (spec[0], spec[1] if len(spec) > 1 else {}) for name, spec in specs.items()}
+
+
+def said_by(info: dict) -> dict:
+    """A node's own words, in the form of nodeDefs.json."""
+    inputs = {}
+    for name, (_, options) in inputs_of(info).items():
+        if "tooltip" in options:
+            inputs[name] = {"name": name, "tooltip": options["tooltip"]}
+        if options.get(CONTROL):
+            inputs[CONTROL] = {"name": "control after generate"}
+    outputs = zip(info["output_name"], info["output_tooltips"], strict=True)
+    return {
+        "display_name": info["display_name"],
+        "description": info["description"],
+        "inputs": inputs,
+        "outputs": {str(i): {"name": name, "tooltip": tooltip} for i, (name, tooltip) in enumerate(outputs)},
+    }
+
+
+def leaves(words: dict, place: str = "") -> dict[str, str]:
+    """Path -> text."""
+    found = {}
+    for key, value in words.items():
+        found |= leaves(value, f"{place}/{key}") if isinstance(value, dict) else {f"{place}/{key}": value}
+    return found
+
+
+def test_english_is_what_the_nodes_say(nodes):
+    now = {name: said_by(info) for name, info in nodes.items()}
+    if os.environ.get(RENEW):
+        ENGLISH.write_text(json.dumps(now, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert locale("en") == now, ADVICE
+
+
+def test_everything_says_what_it_is(nodes):
+    assert [place for place, text in leaves({name: said_by(info) for name, info in nodes.items()}).items() if not text] == []
+    assert [name for name, info in nodes.items() if not info["search_aliases"]] == []
+
+
+def test_every_number_has_a_good_range(nodes):
+    numbers = {
+        f"{node}.{name}": options for node, info in nodes.items() for name, (kind, options) in inputs_of(info).items() if kind in ("INT", "FLOAT")
+    }
+    given = {name: options["tooltip"] for name, options in numbers.items() if not name.endswith(".seed") and not options.get("forceInput")}
+    assert [name for name, tooltip in given.items() if not RANGE.search(tooltip)] == []
+
+
+def test_chinese_has_every_word_and_no_other():
+    english, chinese = leaves(locale("en")), leaves(locale("zh"))
+    assert english.keys() == chinese.keys()
+    assert [place for place, text in chinese.items() if not text] == []
+
+
+def test_chinese_gives_the_same_numbers():
+    """So that a range that was changed is changed in both."""
+    english, chinese = leaves(locale("en")), leaves(locale("zh"))
+    said = {place: [sorted(NUMBER.findall(words[place])) for words in (english, chinese)] for place in english}
+    assert {place: both for place, both in said.items() if both[0] != both[1]} == {}
+
+
+def test_categories_have_names(nodes):
+    parts = {part for info in nodes.values() for part in info["category"].split("/")}
+    for language in LANGUAGES:
+        assert locale(language, "main")["nodeCategories"].keys() == parts
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_page_can_read_the_locale(language):
+    """In its message format, these are syntax."""
+    assert [text for text in leaves(locale(language)).values() if re.search(r"[{}|@]", text)] == []
+
+
+def test_every_node_has_a_help_page_and_every_page_a_node(nodes):
+    pages = {place(node) for node in nodes for place in LANGUAGES.values()}
+    assert set(HELP.rglob("*.md")) == pages | {HELP / name for name in COMMON}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_help_pages_tell_of_their_node(nodes, language):
+    for node, info in nodes.items():
+        text = LANGUAGES[language](node).read_text(encoding="utf-8")
+        assert text.startswith(f"# {locale(language)[node]['display_name']}\n"), node
+        rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+        assert {name for row in rows for name in re.findall("`(.+?)`", row)} <= inputs_of(info).keys(), node
+        assert [name for name in re.findall(r"!\[.*?\]\((.+?)\)", text) if not (HELP / name).is_file()] == [], node
+
+
+def test_help_pages_show_the_same_in_every_language(nodes):
+    for node in nodes:
+        shown = [re.findall(r"^\| (`.+?) \||!\[.*?\]\((.+?)\)", place(node).read_text(encoding="utf-8"), re.M) for place in LANGUAGES.values()]
+        assert shown[0] == shown[1], node
