@@ -30,7 +30,7 @@ def draw_chart(title: str, across: str, curves: dict[str, Sequence[tuple[float, 
         draw.line([(x_of(x), y_of(y)) for x, y in points], fill=colour, width=3, joint="curve")
         for x in range(left, right, 12):
             draw.line([(x, y_of(aims[name])), (x + 6, y_of(aims[name]))], fill=colour)
-        write(draw, (right + 12, int(y_of(points[-1][1])) - 9), f"{name}\n(dashed: {aim})", 15, colour)
+        write(draw, (right + 12, int(y_of(points[-1][1])) - 9), f"{name}; dashed {aim}", 15, colour)
     return chart
 
 
