@@ -17,12 +17,13 @@ load_comfyui()
 import comfy.sample
 import comfy.samplers
 import torch
-from bench.ring import RING, ring_reward, row, truth
+from bench.ring import best_of, row
 from reward_guidance.guidance.particles import Population
 from reward_guidance.guidance.process import Flow
 from reward_guidance.nodes.particles import ParticleSampler
 from reward_guidance.tests.standins.analytic import analytic_model
 from reward_guidance.tests.standins.mixture import energy_distance, resample
+from reward_guidance.tests.standins.ring import RING, ring_reward, truth
 from torch import Tensor
 
 CONDITION = [[torch.zeros(1, 1, 1), {}]]
@@ -54,8 +55,7 @@ class Bench:
         return resample(pool, ring_reward(pool), self.count, torch.Generator().manual_seed(seed))
 
     def best_of(self, n: int, seed: int) -> Tensor:
-        candidates = self.sample(seed, n)
-        return candidates[torch.arange(self.count), ring_reward(candidates.flatten(0, 1)).view(self.count, n).argmax(1)]
+        return best_of(self.sample(seed, n))
 
     def particles(self, n: int, seed: int) -> Tensor:
         population = Population(n, temperature=1.0, generator=torch.Generator().manual_seed(seed + 10_000))

@@ -21,16 +21,8 @@ from reward_guidance.guidance.estimators import ESTIMATORS, Settings, Shift, Smo
 from reward_guidance.guidance.process import Flow
 from reward_guidance.nodes.runtime import RewardGuidance
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
-from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
-
-RING = Mixture.ring(radius=1.5, std=0.15)
-CENTRE = torch.tensor([1.2, 0.9])
-VARIANCE = 1.15
-
-
-def ring_reward(latents: torch.Tensor) -> torch.Tensor:
-    point = latents.flatten(1)
-    return -0.6 * (point - CENTRE.to(point)).pow(2).sum(1) + 0.5 * torch.sin(3 * point[:, 0])
+from reward_guidance.tests.standins.mixture import energy_distance
+from reward_guidance.tests.standins.ring import RING, VARIANCE, ring_reward, truth
 
 
 class TiltedShift(Shift):
@@ -42,11 +34,15 @@ class TiltedShift(Shift):
         return self.watch(denoise, x + self.process.shift_gain(sigma) * self.capped_gradient(sigma), sigma)
 
 
-ESTIMATORS["shift, not untilted"] = TiltedShift
+def by_reward(model, estimator: str, samples: int, temperature: float = 1.0):
+    """The model guided by the ring's reward."""
+    settings = Settings(variance=VARIANCE, smoothing=Smoothing(samples, 1.0, grid=0), cap=8.0, temperature=temperature)
+    return RewardGuidance(PlainReward(ring_reward), estimator, settings).attach(model)
 
 
 def sample(model, seed: int, count: int, steps: int = 20, sampler: str = "euler") -> torch.Tensor:
-    latent = torch.zeros(count, 2, 1, 1)
+    """(count,d)"""
+    latent = torch.zeros(count, model.model.latent_format.latent_channels, 1, 1)
     condition = [[torch.zeros(1, 1, 1), {}]]
     noise = comfy.sample.prepare_noise(latent, seed)
     with torch.inference_mode():
@@ -54,19 +50,18 @@ def sample(model, seed: int, count: int, steps: int = 20, sampler: str = "euler"
     return out.flatten(1).double()
 
 
-def truth(seed: int, count: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed + 1000)
-    candidates = RING.sample(400_000, generator)
-    return resample(candidates, ring_reward(candidates), count, generator)
+def best_of(candidates: torch.Tensor) -> torch.Tensor:
+    """Of each n in candidates (count,n,2), the one the reward likes most."""
+    count, n, _ = candidates.shape
+    return candidates[torch.arange(count), ring_reward(candidates.flatten(0, 1)).view(count, n).argmax(1)]
 
 
-def measure(estimator: str | None, samples: int, seeds: int, count: int, temperature: float = 1.0) -> tuple[list[float], float]:
+def measure(estimator: str | None, samples: int, seeds: int, count: int) -> tuple[list[float], float]:
     """Energy distances over seeds, and model calls per run."""
     model = analytic_model(RING, Flow(), flow=True, shift=3.0)
     network = model.model.diffusion_model
     if estimator is not None:
-        settings = Settings(variance=VARIANCE, smoothing=Smoothing(samples, 1.0, grid=0), cap=8.0, temperature=temperature)
-        model = RewardGuidance(PlainReward(ring_reward), estimator, settings).attach(model)
+        model = by_reward(model, estimator, samples)
     distances = [energy_distance(sample(model, seed, count), truth(seed, count)) for seed in range(seeds)]
     return distances, network.calls / seeds
 
@@ -82,6 +77,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4000)
     arguments = parser.parse_args()
     seeds, count = arguments.seeds, arguments.samples
+    ESTIMATORS["shift, not untilted"] = TiltedShift
     print("| estimator | smoothing k | model calls | energy distance | std over seeds |")
     print("|---|---|---|---|---|")
     floor = [energy_distance(truth(seed, count), truth(seed + 500, count)) for seed in range(seeds)]

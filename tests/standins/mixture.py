@@ -29,16 +29,21 @@ class Mixture:
         noise = torch.randn(count, self.means.shape[1], generator=generator, dtype=self.means.dtype)
         return self.means[chosen] + self.std * noise
 
-    def denoised(self, x: Tensor, process, sigma: float, tilt: Tensor | None = None) -> Tensor:
-        """E[x0|x] (B,d) of the data, or of data·exp(tilt·x0): component means weighted by the posterior of the component."""
-        a, s2, v = process.scale(sigma), process.noise_std(sigma) ** 2, self.std**2
-        tilt = torch.zeros_like(x) if tilt is None else tilt
+    def posterior(self, x: Tensor, process, sigma: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (B,K) of the component behind x (B,d), and mean (B,K,d) and variance (B or 1,1,1) of x0 in it; sigma a number or (B,)."""
+        level = torch.as_tensor(sigma, dtype=self.means.dtype, device=self.means.device).reshape(-1, 1, 1)
+        a, s2, v = process.scale(level), process.noise_std(level) ** 2, self.std**2
         total = a * a * v + s2
         residual = x[:, None] - a * self.means
-        posterior_mean = self.means + a * v / total * residual
-        evidence = -residual.pow(2).sum(-1) / (2 * total) + torch.einsum("bkd,bd->bk", posterior_mean, tilt)
-        weights = (self.logits + evidence).softmax(1)
-        return torch.einsum("bk,bkd->bd", weights, posterior_mean) + v * s2 / total * tilt
+        logits = self.logits - residual.pow(2).sum(-1) / (2 * total[..., 0])
+        return logits, self.means + a * v / total * residual, v * s2 / total
+
+    def denoised(self, x: Tensor, process, sigma: float | Tensor, tilt: Tensor | None = None) -> Tensor:
+        """E[x0|x] (B,d) of the data, or of data·exp(tilt·x0): component means weighted by the posterior of the component."""
+        logits, means, variance = self.posterior(x, process, sigma)
+        tilt = torch.zeros_like(x) if tilt is None else tilt
+        weights = (logits + torch.einsum("bkd,bd->bk", means, tilt)).softmax(1)
+        return torch.einsum("bk,bkd->bd", weights, means) + variance[..., 0] * tilt
 
 
 def resample(samples: Tensor, log_weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
