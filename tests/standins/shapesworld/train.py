@@ -1,9 +1,11 @@
-"""Trains ShapesWorld from nothing and writes the compact weights. About 75 minutes on two cores with AMX.
+"""Trains ShapesWorld from nothing and writes the compact weights. About 75 minutes on two cores with AMX. What is made from the flow
+model took longer, on one shared core without AMX: diffusion 31 minutes, pairs 10, one_step 15.
 
-usage: python -m tests.standins.shapesworld.train [--stages autoencoder,flow,rewards,store,statistics] [--work DIR]
+usage: python -m tests.standins.shapesworld.train [--stages autoencoder,flow,rewards,diffusion,pairs,one_step,store,statistics] [--work DIR]
 
 The committed weights were not made in one go: the autoencoder's first 1800 of 3300 steps used a plain error; of the flow model's 12300
-steps the first 2000 used AdamW alone and saw shapes further from the middle, the first 8500 saw smaller small ones.
+steps the first 2000 used AdamW alone and saw shapes further from the middle, the first 8500 saw smaller small ones; of the diffusion
+model's 3400 steps the first 3000 saw no states on the path from noise alone.
 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592 halves the
 time of the convolutions. Run nothing else meanwhile: OpenMP threads that share cores wait for each other for minutes.
 """
@@ -466,39 +468,6 @@ def train_one_step(work: Path, steps: int = 1500, batch: int = 128) -> None:
     torch.save(model.state_dict(), work / "one_step.pt")
 
 
-def sharpen_one_step(work: Path, steps: int = 1500, batch: int = 64, head_start: int = 200) -> None:
-    """Distribution matching distillation (arXiv 2311.18828): what the flow model finds likelier than a model of the made pictures does.
-
-    Pairs that are only learned by heart leave undecided pictures blurred.
-    """
-    rng, conditioning, pairs = seeded(8), Conditioning(), torch.load(work / "pairs.pt")
-    model, real, fake = (load_transformer(work, name) for name in ("one_step", "flow", "flow"))
-    make, say_real, say_fake = (torch.compile(functools.partial(*each)) for each in ((generate, model), (velocity, real), (velocity, fake)))
-    run, judge = Run("one_step", model, steps, 3e-4), Run("one_step judge", fake, head_start + steps, 5e-4)
-    while run.step < steps:
-        chosen = torch.randint(len(pairs["rows"]), (batch,), generator=rng)
-        row = pairs["rows"][chosen]
-        told = conditioning.context[row], conditioning.pooled[row]
-        sigma, noise = noise_levels(batch, rng).clamp(0.02, 0.98), torch.randn(batch, 16, 8, 8, generator=rng)
-        wide = sigma[:, None, None, None]
-        with fast():
-            made = make(pairs["noises"][chosen].float(), *told).float()
-            x = torch.lerp(made.detach(), noise, wide)
-            guess = say_fake(x, sigma, *told).float()
-            with torch.no_grad():
-                likely = x - wide * say_real(x, sigma, *told).float()
-        if judge.step >= head_start:
-            step = x - wide * guess.detach() - likely
-            step = step / (made.detach() - likely).abs().mean((1, 2, 3), keepdim=True)
-            pull, apart = (made * step).mean(), F.mse_loss(made, pairs["latents"][chosen].float())
-            run.update(pull + apart, apart=apart, step=step.square().mean())
-        judge.update(F.mse_loss(guess, noise - made.detach()))
-        if run.step % 250 == 0:
-            run.save(model, work / "sharp.pt")
-    run.finish()
-    torch.save(model.state_dict(), work / "one_step.pt")
-
-
 def store(work: Path) -> None:
     for name in (*NETWORKS, *CHILDREN):
         compact.save(name, torch.load(work / f"{name}.pt"), CHILDREN.get(name))
@@ -526,7 +495,6 @@ STAGES = {
     "diffusion": train_diffusion,
     "pairs": make_pairs,
     "one_step": train_one_step,
-    "sharpen": sharpen_one_step,
     "store": store,
     "statistics": note_statistics,
 }
