@@ -96,6 +96,13 @@ def test_one_step_begins_with_the_noise_it_is_given(pipelines):
     assert torch.equal(given, drawn)
 
 
+def test_the_model_can_be_asked_at_any_state(pipelines):
+    one_step = pipelines["one_step"]
+    noise, sigma = torch.randn(2, 16, 8, 8, generator=torch.manual_seed(4)), one_step.model.get_model_object("model_sampling").sigma_max
+    asked = one_step.denoised(noise * (1 + sigma**2).sqrt(), sigma.expand(2), [PROMPT] * 2)
+    torch.testing.assert_close(asked, one_step.latents([PROMPT] * 2, 0, noise=noise), rtol=1e-4, atol=1e-4)
+
+
 def test_a_seed_means_the_same_picture_to_all(pipelines):
     """Nearer to each other than to the picture of another seed."""
     one, *others = (made.latents(world.PROMPTS, 5) for made in pipelines.values())
