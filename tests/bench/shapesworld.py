@@ -35,8 +35,8 @@ REWARDS = "shapes_clip.safetensors", "shapes_heldout.safetensors"
 class World:
     """The model, both rewards, and the prompts."""
 
-    def __init__(self, models: Path, cfg: float, steps: int, prompts=world.PROMPTS):
-        self.pipeline = Pipeline(models)
+    def __init__(self, models: Path, cfg: float, steps: int, prompts=world.PROMPTS, kind: str = "flow"):
+        self.pipeline = Pipeline(models, kind=kind)
         self.reward, self.heldout = (load_reward(models / "reward_models" / name).float() for name in REWARDS)
         self.cfg, self.steps, self.prompts = cfg, steps, prompts
 

@@ -102,6 +102,19 @@ def test_compact_weights_are_close():
     torch.testing.assert_close(compact._unpack(packed["w"], packed["w/scale"]).float(), weight, rtol=0, atol=0.02)
 
 
+def test_a_difference_in_four_bits_is_close():
+    origin = torch.randn(32, 18, generator=generator()).half()
+    weight = origin + 0.1 * torch.randn(32, 18, generator=generator(1))
+    packed = compact._pack("w", weight, origin)
+    assert packed["w"].dtype == torch.uint8 and packed["w"].numel() == weight.numel() // 2
+    error = compact._unpack(packed["w"], packed["w/scale"], origin).float() - weight
+    assert error.square().mean() < 0.15**2 * (weight - origin).square().mean()
+
+
+def test_all_weights_together_stay_small():
+    assert sum(file.stat().st_size for file in compact.FOLDER.iterdir()) < 12e6
+
+
 def test_the_text_encoder_is_the_same_every_time():
     first, again = text.clip_l(2), text.clip_l(2)
     assert all(torch.equal(first[key], again[key]) for key in first)

@@ -34,9 +34,14 @@ def expand(models_dir: str | Path, checkpoint: str = CHECKPOINT) -> list[Path]:
     return written
 
 
+def checkpoints(flow: str = CHECKPOINT) -> dict[str, str]:
+    """The file of each transformer. All but the flow model need the node ModelSamplingDiscrete behind the loader: `eps` and `x0`."""
+    return {"flow": flow, "diffusion": "shapes_diffusion.safetensors", "one_step": "shapes_one_step.safetensors"}
+
+
 def files(checkpoint: str = CHECKPOINT) -> dict:
     return {
-        f"checkpoints/{checkpoint}": lambda: (full_checkpoint(), {}),
+        **{f"checkpoints/{file}": lambda name=name: (full_checkpoint(name), {}) for name, file in checkpoints(checkpoint).items()},
         "vae_approx/taesd3_encoder.safetensors": lambda: (tiny_vae("encoder"), {}),
         "vae_approx/taesd3_decoder.safetensors": lambda: (tiny_vae("decoder"), {}),
         "text_encoders/shapes_clip_l.safetensors": lambda: (text.clip_l(), {}),
@@ -52,9 +57,9 @@ def digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources if path.name != "train.py")).hexdigest()
 
 
-def full_checkpoint() -> dict[str, Tensor]:
+def full_checkpoint(name: str) -> dict[str, Tensor]:
     """SD3 with an SD3 transformer, a TAESD in the place of the VAE, and one text encoder."""
-    weights = {f"model.diffusion_model.{key}": value for key, value in flow().items()}
+    weights = {f"model.diffusion_model.{key}": value for key, value in transformer(name).items()}
     for part in ("encoder", "decoder"):
         weights |= {f"first_stage_model.taesd_{part}.{key}": value for key, value in tiny_vae(part).items()}
     weights["first_stage_model.vae_scale"] = torch.tensor(LATENT_SCALE)
@@ -62,8 +67,8 @@ def full_checkpoint() -> dict[str, Tensor]:
     return weights | {f"text_encoders.clip_l.transformer.{key}": value for key, value in text.clip_l().items()}
 
 
-def flow() -> dict[str, Tensor]:
-    weights = compact.load("flow")
+def transformer(name: str) -> dict[str, Tensor]:
+    weights = compact.load(name)
     for key, channels in (("context_embedder.weight", CONTEXT_CHANNELS), ("y_embedder.mlp.0.weight", POOLED_CHANNELS)):
         weights[key] = torch.nn.functional.pad(weights[key], (0, channels - text.WIDTH))
     return weights

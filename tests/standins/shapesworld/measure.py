@@ -1,6 +1,6 @@
 """Samples the benchmark prompts through ComfyUI, unguided, and says how right the pictures are.
 
-usage: python -m tests.standins.shapesworld.measure MODELS_DIR [--cfg 1,2,4] [--batch 16] [--sheet FILE.png]
+usage: python -m tests.standins.shapesworld.measure MODELS_DIR [--kind flow] [--cfg 1,2,4] [--batch 16] [--sheet FILE.png]
 """
 
 import argparse
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import clip, compact, oracle, world
-from .pipeline import Pipeline
+from .pipeline import KINDS, Pipeline
 
 
 def scorers() -> dict[str, clip.Scorer]:
@@ -65,11 +65,12 @@ def contact_sheet(pictures: Tensor, path: str, columns: int = 8, scale: int = 3)
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("models_dir")
+    parser.add_argument("--kind", choices=KINDS, default="flow")
     parser.add_argument("--cfg", default="1,2,4")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--sheet")
     chosen = parser.parse_args()
-    pipeline = Pipeline(chosen.models_dir)
+    pipeline = Pipeline(chosen.models_dir, kind=chosen.kind)
     for cfg in chosen.cfg.split(","):
         pictures = sample_all(pipeline, float(cfg), chosen.batch)
         print(f"cfg {cfg}: {report(pictures)}", flush=True)

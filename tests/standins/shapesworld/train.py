@@ -1,9 +1,11 @@
-"""Trains ShapesWorld from nothing and writes the compact weights. About 75 minutes on two cores with AMX.
+"""Trains ShapesWorld from nothing and writes the compact weights. About 75 minutes on two cores with AMX. What is made from the flow
+model took longer, on one shared core without AMX: diffusion 31 minutes, pairs 10, one_step 15.
 
-usage: python -m tests.standins.shapesworld.train [--stages autoencoder,flow,rewards,store,statistics] [--work DIR]
+usage: python -m tests.standins.shapesworld.train [--stages autoencoder,flow,rewards,diffusion,pairs,one_step,store,statistics] [--work DIR]
 
 The committed weights were not made in one go: the autoencoder's first 1800 of 3300 steps used a plain error; of the flow model's 12300
-steps the first 2000 used AdamW alone and saw shapes further from the middle, the first 8500 saw smaller small ones.
+steps the first 2000 used AdamW alone and saw shapes further from the middle, the first 8500 saw smaller small ones; of the diffusion
+model's 3400 steps the first 3000 saw no states on the path from noise alone.
 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592 halves the
 time of the convolutions. Run nothing else meanwhile: OpenMP threads that share cores wait for each other for minutes.
 """
@@ -45,6 +47,8 @@ DEPTH = 3  # the flow model's width is 64 times this
 
 
 NETWORKS = ("autoencoder", "flow", "guide", "heldout")
+CHILDREN = {"diffusion": "flow", "one_step": "flow"}
+"""Networks that are kept as a difference to another."""
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -218,15 +222,24 @@ def flow_model() -> nn.Module:
     return model
 
 
-def velocity(model: nn.Module, x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+def predict(model: nn.Module, x: Tensor, time: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
     options = {"optimized_attention_override": text.weighted_attention}
-    return model(x, sigma * 1000, context=context, y=pooled, transformer_options=options)
+    return model(x, time, context=context, y=pooled, transformer_options=options)
+
+
+def velocity(model: nn.Module, x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+    return predict(model, x, sigma * 1000, context, pooled)
 
 
 def noise_levels(n: int, rng: torch.Generator) -> Tensor:
-    """Half uniform, half as the sampler visits them (shift 3)."""
+    """Half uniform, half as the sampler visits them."""
     u = torch.rand(n, generator=rng)
-    return torch.where(torch.rand(n, generator=rng) < 0.5, u, 3 * u / (1 + 2 * u))
+    return torch.where(torch.rand(n, generator=rng) < 0.5, u, shifted(u))
+
+
+def shifted(u: Tensor) -> Tensor:
+    """SD3's schedule, shift 3."""
+    return 3 * u / (1 + 2 * u)
 
 
 def load_autoencoder(work: Path) -> tuple[Encoder, Decoder]:
@@ -251,7 +264,7 @@ def train_flow(work: Path, steps: int = 12000, batch: int = 128, pool: int = 320
     conditioning, model = Conditioning(), flow_model()
     asked, latents = encoded_world(work, pool, rng)
     rows = conditioning.rows(asked)
-    predict = torch.compile(functools.partial(velocity, model))
+    compiled = torch.compile(functools.partial(velocity, model))
     run = Run("flow", model, steps, 2e-3, decay=0.998)
     while run.step < steps:
         chosen = torch.randint(pool, (batch,), generator=rng)
@@ -259,7 +272,7 @@ def train_flow(work: Path, steps: int = 12000, batch: int = 128, pool: int = 320
         x0, sigma, noise = latents[chosen], noise_levels(batch, rng), torch.randn(batch, 16, 8, 8, generator=rng)
         x = torch.lerp(x0, noise, sigma[:, None, None, None])
         with fast():
-            v = predict(x, sigma, conditioning.context[row], conditioning.pooled[row])
+            v = compiled(x, sigma, conditioning.context[row], conditioning.pooled[row])
         run.update(F.mse_loss(v.float(), noise - x0))
         if run.step % 500 == 0:
             run.save(model, work / "flow.pt")
@@ -421,9 +434,108 @@ def train_rewards(work: Path) -> None:
     train_reward("heldout", 4, work, steps=1600)
 
 
+def load_transformer(work: Path, name: str) -> nn.Module:
+    model = flow_model()
+    model.load_state_dict(torch.load(work / f"{name}.pt"))
+    return model
+
+
+def discrete() -> nn.Module:
+    """The noise levels and times, 0 to 999, that ComfyUI's node ModelSamplingDiscrete gives a model: 0.03 to 14.6."""
+    from comfy.model_sampling import ModelSamplingDiscrete
+
+    return ModelSamplingDiscrete()
+
+
+def clean_of(v: Tensor, x: Tensor, sigma: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """D of x = scale·x0 + σ·ε, said by the flow's velocity at x/(scale + σ) and the time σ/(scale + σ)."""
+    return (x - sigma * v) / (scale + sigma)
+
+
+def train_diffusion(work: Path, steps: int = 3000, batch: int = 64, pool: int = 8000) -> None:
+    """The flow model taught to say the noise instead of the velocity, at the noise levels and scales of diffusion.
+
+    Samplers begin with noise alone, where x0 + σ·ε still has a trace of the picture (arXiv 2305.08891). So half of the states lie on the
+    straight path from there, (1 - σ/σ_max)·x0 + σ·ε.
+    """
+    rng = seeded(5)
+    conditioning, levels = Conditioning(), discrete().sigmas
+    asked, latents = encoded_world(work, pool, rng)
+    rows = conditioning.rows(asked)
+    teacher, model = load_transformer(work, "flow").requires_grad_(False), load_transformer(work, "flow")
+    say_velocity, say_noise = (torch.compile(functools.partial(f, net)) for f, net in ((velocity, teacher), (predict, model)))
+    run = Run("diffusion", model, steps, 1e-3, decay=0.998)
+    while run.step < steps:
+        chosen = torch.randint(pool, (batch,), generator=rng)
+        row = torch.where(torch.rand(batch, generator=rng) < 0.1, conditioning.empty, rows[chosen])
+        index = torch.randint(len(levels), (batch,), generator=rng)
+        sigma, condition = levels[index], (conditioning.context[row], conditioning.pooled[row])
+        scale = torch.where(torch.rand(batch, generator=rng) < 0.5, 1.0, 1 - sigma / levels[-1])
+        wide, size = sigma[:, None, None, None], scale[:, None, None, None]
+        x = size * latents[chosen] + wide * torch.randn(batch, 16, 8, 8, generator=rng)
+        with fast():
+            with torch.no_grad():
+                v = say_velocity(x / (size + wide), sigma / (scale + sigma), *condition).float()
+            noise = say_noise(x / (1 + wide.square()).sqrt(), index.float(), *condition).float()
+        error = (noise - (x - clean_of(v, x, wide, size)) / wide).square().mean((1, 2, 3))
+        run.update((error * (1 + sigma.square()).clamp(max=25)).mean(), plain=error.mean())
+        if run.step % 500 == 0:
+            run.save(model, work / "diffusion.pt")
+    run.finish()
+    torch.save(model.state_dict(), work / "diffusion.pt")
+
+
+@torch.no_grad()
+def make_pairs(work: Path, n: int = 28000, steps: int = 14, batch: int = 200) -> None:
+    """What the flow model makes of n noises: rows of the conditioning (n,), noises and latents (n,16,8,8)."""
+    from comfy.k_diffusion.sampling import sample_dpmpp_2m
+
+    rng, conditioning, start = seeded(6), Conditioning(), time.time()
+    say_velocity = torch.compile(functools.partial(velocity, load_transformer(work, "flow")))
+
+    def denoise(x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+        wide = sigma[:, None, None, None]
+        with fast():
+            return clean_of(say_velocity(x / (1 + wide), sigma / (1 + sigma), context, pooled).float(), x, wide)
+
+    times = shifted(torch.linspace(0.97, 0, steps + 1))
+    sigmas = times / (1 - times)
+    rows, noises, latents = conditioning.rows(world.wishes(n, rng)), torch.randn(n, 16, 8, 8, generator=rng), []
+    for row, noise in zip(rows.split(batch), noises.split(batch), strict=True):
+        told = {"context": conditioning.context[row], "pooled": conditioning.pooled[row]}
+        latents.append(sample_dpmpp_2m(denoise, noise * sigmas[0], sigmas, told, disable=True))
+        if len(latents) % 20 == 0:
+            print(f"pairs {len(latents) * batch}/{n} {time.time() - start:.0f}s", flush=True)
+            done = len(latents) * batch
+            torch.save({"rows": rows[:done], "noises": noises[:done].half(), "latents": torch.cat(latents).half()}, work / "pairs.pt")
+
+
+def generate(model: nn.Module, noise: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+    """The picture's latent in one call, at the last of the 1000 noise levels."""
+    return predict(model, noise, torch.full((len(noise),), 999.0), context, pooled)
+
+
+def train_one_step(work: Path, steps: int = 1500, batch: int = 128) -> None:
+    """The flow model's noises and pictures learned by heart."""
+    rng, conditioning, pairs = seeded(7), Conditioning(), torch.load(work / "pairs.pt")
+    model = load_transformer(work, "flow")
+    compiled = torch.compile(functools.partial(generate, model))
+    run = Run("one_step", model, steps, 2e-3, decay=0.998)
+    while run.step < steps:
+        chosen = torch.randint(len(pairs["rows"]), (batch,), generator=rng)
+        row = pairs["rows"][chosen]
+        with fast():
+            made = compiled(pairs["noises"][chosen].float(), conditioning.context[row], conditioning.pooled[row])
+        run.update(F.mse_loss(made.float(), pairs["latents"][chosen].float()))
+        if run.step % 500 == 0:
+            run.save(model, work / "one_step.pt")
+    run.finish()
+    torch.save(model.state_dict(), work / "one_step.pt")
+
+
 def store(work: Path) -> None:
-    for name in NETWORKS:
-        compact.save(name, torch.load(work / f"{name}.pt"))
+    for name in (*NETWORKS, *CHILDREN):
+        compact.save(name, torch.load(work / f"{name}.pt"), CHILDREN.get(name))
 
 
 def note_statistics(work: Path, batch: int = 8) -> None:
@@ -436,7 +548,7 @@ def note_statistics(work: Path, batch: int = 8) -> None:
 
 def unpack(work: Path) -> None:
     """The committed weights as a starting point, to train a part of them again."""
-    for name in NETWORKS:
+    for name in (*NETWORKS, *CHILDREN):
         torch.save({key: value.float() for key, value in compact.load(name).items()}, work / f"{name}.pt")
 
 
@@ -445,6 +557,9 @@ STAGES = {
     "autoencoder": train_autoencoder,
     "flow": train_flow,
     "rewards": train_rewards,
+    "diffusion": train_diffusion,
+    "pairs": make_pairs,
+    "one_step": train_one_step,
     "store": store,
     "statistics": note_statistics,
 }

@@ -1,0 +1,139 @@
+"""Guidance networks on ShapesWorld's diffusion model: what N labelled samples are worth, at the model calls of unguided sampling.
+
+Collects samples of the benchmark's prompts with the guide reward, trains a network on the first N of them, and samples with it; the
+references are those of shapesworld.py. Collections are kept and gone on with. Prints a markdown table.
+
+usage: python tests/bench/network.py [MODELS_DIR] [--samples 500,2000,5000] [--steps 4000] [--temperature 0.3] [--work DIR]
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness.inprocess import load_comfyui
+
+load_comfyui()
+
+import torch
+from reward_guidance.guidance.fitting import Fitting, described, plan_for, prepare
+from reward_guidance.guidance.network import Text, column
+from reward_guidance.guidance.process import Diffusion
+from reward_guidance.guidance.rewards import evaluate
+from reward_guidance.guidance.samples import Collection, Description, Sample, Samples, noise, padded, percents
+from reward_guidance.guidance.training import label
+from reward_guidance.nodes.runtime import NetworkGuidance, base_of, manage_network, text_of_conditioning
+from reward_guidance.tests.bench.shapesworld import Bench, Pictures, World
+from reward_guidance.tests.harness.environment import cache
+from reward_guidance.tests.harness.models import shapesworld
+from reward_guidance.tests.standins.shapesworld import expand, world
+
+LEVELS, FIRST_SEED = 8, 1_000_000
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Fills a collection with samples of the world's prompts, which take turns."""
+
+    world: World
+    collection: Collection
+
+    @staticmethod
+    def begin(world_: World, folder: Path) -> "Collector":
+        pipeline, reward = world_.pipeline, world_.reward
+        description = Description(
+            base=base_of(pipeline.model),
+            shape=(16, 8, 8),
+            levels=LEVELS,
+            prompts=tuple(world_.prompts),
+            rewards=(reward.name,),
+            reward_means=(float(reward.reference_mean),),
+            reward_stds=(float(reward.reference_std),),
+            seed=FIRST_SEED,
+            settings=f"{world_.steps} steps, cfg {world_.cfg}, weights {expand.digest()[:12]}",
+        )
+        texts = [text_of_conditioning(pipeline.short(pipeline.encode([prompt]))) for prompt in world_.prompts]
+        text = Text(padded([each.tokens[0].half() for each in texts]), torch.cat([each.pooled for each in texts]))
+        return Collector(world_, Collection.create(folder, description, text))
+
+    def fill(self, count: int) -> None:
+        for numbers in self.collection.missing(count):
+            self.collection.add(numbers, list(self.samples(numbers)))
+
+    def samples(self, numbers: range) -> Iterator[Sample]:
+        """Drawn, judged, and noised again to every level, with what the model makes of that."""
+        description, pipeline = self.collection.description, self.world.pipeline
+        seeds = [description.seed_of(number) for number in numbers]
+        prompts = [self.world.prompts[description.prompt_of(number)] for number in numbers]
+        start = torch.stack([noise(description.shape, seed, -2) for seed in seeds])
+        clean = pipeline.latents(prompts, 0, self.world.cfg, self.world.steps, noise=start).half().float()
+        scores = evaluate(self.world.reward, pipeline.pictures(clean), prompts)[:, None]
+        sampling = pipeline.model.get_model_object("model_sampling")
+        shares = torch.stack([percents(seed, LEVELS) for seed in seeds])
+        sigmas = sampling.sigma((1 - shares) * (len(sampling.sigmas) - 1))
+        denoised = []
+        for k in range(LEVELS):
+            drawn = torch.stack([noise(description.shape, seed, k) for seed in seeds])
+            x = Diffusion().add_noise(clean, drawn, column(sigmas[:, k], clean))
+            denoised.append(pipeline.denoised(x, sigmas[:, k], prompts, self.world.cfg))
+        for each in zip(clean, scores, sigmas, torch.stack(denoised, 1), strict=True):
+            yield Sample(*each)
+
+
+def first(samples: Samples, count: int) -> Samples:
+    return samples.rows(torch.arange(min(count, len(samples.clean))))
+
+
+def train(samples: Samples, temperature: float, steps: int, size: str) -> Fitting:
+    """temperature: in units of the standardized reward, as the truth has it; plans count in spreads within a prompt."""
+    _, health = label(samples.rewards(), samples.prompts, 1.0)
+    fitting = prepare(samples, plan_for(samples.description, temperature=temperature / health.std, steps=steps), size)
+    for progress in fitting.training:
+        if progress.check is not None:
+            print(f"step {progress.step}: loss {progress.loss:.4f}, on held-out samples {progress.check:.4f}", file=sys.stderr, flush=True)
+    return fitting
+
+
+def compare(bench: Bench, collector: Collector, counts: list[int], strengths: list[float], steps: int, size: str) -> None:
+    for count in counts:
+        collector.fill(count)
+        began = time.perf_counter()
+        fitting = train(first(collector.collection.load(), count), bench.temperature, steps, size)
+        print(f"{described(fitting.health)}; trained in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        loaded = manage_network(fitting.network(), fitting.card())
+        for strength in strengths:
+            model = NetworkGuidance(loaded, strength).attach(bench.world.pipeline.model)
+            began = time.perf_counter()
+            latents = bench.world.sample(model, bench.per_prompt, seed=0)
+            seconds = time.perf_counter() - began
+            bench.add(f"network, {count} samples, strength {strength:g}", Pictures.of(bench.world, latents), "1", seconds)
+
+
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
+    parser.add_argument("--samples", type=numbers, default=[500, 2000, 5000])
+    parser.add_argument("--strengths", type=numbers, default=[1.0, 1.5])
+    parser.add_argument("--steps", type=int, default=4000, help="of training")
+    parser.add_argument("--size", default="small", help="of the network")
+    parser.add_argument("--per-prompt", type=int, default=8)
+    parser.add_argument("--pool", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.3)
+    parser.add_argument("--work", type=Path, default=None, help="where collections are kept; the cache if left out")
+    chosen = parser.parse_args()
+    world_ = World(chosen.models or shapesworld(), cfg=1.0, steps=20, prompts=world.PROMPTS, kind="diffusion")
+    collector = Collector.begin(world_, (chosen.work or cache() / "bench") / "network")
+    bench = Bench(world_, chosen.per_prompt, chosen.pool, chosen.temperature)
+    bench.references()
+    compare(bench, collector, [int(count) for count in chosen.samples], chosen.strengths, chosen.steps, chosen.size)
+
+
+if __name__ == "__main__":
+    main()
