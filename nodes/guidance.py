@@ -69,11 +69,11 @@ def tuning_inputs() -> list[io.Input]:
     return [
         io.Float.Input(
             "temperature",
-            default=1.0,
+            default=0.05,
             min=0.001,
             max=100.0,
             step=0.01,
-            tooltip="β in exp(reward/β), in units of the reward's typical spread. Lower values insist on the best pictures. 0.2 to 2.",
+            tooltip="β in exp(reward/β), in units of the reward's typical spread. Lower values insist on the best pictures. 0.03 to 1.",
             **rare,
         ),
         io.Combo.Input(
@@ -101,15 +101,15 @@ def tuning_inputs() -> list[io.Input]:
             tooltip="Where in the sampling guidance ends, as a share of it. 0.6 to 1.",
             **rare,
         ),
-        io.Int.Input("smoothing", default=4, min=0, max=64, tooltip="Points around the estimate whose gradients are averaged; 0 to 8.", **rare),
+        io.Int.Input("smoothing", default=0, min=0, max=64, tooltip="Points around the estimate whose gradients are averaged; 0 to 8.", **rare),
         io.Float.Input(
             "radius", default=0.3, min=0.0, max=2.0, step=0.05, tooltip="Their distance, in posterior standard deviations. 0.1 to 1.", **rare
         ),
         io.Float.Input(
-            "momentum", default=0.0, min=0.0, max=0.95, step=0.05, tooltip="Share of the previous gradient that is kept. 0 to 0.7.", **rare
+            "momentum", default=0.5, min=0.0, max=0.95, step=0.05, tooltip="Share of the previous gradient that is kept. 0 to 0.7.", **rare
         ),
         io.Float.Input(
-            "cap", default=2.0, min=0.0, max=20.0, step=0.1, tooltip="Largest shift of a sample, in units of its noise. 0.5 to 4.", **rare
+            "cap", default=0.5, min=0.0, max=20.0, step=0.05, tooltip="Largest shift of a sample, in units of its noise. 0.25 to 1.", **rare
         ),
         io.Int.Input(
             "every",

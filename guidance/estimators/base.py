@@ -25,13 +25,13 @@ class Settings:
     strength: float = 1.0
     temperature: float = 1.0
     smoothing: Smoothing = Smoothing()
-    momentum: float = 0.0
-    cap: float = 2.0
+    momentum: float = 0.5
+    cap: float = 0.5
     """Largest RMS of the shift of x, in units of the noise; per sample."""
     every: int = 1
     """Model calls between two reward gradients; the last one is reused in between."""
-    variance: float = 1.0
-    """Per-element variance of the data (latents are scaled to about one)."""
+    variance: float = 0.2
+    """Per-element variance of the data as far as it is open: latents are scaled to about 1, but most of a picture follows from little of it."""
 
     def __post_init__(self):
         if not self.temperature > 0:

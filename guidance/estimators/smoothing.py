@@ -16,7 +16,7 @@ class Smoothing:
     Low-pass noise (grid > 0: a grid×grid pattern, upsampled) stays nearer to pictures than white noise (grid = 0).
     """
 
-    samples: int = 4
+    samples: int = 0
     radius: float = 0.3
     grid: int = 4
 

@@ -36,7 +36,7 @@ class TiltedShift(Shift):
 
 def by_reward(model, estimator: str, samples: int, temperature: float = 1.0):
     """The model guided by the ring's reward."""
-    settings = Settings(variance=VARIANCE, smoothing=Smoothing(samples, 1.0, grid=0), cap=8.0, temperature=temperature)
+    settings = Settings(variance=VARIANCE, smoothing=Smoothing(samples, 1.0, grid=0), cap=8.0, momentum=0.0, temperature=temperature)
     return RewardGuidance(PlainReward(ring_reward), estimator, settings).attach(model)
 
 

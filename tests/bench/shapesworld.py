@@ -35,14 +35,14 @@ REWARDS = "shapes_clip.safetensors", "shapes_heldout.safetensors"
 class World:
     """The model, both rewards, and the prompts."""
 
-    def __init__(self, models: Path, cfg: float, steps: int, prompts=world.PROMPTS, kind: str = "flow"):
+    def __init__(self, models: Path, cfg: float, steps: int, prompts=world.PROMPTS, kind: str = "flow", sampler: str = "euler"):
         self.pipeline = Pipeline(models, kind=kind)
         self.reward, self.heldout = (load_reward(models / "reward_models" / name).float() for name in REWARDS)
-        self.cfg, self.steps, self.prompts = cfg, steps, prompts
+        self.cfg, self.steps, self.sampler, self.prompts = cfg, steps, sampler, prompts
 
     def sample(self, model: ModelPatcher, per_prompt: int, seed: int) -> Tensor:
         """Model-space latents (prompts·per_prompt,16,8,8), prompt by prompt."""
-        return self.pipeline.latents(self.repeated_prompts(per_prompt), seed, self.cfg, self.steps, model)
+        return self.pipeline.latents(self.repeated_prompts(per_prompt), seed, self.cfg, self.steps, model, self.sampler)
 
     def repeated_prompts(self, per_prompt: int) -> list[str]:
         return [prompt for prompt in self.prompts for _ in range(per_prompt)]
@@ -119,7 +119,7 @@ class Setting:
     name: str
     estimator: str = "shift"
     strength: float = 1.0
-    samples: int = 4
+    samples: int = 0
     radius: float = 0.3
     grid: int = 4
     options: dict = field(default_factory=dict)
@@ -184,20 +184,21 @@ HEADER = "| setting | model calls per step | reward | held-out | oracle | energy
 
 ESTIMATORS = (
     Setting("`shift`"),
-    Setting("`shift`, no smoothing", samples=0),
-    Setting("`shift`, white noise", grid=0),
     Setting("`shift_two_pass`", "shift_two_pass"),
     Setting("`denoised`", "denoised"),
     Setting("`jacobian`", "jacobian"),
-    Setting("`jacobian`, no smoothing", "jacobian", samples=0),
+    Setting("`jacobian`, plain", "jacobian", options={"momentum": 0.0, "cap": 100.0}),
 )
 SWEEP = (
     *(Setting(f"`shift`, strength {s}", strength=s) for s in (0.25, 0.5, 2.0)),
-    *(Setting(f"`shift`, radius {r}", radius=r) for r in (0.1, 0.6, 1.0)),
-    *(Setting(f"`shift`, momentum {m}", options={"momentum": m}) for m in (0.3, 0.6)),
-    *(Setting(f"`shift`, cap {c}", options={"cap": c}) for c in (0.25, 0.5, 1.0, 4.0)),
-    *(Setting(f"`shift`, {low} to {high}", interval=(low, high)) for low, high in ((0.0, 0.5), (0.0, 0.8), (0.2, 1.0))),
-    *(Setting(f"`shift`, every {n}", options={"every": n}) for n in (2, 4)),
+    *(Setting(f"`shift`, momentum {m}", options={"momentum": m}) for m in (0.0, 0.8)),
+    *(Setting(f"`shift`, cap {c}", options={"cap": c}) for c in (0.25, 1.0, 2.0)),
+    *(Setting(f"`shift`, variance {v}", options={"variance": v}) for v in (0.0, 1.0)),
+    *(Setting(f"`shift`, {low} to {high}", interval=(low, high)) for low, high in ((0.0, 0.6), (0.3, 1.0))),
+    Setting("`shift`, every 2", options={"every": 2}),
+    Setting("`shift`, 4 points, radius 0.3", samples=4),
+    Setting("`shift`, 4 points, radius 1", samples=4, radius=1.0),
+    Setting("`shift`, 4 points, white noise", samples=4, grid=0),
 )
 TABLES = {"estimators": ESTIMATORS, "sweep": SWEEP}
 
@@ -208,13 +209,16 @@ def main() -> None:
     parser.add_argument("--tables", default="estimators")
     parser.add_argument("--per-prompt", type=int, default=8)
     parser.add_argument("--pool", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.3)
+    parser.add_argument("--temperature", type=float, default=0.05)
     parser.add_argument("--cfg", type=float, default=1.0)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--sampler", default="euler_ancestral")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     models = arguments.models or shapesworld()
-    bench = Bench(World(models, arguments.cfg, arguments.steps), arguments.per_prompt, arguments.pool, arguments.temperature)
+    bench = Bench(
+        World(models, arguments.cfg, arguments.steps, sampler=arguments.sampler), arguments.per_prompt, arguments.pool, arguments.temperature
+    )
     bench.references()
     for table in arguments.tables.split(","):
         for setting in TABLES[table]:

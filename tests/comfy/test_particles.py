@@ -231,7 +231,7 @@ def test_showing_the_model_a_few_at_a_time_changes_nothing(chunk):
 
 
 def test_particles_of_a_guided_model():
-    settings = Settings(smoothing=Smoothing(4, 1.0, 0), variance=1.15, cap=8.0, strength=0.3)
+    settings = Settings(smoothing=Smoothing(4, 1.0, 0), variance=1.15, cap=8.0, momentum=0.0, strength=0.3)
     guided = RewardGuidance(PlainReward(ring_reward), "shift", settings).attach(model_of(RING, True))
     both, only_particles, only_guidance = (
         particle_run(model, "euler_ancestral", n, groups=256 // n) for model, n in ((guided, 4), (model_of(RING, True), 4), (guided, 1))

@@ -33,7 +33,7 @@ def flow_model():
 
 
 def guidance(function=ring_reward, estimator="shift", start=0.0, end=1.0, report=lambda step: None, **settings):
-    settings = Settings(**{"smoothing": Smoothing(4, 1.0, 0), "variance": 1.15, "cap": 8.0, **settings})
+    settings = Settings(**{"smoothing": Smoothing(4, 1.0, 0), "variance": 1.15, "cap": 8.0, "momentum": 0.0, **settings})
     return RewardGuidance(PlainReward(function), estimator, settings, start, end, report)
 
 
@@ -234,7 +234,7 @@ def test_estimators_agree_with_the_library_outside_comfyui(estimator):
     model = guidance(estimator=estimator).attach(flow_model())
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 8).tolist()
     one = ESTIMATORS[estimator](
-        Flow(), ring_reward, Settings(smoothing=Smoothing(4, 1.0, 0), variance=1.15, cap=8.0), torch.Generator().manual_seed(3)
+        Flow(), ring_reward, Settings(smoothing=Smoothing(4, 1.0, 0), variance=1.15, cap=8.0, momentum=0.0), torch.Generator().manual_seed(3)
     )
     x = comfy.sample.prepare_noise(torch.zeros(64, 2, 1, 1), 3)
     for sigma, following in zip(sigmas, sigmas[1:], strict=False):

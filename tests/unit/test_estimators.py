@@ -26,7 +26,7 @@ def setup(dims, process, sigma, seed=0):
 
 
 def estimator(name, process, reward, **settings):
-    return ESTIMATORS[name](process, reward, Settings(**{"smoothing": PLAIN, "cap": 1e9, **settings}), generator(1))
+    return ESTIMATORS[name](process, reward, Settings(**{"smoothing": PLAIN, "cap": 1e9, "momentum": 0.0, "variance": 1.0, **settings}), generator(1))
 
 
 @pytest.mark.parametrize(("dims", "process", "sigma"), CASES)
