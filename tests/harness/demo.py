@@ -90,7 +90,7 @@ class Stage:
 
 
 def adapt(workflow: Prompt, text: str, strength: float, seed: int) -> Prompt:
-    """The workflow with this prompt, strength and seed, pictures of the stand-in's size, and a counter on the model."""
+    """The workflow with this prompt, strength and seed, the size and the cfg of the stand-in, and a counter on the model."""
     prompt = {node: content | {"inputs": dict(content["inputs"])} for node, content in workflow.items()}
     for content in prompt.values():
         inputs = content["inputs"]
@@ -100,7 +100,7 @@ def adapt(workflow: Prompt, text: str, strength: float, seed: int) -> Prompt:
             inputs.update(width=world.SIDE, height=world.SIDE, batch_size=BATCH)
         elif content["class_type"] == SAMPLER:
             prompt_model = inputs["model"]
-            inputs.update(seed=seed, strength=strength, model=["probe", 0])
+            inputs.update(seed=seed, strength=strength, cfg=1.0, model=["probe", 0])
     return prompt | {"probe": {"class_type": "ProbeModelCalls", "inputs": {"model": prompt_model}}}
 
 
