@@ -54,10 +54,10 @@ class Health:
 
 
 def label(rewards: Tensor, prompts: Tensor, temperature: float) -> tuple[Tensor, Health]:
-    """Rewards (N,) and the prompt (N,) each belongs to -> weights (N,) of mean 1, w ∝ exp((r - m)/(β·std)).
+    """Rewards (N,) and the prompt (N,) each belongs to -> weights (N,) of mean 1, w ∝ exp(r/(β·std)) / E[exp(r/(β·std)) | prompt].
 
-    m is the mean reward of the prompt, shrunk towards that of all by how little is known of it (empirical Bayes); std is the spread
-    within a prompt. Raises GuidanceError where there is nothing to learn.
+    Dividing by a prompt's mean weight changes no minimiser and lets every prompt count alike; of prompts of which little is known it is
+    shrunk towards that of all (empirical Bayes). std is the spread within a prompt. Raises GuidanceError where there is nothing to learn.
     """
     if not temperature > 0:
         raise GuidanceError(f"The temperature must be above 0, not {temperature}; smaller values follow the reward more closely.")
@@ -65,23 +65,34 @@ def label(rewards: Tensor, prompts: Tensor, temperature: float) -> tuple[Tensor,
         raise GuidanceError(f"{bad} of {len(rewards)} rewards are not finite numbers; collect those samples again.")
     rewards = rewards.double()
     _, group, count = torch.unique(prompts, return_inverse=True, return_counts=True)
-    mean = torch.zeros(len(count), dtype=torch.float64).index_add(0, group, rewards) / count
-    within, between = spread(rewards, group, count, mean)
-    if not within > 1e-12 * rewards.abs().max() ** 2:
+    std = spread(rewards, group, count)
+    if not std > 1e-6 * rewards.abs().max():
         raise GuidanceError(f"All {len(rewards)} samples have the same reward for their prompt: there is nothing to learn from them.")
-    trust = between / (between + within / count)
-    centre = rewards.mean() + trust * (mean - rewards.mean())
-    weights = ((rewards - centre[group]) / (within.sqrt() * temperature)).softmax(0) * len(rewards)
+    logits = rewards / (std * temperature)
+    weights = (logits - log_mean_weight(logits, group, count)[group]).softmax(0) * len(rewards)
     effective = float(len(rewards) / weights.square().sum())
-    return weights.float(), Health(len(rewards), len(count), float(rewards.mean()), float(within.sqrt()), effective)
+    return weights.float(), Health(len(rewards), len(count), float(rewards.mean()), float(std), effective)
 
 
-def spread(rewards: Tensor, group: Tensor, count: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance within prompts and between them; of one sample per prompt, all is taken to lie within."""
+def spread(rewards: Tensor, group: Tensor, count: Tensor) -> Tensor:
+    """Standard deviation within prompts; of one sample per prompt, that of all."""
     if len(rewards) == len(count):
-        return rewards.var(correction=min(1, len(rewards) - 1)), torch.zeros(())
-    within = (rewards - mean[group]).square().sum() / (len(rewards) - len(count))
-    return within, ((mean - rewards.mean()).square().mean() - (within / count).mean()).clamp_min(0)
+        return rewards.std(correction=min(1, len(rewards) - 1))
+    mean = torch.zeros_like(count, dtype=rewards.dtype).index_add(0, group, rewards) / count
+    return ((rewards - mean[group]).square().sum() / (len(rewards) - len(count))).sqrt()
+
+
+def log_mean_weight(logits: Tensor, group: Tensor, count: Tensor) -> Tensor:
+    """log E[exp(logit)] of each prompt (P,), shrunk to their mean by the share of its variance that is sampling error."""
+    highest = torch.full((len(count),), -torch.inf, dtype=logits.dtype).scatter_reduce(0, group, logits, "amax")
+    total = torch.zeros_like(highest).index_add(0, group, (logits - highest[group]).exp())
+    found = highest + (total / count).log()
+    if len(logits) == len(count):
+        return found.mean().expand_as(found)
+    relative = (logits - found[group]).exp()  # of mean 1 in each prompt
+    error = (relative - 1).square().sum() / (len(logits) - len(count)) / count
+    between = ((found - found.mean()).square().mean() - error.mean()).clamp_min(0)
+    return torch.lerp(found.mean().expand_as(found), found, between / (between + error))
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,14 @@ def test_prompts_that_are_liked_better_do_not_count_more():
         assert weights[prompts == prompt].mean() == pytest.approx(1, abs=0.15)
 
 
+def test_rare_prompts_do_not_decide_everything():
+    """32 prompts with 8 samples each, of very different rewards: at a low temperature every prompt still has its say."""
+    prompts = torch.arange(256) % 32
+    weights, health = label(torch.randn(256, generator=rng()) + 2 * torch.randn(32, generator=rng(1))[prompts], prompts, 0.3)
+    shares = torch.zeros(32).index_add(0, prompts, weights) / 256
+    assert shares.max() < 0.15 and health.effective > 0.05
+
+
 def test_a_prompt_seen_once_is_compared_with_the_others():
     weights, health = label(torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.arange(4), 1.0)
     assert (weights.diff() > 0).all() and health.prompts == 4
