@@ -3,7 +3,7 @@
 Samples 32 prompts through ComfyUI's own loader and sampler. The truth q(x|c) ∝ p(x|c)·exp(r/β) is a reweighted pool of unguided
 pictures; energy distances are taken per prompt in the held-out encoder's features and averaged. Prints markdown tables.
 
-usage: python tests/bench/shapesworld.py [MODELS_DIR] [--tables estimators,sweep] [--per-prompt 8] [--pool 128]
+usage: python tests/bench/shapesworld.py [MODELS_DIR] [--tables estimators,sweep,smoothing] [--per-prompt 8] [--pool 128]
 """
 
 import argparse
@@ -196,11 +196,13 @@ SWEEP = (
     *(Setting(f"`shift`, variance {v}", options={"variance": v}) for v in (0.0, 1.0)),
     *(Setting(f"`shift`, {low} to {high}", interval=(low, high)) for low, high in ((0.0, 0.6), (0.3, 1.0))),
     Setting("`shift`, every 2", options={"every": 2}),
+)
+SMOOTHING = (
     Setting("`shift`, 4 points, radius 0.3", samples=4),
     Setting("`shift`, 4 points, radius 1", samples=4, radius=1.0),
     Setting("`shift`, 4 points, white noise", samples=4, grid=0),
 )
-TABLES = {"estimators": ESTIMATORS, "sweep": SWEEP}
+TABLES = {"estimators": ESTIMATORS, "sweep": SWEEP, "smoothing": SMOOTHING}
 
 
 def main() -> None:
