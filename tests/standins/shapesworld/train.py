@@ -1,11 +1,12 @@
-"""Trains ShapesWorld from nothing and writes the compact weights. About 75 minutes on two cores with AMX. What is made from the flow
+"""Trains ShapesWorld from nothing and writes the compact weights. About 80 minutes on two cores with AMX. What is made from the flow
 model took longer, on one shared core without AMX: diffusion 31 minutes, pairs 10, one_step 15.
 
 usage: python -m tests.standins.shapesworld.train [--stages autoencoder,flow,rewards,diffusion,pairs,one_step,store,statistics] [--work DIR]
 
 The committed weights were not made in one go: the autoencoder's first 1800 of 3300 steps used a plain error; of the flow model's 12300
 steps the first 2000 used AdamW alone and saw shapes further from the middle, the first 8500 saw smaller small ones; of the diffusion
-model's 3400 steps the first 3000 saw no states on the path from noise alone.
+model's 3400 steps the first 3000 saw no states on the path from noise alone; of the rewards' 2900 and 2400 steps the first 1500 and 1600
+saw plain means of 16 pictures at most.
 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592 halves the
 time of the convolutions. Run nothing else meanwhile: OpenMP threads that share cores wait for each other for minutes.
 """
@@ -430,7 +431,7 @@ def train_reward(kind: str, seed: int, work: Path, steps: int, batch: int = 128,
 
 
 def train_rewards(work: Path) -> None:
-    train_reward("guide", 3, work, steps=1500)
+    train_reward("guide", 3, work, steps=2000)
     train_reward("heldout", 4, work, steps=1600)
 
 
