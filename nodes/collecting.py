@@ -431,8 +431,8 @@ class LoadData(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder: str) -> list:
-        """Samples may have been added."""
-        return [(path.name, path.stat().st_mtime) for path in sorted(folder_named(folder).glob("shard-*.safetensors"))]
+        """Samples may have been added, or the rewards weighted anew."""
+        return [(path.name, path.stat().st_mtime) for path in sorted(folder_named(folder).glob("*")) if path.suffix in (".safetensors", ".json")]
 
 
 NODES = [CollectData, LoadData]

@@ -92,7 +92,7 @@ class ClipImageSimilarity(Reward):
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         if self._reference_features is None:
             with torch.inference_mode(False), torch.no_grad():
-                self._reference_features = self.clip.image_features(self.reference).cpu()
+                self._reference_features = self.clip.image_features(self.reference.to(pixels.device)).cpu()
         features = self.clip.image_features(pixels)
         return (features * self._reference_features.to(features)).sum(1)
 
