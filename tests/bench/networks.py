@@ -173,7 +173,7 @@ def labels(steps: int) -> None:
 
 def normal(seeds: int, steps: int) -> None:
     world = World(NORMAL, reward=lambda latents: -2 * (latents.flatten(1)[:, 0] - 2).square())
-    train = lambda objective, form: lambda seed: world.trained(objective, form, seed, steps=steps, width=16)  # noqa: E731
+    train = lambda objective, form: lambda seed: world.trained(objective, form, seed, steps=steps, width=64)  # noqa: E731
     models = {
         "exact D_q": lambda seed: World(NORMAL_TILTED).model(),
         "network, `weighted`": train("weighted", "correction"),
