@@ -1,4 +1,4 @@
-"""Tabs on every frontend and renderer. Without a browser these tests are skipped, but never in CI."""
+"""Tabs on every frontend and renderer. Without a browser these tests are skipped, but never on GitHub."""
 
 import json
 import os
@@ -13,7 +13,7 @@ def needed(get):
     try:
         return get()
     except browser.MissingError as missing:
-        if os.environ.get("CI"):
+        if os.environ.get("GITHUB_ACTIONS"):
             raise
         pytest.skip(str(missing))
 
