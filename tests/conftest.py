@@ -4,6 +4,7 @@ The name stands for the folder without running its __init__.py, which needs a Co
 its `nodes` must not hide ComfyUI's nodes.py from tests that use ComfyUI in-process.
 """
 
+import os
 import sys
 import types
 from pathlib import Path
@@ -20,3 +21,4 @@ def pytest_configure() -> None:
     import torch
 
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: sums in another order differ in their last bits
