@@ -80,8 +80,7 @@ def run(options: argparse.Namespace) -> None:
     train(fitting)
     if leads():
         save_network(options.out, fitting.network(), fitting.card())
-        if fitting.training.checkpoint and fitting.training.step == plan.steps:
-            fitting.training.checkpoint.unlink(missing_ok=True)
+        fitting.drop_checkpoint()
         log.info("%s\n%s", fitting.report(), options.out)
 
 

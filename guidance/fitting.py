@@ -62,6 +62,15 @@ class Fitting:
     health: Health
     training: Training
 
+    @property
+    def done(self) -> bool:
+        return self.training.step >= self.training.task.plan.steps
+
+    def drop_checkpoint(self) -> None:
+        """A training that is done needs it no more; one that is not goes on from it."""
+        if self.done and self.training.checkpoint is not None:
+            self.training.checkpoint.unlink(missing_ok=True)
+
     def network(self) -> GuidanceNetwork:
         """The best so far, on the CPU."""
         return self.training.result().cpu()
@@ -93,7 +102,7 @@ class Fitting:
             lines.append(f"best at step {step} of {plan.steps}, with a loss of {value:.4f} on samples it was not trained on")
             if plan.objective == "weighted" and value >= 0:
                 lines.append("That is no better than no guidance, whose loss is 0: collect more samples, or raise the temperature.")
-        if done < plan.steps:
+        if not self.done:
             going_on = ", and running it again goes on from there" if self.training.checkpoint else ""
             lines.append(f"stopped at step {done} of {plan.steps}: this is the best network up to there{going_on}")
         return "\n".join([*lines, *self.health.warnings()])

@@ -104,12 +104,9 @@ def first_picture(data: GuidanceData) -> Callable[[Fitting], Image.Image]:
 
 
 def leave_off(fitting: Fitting, node: str) -> None:
-    """A training that is done needs its checkpoint no more; one that is not goes on when it is queued again."""
-    checkpoint = fitting.training.checkpoint
-    if fitting.training.step < fitting.training.task.plan.steps:
-        _stopped[node] += checkpoint is not None
-    elif checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+    """A training that is not done goes on when it is queued again."""
+    fitting.drop_checkpoint()
+    _stopped[node] += not fitting.done and fitting.training.checkpoint is not None
 
 
 class TrainNetwork(io.ComfyNode):

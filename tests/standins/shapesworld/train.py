@@ -255,8 +255,7 @@ def encoded_world(work: Path, n: int, rng: torch.Generator) -> tuple[Tensor, Ten
     asked = world.wishes(n, rng)
     latents = []
     for part in asked.split(256):
-        with fast(), torch.no_grad():
-            latents.append(encoder(world.render(world.depicted(part, rng), rng)).float())
+        latents.append(encode(encoder, world.render(world.depicted(part, rng), rng)))
     return asked, torch.cat(latents)
 
 
