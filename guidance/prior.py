@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .network import Text, column
 from .process import Spherical
-from .training import Batch, generator
+from .randomness import generator
+from .training import Batch
 
 PROCESS = Spherical()
 

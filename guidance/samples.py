@@ -24,7 +24,8 @@ from .files import Base
 from .files import write as write_whole
 from .network import Text, column
 from .process import Process
-from .training import Batch, generator
+from .randomness import generator
+from .training import Batch
 
 SHARD = 32
 

@@ -10,7 +10,6 @@ As E[y|x] = 0 without weights, E[ w·|G|² - 2(w - 1)·y·G ] has the same minim
 
 import copy
 import math
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,14 +24,10 @@ from .errors import GuidanceError
 from .files import write
 from .network import FORMS, Architecture, Denoiser, GuidanceNetwork, Text, column
 from .process import Process
+from .randomness import generator
 
 LOW_SAMPLE_SIZE = 0.1
 """An effective share of samples below which a few lucky ones decide everything."""
-
-
-def generator(*key: int) -> torch.Generator:
-    """A private generator for a key; the CPU's reads 32 bits of its seed."""
-    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
 @dataclass(frozen=True)

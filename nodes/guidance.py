@@ -72,7 +72,7 @@ def tuning_inputs() -> list[io.Input]:
             default=0.05,
             min=0.001,
             max=100.0,
-            step=0.01,
+            step=0.005,
             tooltip="β in exp(reward/β), in units of the reward's typical spread. Lower values insist on the best pictures. 0.03 to 1.",
             **rare,
         ),
@@ -116,7 +116,7 @@ def tuning_inputs() -> list[io.Input]:
             default=1,
             min=1,
             max=100,
-            tooltip="Take a new reward gradient every so many model calls. 1 to 4: more is faster and weaker.",
+            tooltip="Take a new reward gradient every so many times the sampler asks the model. 1 to 4: more is faster and weaker.",
             **rare,
         ),
         io.Combo.Input(
@@ -126,7 +126,7 @@ def tuning_inputs() -> list[io.Input]:
             **rare,
         ),
         io.Int.Input("frames", default=3, min=1, max=64, tooltip="Video: how many evenly spaced frames are scored. 1 to 8.", **rare),
-        io.Vae.Input("vae", optional=True, tooltip="Needed for the decoder 'vae' only."),
+        io.Vae.Input("vae", optional=True, tooltip="The model's VAE, for the decoder 'vae', which 'auto' takes where there is no taesd."),
         held_out_input(),
     ]
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..guidance.errors import GuidanceError
 from ..guidance.particles import Population, ranked
+from ..guidance.randomness import generator
 from .decoders import DECODERS, make_decoder
 from .guidance import HIDDEN, held_out_input, sampler_inputs
 from .reporting import Reporter
@@ -24,8 +25,6 @@ from .selection import CATEGORY
 SAMPLERS = ("euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "exp_heun_2_x0_sde", "seeds_2", "seeds_3", "ddpm", "lcm")
 """They add noise in every step, without which copies stay copies, remember no earlier step, so that a run can be cut into segments, and draw
 noise for intervals that do not overlap (those of dpmpp_sde do)."""
-SALT = 0x5BD1E995
-"""Of the low 32 bits of a seed, all that a CPU generator reads: the noise on the way must not repeat a particle's first noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +136,7 @@ class Swarm:
 
     def __call__(self, latent: dict, seeds: list[int], callback: Callback, report: Callable[[Look], None]) -> tuple[Tensor, list[float]]:
         """The best particles of a latent (M,...) and their standardized rewards. Each begins with the noise of its seed."""
-        population = Population(len(seeds), self.temperature, torch.Generator().manual_seed(seeds[0] ^ SALT), self.resample_below)
+        population = Population(len(seeds), self.temperature, generator(seeds[0]), self.resample_below)
         sampler = comfy.samplers.sampler_object(self.sampling.sampler_name)
         particles = ParticleSampler(
             sampler.sampler_function,
@@ -243,7 +242,7 @@ class ParticlesKSampler(io.ComfyNode):
                     **rare,
                 ),
                 io.Int.Input("frames", default=3, min=1, max=64, tooltip="Video: how many evenly spaced frames are scored. 1 to 8.", **rare),
-                io.Vae.Input("vae", optional=True, tooltip="Needed for the decoder 'vae' only."),
+                io.Vae.Input("vae", optional=True, tooltip="The model's VAE, for the decoder 'vae', which 'auto' takes where there is no taesd."),
                 held_out_input(),
             ],
             outputs=[

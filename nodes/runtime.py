@@ -24,6 +24,7 @@ from ..guidance.files import Base, Card
 from ..guidance.network import FORMS, GuidanceNetwork, Text, column
 from ..guidance.prior import tilted_noise
 from ..guidance.process import Diffusion, Flow, Process
+from ..guidance.randomness import generator
 from ..guidance.rewards import Reward, evaluate, require_prompt
 from .decoders import Decoder
 
@@ -69,7 +70,7 @@ def manage_reward(reward: Reward) -> LoadedReward:
     """Manage a reward's weights, and let interrupts stop it between layers."""
     for module in reward.modules():
         module.register_forward_pre_hook(_stop_if_interrupted)
-    return LoadedReward(reward, (manage(reward),) if any(True for _ in reward.parameters()) else ())
+    return LoadedReward(reward, (manage(reward),) if any(True for _ in chain(reward.parameters(), reward.buffers())) else ())
 
 
 def _stop_if_interrupted(*_) -> None:
@@ -232,6 +233,9 @@ class Run:
     sigmas: Tensor
     serial: int = field(default_factory=lambda: next(_serial))
     model_calls: int = 0
+    judged: Tensor | None = None
+    """The estimate that `series` tells of."""
+    series: dict[str, list[float]] = field(default_factory=dict)
 
     def active(self, sigma: float) -> bool:
         return self.last_sigma < sigma <= self.first_sigma
@@ -311,12 +315,11 @@ class RewardGuidance:
         if not run.active(sigma):
             return denoise(x)
         denoised = self.guide(run, denoise, x, sigma, guider)
-        self.record(run, sigma, denoised)
+        self.record(run, sigma)
         return denoised
 
     def begin(self, model_sampling, model_options: dict, seed: int | None) -> Run:
-        generator = torch.Generator().manual_seed(seed or 0)
-        estimator = ESTIMATORS[self.estimator](process_of(model_sampling), self.reward, self.settings, generator)
+        estimator = ESTIMATORS[self.estimator](process_of(model_sampling), self.reward, self.settings, generator(seed or 0))
         sigmas = model_options.get("transformer_options", {}).get("sample_sigmas", torch.zeros(1))
         return Run(estimator, model_sampling.percent_to_sigma(self.start), model_sampling.percent_to_sigma(self.end), sigmas)
 
@@ -330,11 +333,14 @@ class RewardGuidance:
                 return run.estimator(denoise, x.clone(), sigma)
             return run.estimator(plain_denoise, x, sigma)
 
-    def record(self, run: Run, sigma: float, denoised: Tensor) -> None:
+    def record(self, run: Run, sigma: float) -> None:
+        """Tell of a step. Both rewards are of one estimate, and of the last one where this step took no new gradient."""
+        estimator = run.estimator
+        if estimator.judged is not run.judged:
+            run.judged, run.series = estimator.judged, rewards_of(estimator.judged, estimator.rewards, self.held_out)
         steps = max(len(run.sigmas) - 1, 1)
         step = min(int((run.sigmas > sigma * (1 + 1e-6)).sum()) + 1, steps)
-        series = rewards_of(denoised, run.estimator.rewards, self.held_out)
-        self.report(Step(step=step, steps=steps, series=series, run=run.serial, sigma=sigma, model_calls=run.model_calls))
+        self.report(Step(step=step, steps=steps, series=run.series, run=run.serial, sigma=sigma, model_calls=run.model_calls))
 
 
 @dataclass(frozen=True, eq=False)

@@ -73,7 +73,7 @@ class SelectBest(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="images", tooltip="The chosen pictures, best first."),
+                io.Image.Output(display_name="images", tooltip="The chosen pictures, best first; of videos their frames, one video after the other."),
                 io.Latent.Output(display_name="latents", tooltip="Their latents."),
                 io.Float.Output(display_name="scores", is_output_list=True, tooltip="Standardized rewards, or the scores given."),
                 io.Int.Output(display_name="indices", is_output_list=True, tooltip="Where they were in the batch, from 0."),
@@ -99,16 +99,17 @@ class SelectBest(io.ComfyNode):
         vae: list[Any] | None = None,
     ) -> io.NodeOutput:
         latent = joined(latents) if latents else None
-        if images is None and latent is not None and vae is not None:
-            images = [decode(vae[0], latent["samples"]).flatten(0, 1)]
-        values = torch.tensor(scores).flatten() if scores is not None else scored(images, reward, prompt)
-        pictures = None if images is None else torch.cat(same_size(images))
-        counts = {"scores": values, "pictures": pictures, "latents": None if latent is None else latent["samples"]}
+        batches = None if images is None else [batch.unsqueeze(1) for batch in images]
+        if batches is None and latent is not None and vae is not None:
+            batches = [decode(vae[0], latent["samples"])]
+        values = torch.tensor(scores).flatten() if scores is not None else scored(batches, reward, prompt)
+        clips = None if batches is None else torch.cat(same_size(batches))
+        counts = {"scores": values, "pictures": clips, "latents": None if latent is None else latent["samples"]}
         require_one_each({name: len(each) for name, each in counts.items() if each is not None})
         chosen = best(values, keep[0]) if choose[0] == "best" else at_least(values, threshold[0])
         kept = None if latent is None else rows(latent, chosen)
         return io.NodeOutput(
-            nothing_for("images") if pictures is None else pictures[chosen],
+            nothing_for("images") if clips is None else clips[chosen].flatten(0, 1),
             nothing_for("latents") if kept is None else kept,
             values[chosen].tolist(),
             chosen,
@@ -116,21 +117,21 @@ class SelectBest(io.ComfyNode):
         )
 
 
-def scored(images: list[Tensor] | None, reward: list[LoadedReward] | None, prompts: list[str]) -> Tensor:
-    """Standardized rewards of every picture; of a list of prompts, each serves one entry of the list of pictures."""
-    if images is None:
+def scored(batches: list[Tensor] | None, reward: list[LoadedReward] | None, prompts: list[str]) -> Tensor:
+    """Standardized rewards of every picture or video; of a list of prompts, each serves one entry of the list of clips (N,T,H,W,C)."""
+    if batches is None:
         raise GuidanceError("Select Best has nothing to score: connect images, or latents and their vae, or scores.")
     if reward is None:
         raise GuidanceError("Select Best has nothing to choose by: connect a reward or scores.")
-    paired = [(batch, prompts[min(i, len(prompts) - 1)]) for i, batch in enumerate(images)]
-    return torch.cat([score(batch.unsqueeze(1), reward[0], prompt) for batch, prompt in paired])
+    paired = [(clips, prompts[min(i, len(prompts) - 1)]) for i, clips in enumerate(batches)]
+    return torch.cat([score(clips, reward[0], prompt) for clips, prompt in paired])
 
 
-def same_size(images: list[Tensor]) -> list[Tensor]:
-    sizes = {tuple(batch.shape[1:3]) for batch in images}
+def same_size(batches: list[Tensor]) -> list[Tensor]:
+    sizes = {tuple(clips.shape[2:4]) for clips in batches}
     if len(sizes) > 1:
         raise GuidanceError(f"Pictures of different sizes cannot be chosen among: {sorted(sizes)}. Bring them to one size first.")
-    return images
+    return batches
 
 
 def require_one_each(counts: dict[str, int]) -> None:

@@ -29,7 +29,7 @@ class Settings:
     cap: float = 0.5
     """Largest RMS of the shift of x, in units of the noise; per sample."""
     every: int = 1
-    """Model calls between two reward gradients; the last one is reused in between."""
+    """Questions of the sampler from one reward gradient to the next; the last one is reused in between."""
     variance: float = 0.2
     """Per-element variance of the data as far as it is open: latents are scaled to about 1, but most of a picture follows from little of it."""
 
@@ -55,12 +55,23 @@ class Estimator:
         self.settings = settings
         self.generator = generator
         self.gradient: Tensor | None = None
+        self.judged = torch.empty(0)
+        """The estimate (B,...) at which the last gradient was taken."""
         self.rewards = torch.empty(0)
+        """Its rewards (B,)."""
         self.calls = 0
 
     def __call__(self, denoise: Denoiser, x: Tensor, sigma: float) -> Tensor:
         """D_q(x, σ), shape of x."""
-        return self.watch(denoise, x, sigma) if self.process.scale(sigma) < self.min_scale else self.guide(denoise, x, sigma)
+        step = self.watch if self.process.scale(sigma) < self.min_scale else self.guide
+        tilted = step(denoise, x, sigma)
+        self.calls += 1
+        return tilted
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a new gradient."""
+        return self.gradient is None or self.calls % self.settings.every == 0
 
     def watch(self, denoise: Denoiser, x: Tensor, sigma: float) -> Tensor:
         """D(x, σ), whose reward gradient is taken for the calls to come."""
@@ -73,13 +84,13 @@ class Estimator:
         raise NotImplementedError
 
     def refresh(self, denoised: Tensor, sigma: float) -> None:
-        """Update `gradient`, g = ∇_D log mean_k exp(r(D + radius·s·ξ_k)/β), and `rewards`, at the untilted D."""
-        if self.calls % self.settings.every == 0 or self.gradient is None:
+        """Update `gradient`, g = ∇_D log mean_k exp(r(D + radius·s·ξ_k)/β), `judged` and `rewards`, at the untilted D."""
+        if self.due:
             std = self.process.posterior_variance(sigma, self.settings.variance) ** 0.5
             offsets = self.settings.smoothing.offsets(denoised, std, self.generator)
             fresh, self.rewards = tilt_gradient(self.reward, denoised, offsets, self.settings.temperature)
+            self.judged = denoised
             self.gradient = fresh if self.gradient is None else torch.lerp(fresh, self.gradient, self.settings.momentum)
-        self.calls += 1
 
     def capped_gradient(self, sigma: float) -> Tensor:
         """strength·g, limited so that the shift of x has at most `cap` times the noise's RMS."""

@@ -8,10 +8,11 @@ from .base import Estimator
 
 
 class ShiftTwoPass(Estimator):
-    """Two model calls: one to find g, one at the shifted point."""
+    """Two model calls: one to find g where it is due, one at the shifted point."""
 
     def guide(self, denoise, x, sigma):
-        self.refresh(denoise(x), sigma)
+        if self.due:
+            self.refresh(denoise(x), sigma)
         return denoise(x + self.process.shift_gain(sigma) * self.capped_gradient(sigma))
 
 

@@ -60,6 +60,18 @@ def test_an_8k_picture_is_scored_by_a_clip(tmp_path):
         assert score_images(torch.rand(1, 4320, 7680, 3), loaded, "a cat").isfinite().all()
 
 
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_reward_is_managed_for_whatever_tensors_it_has(persistent):
+    """Of parameters, or of buffers alone."""
+    reward = Counting()
+    assert manage_reward(reward).patchers == ()
+    reward.register_buffer("target", torch.ones(3), persistent)
+    (patcher,) = manage_reward(reward).patchers
+    assert patcher.model is reward
+    patcher.partially_load(torch.device("meta"))
+    assert reward.target.device.type == "meta"
+
+
 def test_parts_are_scored_once():
     first, second = Counting(), Counting()
     parts = score_parts(torch.rand(3, 8, 8, 3), LoadedReward(CombinedReward([first, second], [1, 2])), "")

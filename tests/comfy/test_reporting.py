@@ -45,6 +45,17 @@ def test_a_held_out_reward_is_told_and_not_followed(bench, guide):
         assert held_out != step["series"]["reward"]
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_both_rewards_are_of_the_same_estimate(bench, every):
+    """The reward itself, held out, is told to be what it is."""
+    guide = one_box(decoder="latent_rgb", held_out=statistic("brightness", "other"), every=every, strength=4.0)
+    shown = bench.run(latents("sd3", guide, seed=next(SEEDS), steps=5)).of(EVENT)
+    series = [step["series"] for step in shown]
+    for step in series:
+        assert step["reward/held-out"] == pytest.approx(step["reward"], abs=1e-5)
+    assert len({tuple(step["reward"]) for step in series}) == (5 if every == 1 else 3)
+
+
 def test_best_of_n_tells_of_the_best_so_far(bench):
     shown = bench.run(latents("sd3", GUIDES["best of n"](), seed=next(SEEDS))).of(EVENT)
     scores = [step["series"]["reward"][0] for step in shown]

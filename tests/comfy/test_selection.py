@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from reward_guidance.tests.harness.graphs import FAMILIES, Graph
@@ -366,6 +367,24 @@ def test_a_stock_batch_has_no_seeds(bench):
     result = bench.run(showing(prompt, "select"))
     assert numbers(result, "seeds", "select") == [-1, -1]
     assert set(numbers(result, "indices", "select")) < {0, 1, 2}
+
+
+def test_videos_are_chosen_whole(bench):
+    """Each is one candidate, scored by the mean over its frames, and comes out as all of them."""
+    prompt = latents("wan", stock, batch=3, seed=next(SEEDS))
+    prompt["reward"] = {"class_type": "RewardGuidanceImageStatistic", "inputs": {"statistic": "brightness"}}
+    inputs = {"latents": ["sampler", 0], "vae": FAMILIES["wan"].vae, "reward": ["reward", 0], "keep": 2}
+    prompt["select"] = {"class_type": "RewardGuidanceSelectBest", "inputs": inputs}
+    for name, link in (("decoded", {"samples": ["sampler", 0]}), ("expected", {"samples": ["select", 1]})):
+        prompt[name] = {"class_type": "VAEDecode", "inputs": {**link, "vae": FAMILIES["wan"].vae}}
+    for name, link in (("all", ["decoded", 0]), ("shown", ["select", 0]), ("again", ["expected", 0])):
+        prompt[name] = {"class_type": "SaveImage", "inputs": {"images": link, "filename_prefix": "test"}}
+    result = bench.run(showing(prompt, "select"))
+    every, shown, again = ([np.asarray(image, float) for image in bench.client.images(result, name)] for name in ("all", "shown", "again"))
+    means = np.array(every).reshape(3, -1).mean(1)
+    assert numbers(result, "indices", "select") == np.argsort(-means)[:2].tolist()
+    assert len(shown) == len(every) * 2 // 3
+    assert np.array_equal(shown, again)
 
 
 # Bad input

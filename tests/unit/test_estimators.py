@@ -134,6 +134,15 @@ def test_every_reuses_and_momentum_blends_gradients():
         assert one.gradient.flatten().tolist() == pytest.approx([expected] * 3)
 
 
+def test_two_passes_ask_twice_only_where_a_gradient_is_due():
+    _, denoise, x, direction = setup(2, Flow(), 0.5)
+    asked = []
+    one = estimator("shift_two_pass", Flow(), lambda point: point @ direction, every=3)
+    for _ in range(7):
+        one(lambda point: asked.append(1) or denoise(point), x, 0.5)
+    assert len(asked) == 7 + 3
+
+
 def test_smoothed_gradient_is_the_gradient_of_the_log_mean_exponential():
     g = generator()
     point = torch.randn(2, 3, generator=g, dtype=torch.float64)
