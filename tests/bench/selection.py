@@ -1,0 +1,113 @@
+"""What choosing among samples and steering them buys on ShapesWorld, against model calls; the two together too.
+
+As in shapesworld.py: 256 pictures of 32 prompts, judged by the reward, the held-out reward and the oracle. Everything has the nodes' default
+settings but the temperature, which is that of the truth. A method that keeps one of n samples keeps the one with the highest reward.
+Prints a markdown table and draws output/selection.png, held-out reward against model calls per step.
+
+usage: python tests/bench/selection.py [MODELS_DIR] [--network FILE]
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness.inprocess import load_comfyui
+
+load_comfyui()
+
+import comfy.sample
+import comfy.samplers
+import torch
+from bench.shapesworld import BatchReward, Bench, Pictures, World
+from comfy.model_patcher import ModelPatcher
+from harness.chart import draw_chart
+from reward_guidance.guidance.estimators import Settings
+from reward_guidance.guidance.files import load_network
+from reward_guidance.guidance.particles import Population, ranked
+from reward_guidance.guidance.randomness import generator
+from reward_guidance.nodes.particles import ParticleSampler
+from reward_guidance.nodes.runtime import NetworkGuidance, RewardGuidance, manage_network
+from reward_guidance.tests.harness.models import shapesworld
+from torch import Tensor
+
+PICTURE = Path(__file__).parents[2] / "output" / "selection.png"
+
+
+class Contest:
+    """Methods and what they cost."""
+
+    def __init__(self, bench: Bench):
+        self.bench, self.world = bench, bench.world
+        self.curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+
+    def add(self, method: str, name: str, pictures: Pictures, calls: int) -> None:
+        row = self.bench.add(name, pictures, str(calls))
+        self.curves[method].append((calls, row["heldout"]))
+
+    def best_of(self, method: str, model: ModelPatcher, counts: tuple[int, ...], names: Callable[[int], str]) -> None:
+        """Of as many seeds by the same model."""
+        seeds = range(max(counts))
+        drawn = [Pictures.of(self.world, self.world.sample(model, self.bench.per_prompt, seed)) for seed in seeds]
+        for n in counts:
+            self.add(method, names(n), Pictures.best(drawn[:n]), n)
+
+    def particles(self, n: int) -> None:
+        """One picture from each of as many populations as there are pictures."""
+        drawn = [Pictures.of(self.world, self.population(n, seed)) for seed in range(self.bench.per_prompt)]
+        together = Pictures(*(torch.cat([getattr(part, name) for part in drawn], 1) for name in Pictures.__annotations__))
+        self.add("particles", f"particles, {n}", together, n)
+
+    def population(self, n: int, seed: int) -> Tensor:
+        """The best of n particles for each prompt (prompts,16,8,8)."""
+        world, pipeline = self.world, self.world.pipeline
+        model, prompts = pipeline.model, world.repeated_prompts(n)
+        sampler = comfy.samplers.sampler_object(world.sampler)
+        particles = ParticleSampler(
+            sampler.sampler_function, BatchReward(world, n), Population(n, self.bench.temperature, generator(seed)), every=4
+        )
+        sampler.sampler_function = particles
+        sigmas = comfy.samplers.KSampler(model, world.steps, "cpu", world.sampler, "simple", model_options=model.model_options).sigmas
+        empty = torch.zeros(len(prompts), 16, 8, 8)
+        with torch.inference_mode():
+            noise, conditions = comfy.sample.prepare_noise(empty, seed), pipeline.conditions(prompts)
+            out = comfy.sample.sample_custom(model, noise, world.cfg, sampler, sigmas, *conditions, empty, disable_pbar=True, seed=seed)
+        groups = zip(particles.rows.view(-1, n) % n, particles.rewards.view(-1, n).tolist(), strict=True)
+        first = torch.tensor([ranked(rows, rewards)[0] for rows, rewards in groups])
+        return model.model.process_latent_in(out).unflatten(0, (-1, n))[torch.arange(len(first)), first]
+
+
+def best_of(method: str) -> Callable[[int], str]:
+    return lambda n: f"{method}, best of {n}" if n > 1 else method
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
+    parser.add_argument("--network", type=Path, help="a guidance network for the flow model")
+    parser.add_argument("--per-prompt", type=int, default=8)
+    parser.add_argument("--pool", type=int, default=128)
+    parser.add_argument("--most", type=int, default=16, help="samples to choose among, and particles")
+    parser.add_argument("--temperature", type=float, default=0.05)
+    arguments = parser.parse_args()
+    world = World(arguments.models or shapesworld(), cfg=1.0, steps=30, sampler="euler_ancestral")
+    bench = Bench(world, arguments.per_prompt, arguments.pool, arguments.temperature, candidates=0)
+    bench.references()
+    contest, model = Contest(bench), world.pipeline.model
+    contest.best_of("best of N", model, tuple(n for n in (1, 2, 4, 8, 16) if n <= arguments.most), lambda n: f"best of {n}" if n > 1 else "unguided")
+    for n in (4, 16):
+        if n <= arguments.most:
+            contest.particles(n)
+    guidance = RewardGuidance(BatchReward(world, bench.per_prompt), "shift", Settings(temperature=bench.temperature))
+    contest.best_of("guidance", guidance.attach(model), (1, 2, 4), best_of("guidance"))
+    if arguments.network:
+        contest.best_of("network", NetworkGuidance(manage_network(*load_network(arguments.network))).attach(model), (1, 2, 4), best_of("network"))
+    PICTURE.parent.mkdir(exist_ok=True)
+    draw_chart("Held-out reward against cost", "model calls per step", contest.curves, logarithmic=True).save(PICTURE)
+    print(f"\n{PICTURE.name} is drawn.")
+
+
+if __name__ == "__main__":
+    main()
