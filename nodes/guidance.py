@@ -89,7 +89,7 @@ def tuning_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="Where in the sampling guidance starts, as a share of it. 0 to 0.3.",
+            tooltip="Where guidance starts, on the way from noise (0) to the picture (1). 0 to 0.3.",
             **rare,
         ),
         io.Float.Input(
@@ -98,7 +98,7 @@ def tuning_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="Where in the sampling guidance ends, as a share of it. 0.6 to 1.",
+            tooltip="Where guidance ends, on the way from noise (0) to the picture (1). 0.6 to 1.",
             **rare,
         ),
         io.Int.Input("smoothing", default=0, min=0, max=64, tooltip="Points around the estimate whose gradients are averaged; 0 to 8.", **rare),

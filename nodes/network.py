@@ -35,8 +35,8 @@ def strength_input() -> io.Input:
 def interval_inputs(what: str) -> list[io.Input]:
     common = {"min": 0.0, "max": 1.0, "step": 0.01, "advanced": True}
     return [
-        io.Float.Input("start_percent", default=0.0, tooltip=f"Where in the sampling {what} starts, as a share of it. 0 to 0.3.", **common),
-        io.Float.Input("end_percent", default=1.0, tooltip=f"Where in the sampling {what} ends, as a share of it. 0.7 to 1.", **common),
+        io.Float.Input("start_percent", default=0.0, tooltip=f"Where {what} starts, on the way from noise (0) to the picture (1). 0 to 0.3.", **common),
+        io.Float.Input("end_percent", default=1.0, tooltip=f"Where {what} ends, on the way from noise (0) to the picture (1). 0.7 to 1.", **common),
     ]
 
 

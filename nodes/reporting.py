@@ -81,8 +81,10 @@ class Reporter:
 def running_workflow() -> str | None:
     """The id of the workflow whose prompt is being executed."""
     running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
-    extra_data = running[0][3] if running else {}
-    return ((extra_data.get("extra_pnginfo") or {}).get("workflow") or {}).get("id")
+    found = running[0][3] if running else None
+    for name in ("extra_pnginfo", "workflow", "id"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def serve_steps() -> None:

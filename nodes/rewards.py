@@ -178,7 +178,7 @@ class ImageSimilarityReward(io.ComfyNode):
             node_id="RewardGuidanceImageSimilarity",
             display_name="Image Similarity Reward",
             category=CATEGORY,
-            description="Rewards likeness to a reference picture: in layout and colour, or in meaning if a CLIP reward is connected.",
+            description="Rewards likeness to a reference picture: in colour or structure, or in meaning, as a connected CLIP sees it.",
             search_aliases=["likeness", "reference image", "image prompt"],
             inputs=[
                 io.Image.Input("image", tooltip="The reference. Of a batch, the first picture is used."),

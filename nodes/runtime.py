@@ -1,9 +1,10 @@
 """The only place that knows inference mode, model patchers and the hooks of ComfyUI's samplers."""
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import Any, cast
@@ -124,13 +125,14 @@ def as_here(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @contextmanager
 def differentiable_model(*models: nn.Module) -> Iterator[None]:
     """Inside, autograd also works through a diffusion model: pure torch kernels, in-place updates of saved tensors allowed."""
-    before = comfy.model_management.in_training
+    within_another = comfy.model_management.in_training
+    mutation = nullcontext() if within_another else torch.autograd.graph.allow_mutation_on_saved_tensors()  # which cannot be nested
     comfy.model_management.in_training = True
     try:
-        with normal_weights(*models), torch.autograd.graph.allow_mutation_on_saved_tensors():
+        with normal_weights(*models), mutation:
             yield
     finally:
-        comfy.model_management.in_training = before
+        comfy.model_management.in_training = within_another
 
 
 def process_of(model_sampling) -> Process:
@@ -150,6 +152,8 @@ class LatentReward:
 
     def __init__(self, loaded: LoadedReward, decoder: Decoder, prompt: str, frames: int = 3):
         require_prompt(loaded.reward, [prompt])
+        if frames < 1:
+            raise GuidanceError(f"At least 1 frame of a video must be scored, not {frames}.")
         self.loaded = loaded
         self.decoder = decoder
         self.prompt = prompt
@@ -234,16 +238,20 @@ class Run:
     serial: int = field(default_factory=lambda: next(_serial))
     model_calls: int = 0
     judged: Tensor | None = None
-    """The estimate that `series` tells of."""
-    series: dict[str, list[float]] = field(default_factory=dict)
+    """The estimate whose rewards were told last."""
 
     def active(self, sigma: float) -> bool:
         return self.last_sigma < sigma <= self.first_sigma
 
 
 def require_order(start: float, end: float) -> None:
-    if start > end:
+    if not start <= end:
         raise GuidanceError(f"Guidance starts at {start} and ends at {end}: the start must not lie after the end.")
+
+
+def refuse_empty(noise: Tensor) -> None:
+    if 0 in noise.shape:
+        raise GuidanceError(f"The latent is empty, of shape {tuple(noise.shape)}: there is nothing to sample.")
 
 
 def refuse_streams(latent_shapes: Sequence | None) -> None:
@@ -291,13 +299,23 @@ class RewardGuidance:
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, latent_shapes=None, **kwargs):
         """Begin with clean state and forget it at the end, however the run ends."""
+        refuse_empty(noise)
         refuse_streams(latent_shapes)
         guider = executor.class_obj
         self.runs.pop(guider, None)
         try:
-            return executor(noise, latent_image, sampler, sigmas, *args, latent_shapes=latent_shapes, **kwargs)
+            out = executor(noise, latent_image, sampler, sigmas, *args, latent_shapes=latent_shapes, **kwargs)
+            self.warn_of_nothing(self.runs.get(guider))
+            return out
         finally:
             self.runs.pop(guider, None)
+
+    def warn_of_nothing(self, run: Run | None) -> None:
+        if run is None or not run.estimator.moved:
+            logging.warning(
+                f"Reward guidance changed nothing: of {self.start:g} to {self.end:g} of the way from noise, this sampling has too few steps. "
+                "The first of them only finds the direction, and with a denoise below 1 the sampling begins later on the way."
+            )
 
     def predict_noise(self, executor, x, timestep, model_options=None, seed=None):
         """D -> D_q for one model call."""
@@ -334,13 +352,16 @@ class RewardGuidance:
             return run.estimator(plain_denoise, x, sigma)
 
     def record(self, run: Run, sigma: float) -> None:
-        """Tell of a step. Both rewards are of one estimate, and of the last one where this step took no new gradient."""
+        """Tell of a step that looked at the rewards; both of them judge the same estimate."""
         estimator = run.estimator
-        if estimator.judged is not run.judged:
-            run.judged, run.series = estimator.judged, rewards_of(estimator.judged, estimator.rewards, self.held_out)
+        if estimator.judged is run.judged:
+            return
+        run.judged = estimator.judged
         steps = max(len(run.sigmas) - 1, 1)
-        step = min(int((run.sigmas > sigma * (1 + 1e-6)).sum()) + 1, steps)
-        self.report(Step(step=step, steps=steps, series=run.series, run=run.serial, sigma=sigma, model_calls=run.model_calls))
+        # Some samplers begin a little below the first sigma.
+        step = min(int((run.sigmas > sigma * (1 + 1e-3)).sum()) + 1, steps)
+        series = rewards_of(estimator.judged, estimator.rewards, self.held_out)
+        self.report(Step(step=step, steps=steps, series=series, run=run.serial, sigma=sigma, model_calls=run.model_calls))
 
 
 @dataclass(frozen=True, eq=False)

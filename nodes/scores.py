@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from textwrap import shorten
 
 from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
@@ -80,7 +81,7 @@ def column(reward: Reward, scores: Tensor) -> Column:
 def unread(reward: Reward, prompt: str) -> str:
     if isinstance(reward, CombinedReward) or not (end := reward.unread(prompt)):
         return ""
-    return f"{reward.name} reads only the beginning of the prompt; it does not see: {end}"
+    return f"{reward.name} reads only the beginning of the prompt; it does not see: {shorten(end, 100, placeholder=' ...')}"
 
 
 def table(columns: Sequence[Column]) -> str:

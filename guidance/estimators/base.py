@@ -36,8 +36,13 @@ class Settings:
     def __post_init__(self):
         if not self.temperature > 0:
             raise GuidanceError(f"The temperature must be above 0, not {self.temperature}; smaller values follow the reward more closely.")
-        if self.every < 1 or not 0 <= self.momentum < 1 or self.cap < 0 or self.strength < 0:
-            raise GuidanceError("Guidance needs every >= 1, 0 <= momentum < 1, cap >= 0 and strength >= 0.")
+        for name in ("strength", "cap", "variance"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise GuidanceError(f"The {name} must be a number of at least 0, not {getattr(self, name)}.")
+        if not 0 <= self.momentum < 1:
+            raise GuidanceError(f"The momentum must be at least 0 and below 1, not {self.momentum}.")
+        if self.every < 1:
+            raise GuidanceError(f"A new gradient can be taken every 1, 2, ... times the model is asked, not every {self.every}.")
 
 
 class Estimator:
@@ -60,6 +65,8 @@ class Estimator:
         self.rewards = torch.empty(0)
         """Its rewards (B,)."""
         self.calls = 0
+        self.moved = False
+        """Whether any answer was tilted yet."""
 
     def __call__(self, denoise: Denoiser, x: Tensor, sigma: float) -> Tensor:
         """D_q(x, σ), shape of x."""
@@ -95,6 +102,7 @@ class Estimator:
     def capped_gradient(self, sigma: float) -> Tensor:
         """strength·g, limited so that the shift of x has at most `cap` times the noise's RMS."""
         assert self.gradient is not None
+        self.moved = True
         gradient = self.settings.strength * self.gradient
         largest = self.settings.cap * self.process.noise_std(sigma) / self.process.shift_gain(sigma)
         rms = gradient.flatten(1).pow(2).mean(1).sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)

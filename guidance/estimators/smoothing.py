@@ -1,5 +1,6 @@
 """Points around the denoised estimate at which the reward's gradient is averaged."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,8 @@ class Smoothing:
     grid: int = 4
 
     def __post_init__(self):
-        if self.samples < 0 or self.radius < 0 or self.grid < 0:
-            raise GuidanceError("Smoothing needs samples, radius and grid of at least 0.")
+        if self.samples < 0 or self.grid < 0 or not 0 <= self.radius < math.inf:
+            raise GuidanceError(f"Smoothing needs points, a radius and a grid of at least 0, not {self.samples}, {self.radius} and {self.grid}.")
 
     def offsets(self, like: Tensor, std: float, generator: torch.Generator) -> list[Tensor]:
         """k tensors of the shape of `like` (B,C,...), drawn from a private CPU generator."""

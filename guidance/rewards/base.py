@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from textwrap import shorten
 from typing import Generic, TypeVar
 
 import torch
@@ -71,7 +72,7 @@ class PromptMemory(Generic[K, V]):
 def warn_of_unread(reward: Reward, prompts: Iterable[str]) -> None:
     for prompt in prompts:
         if unread := reward.unread(prompt):
-            log.warning("%s reads only the beginning of a prompt; it does not see: %s", reward.name, unread)
+            log.warning("%s reads only the beginning of a prompt; it does not see: %s", reward.name, shorten(unread, 100, placeholder=" ..."))
 
 
 def at_least_float32(pixels: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -101,7 +102,10 @@ def shapes(file: Path) -> Shapes:
 
 
 def summary(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    """An error in a line; of PyTorch's lists of keys only the first."""
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    listed = re.search(r"(?:Missing|Unexpected) key\(s\) in state_dict: \"[^\"]+\"|size mismatch for [^.]+[^:]*", words)
+    return listed[0] if listed else shorten(words, 200, placeholder=" ...")
 
 
 def _weights_file(path: Path) -> Path:
@@ -140,7 +144,7 @@ def _read_one(file: Path) -> tuple[StateDict, dict[str, str], tuple[str, ...]]:
     if start[8:9] == b"{":
         return *_read_safetensors(file), ()
     if start.startswith((b"PK", b"\x80")):
-        state, wrapper = _unwrap(_read_checkpoint(file))
+        state, wrapper = _unwrap(_read_checkpoint(file, bare_pickle=start.startswith(b"\x80")))
         return state, {}, wrapper
     raise RewardError(f"{file.name} is neither a safetensors file nor a PyTorch checkpoint; download it again.")
 
@@ -153,7 +157,7 @@ def _read_safetensors(file: Path) -> tuple[StateDict, dict[str, str]]:
         raise RewardError(f"{file.name} is damaged or only half downloaded; download it again.") from error
 
 
-def _read_checkpoint(file: Path) -> Any:
+def _read_checkpoint(file: Path, bare_pickle: bool) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -161,6 +165,8 @@ def _read_checkpoint(file: Path) -> Any:
             raise RewardError(f"{file.name} contains code ({code[1]}), which is not run; use a safetensors version of it.") from error
         if "TorchScript" in str(error):
             raise RewardError(f"{file.name} is a TorchScript program, which is not run; use a safetensors version of it.") from error
+        if bare_pickle:
+            raise RewardError(f"{file.name} is damaged, or a pickle with code, which is not run; use a safetensors version of it.") from error
         raise RewardError(f"{file.name} is damaged or only half downloaded; download it again.") from error
 
 

@@ -65,10 +65,18 @@ class RunsCode:
         return os.mkdir, (self.folder,)
 
 
-@pytest.mark.parametrize("save", [lambda thing, path: path.write_bytes(pickle.dumps(thing, 2)), torch.save], ids=["bare", "checkpoint"])
-def test_reward_file_with_code_does_not_run_it(refused, reward_folder, tmp_path, save):
+def pickled(protocol):
+    return lambda thing, path: path.write_bytes(pickle.dumps(thing, protocol))
+
+
+@pytest.mark.parametrize(
+    ("save", "words"),
+    [(pickled(2), "code.pt contains code"), (pickled(5), "a pickle with code, which is not run"), (torch.save, "code.pt contains code")],
+    ids=["protocol 2", "protocol 5", "checkpoint"],
+)
+def test_reward_file_with_code_does_not_run_it(refused, reward_folder, tmp_path, save, words):
     save(RunsCode(str(tmp_path / "code_was_run")), reward_folder / "code.pt")
-    refused("flux", "code.pt contains code", reward=reward_file("code.pt"))
+    refused("flux", words, reward=reward_file("code.pt"))
     assert not (tmp_path / "code_was_run").exists()
 
 
@@ -197,6 +205,11 @@ def test_likeness_in_meaning_without_a_clip(refused):
 @pytest.mark.parametrize("colour", ["", "blue", "#12", "#gggggg"])
 def test_colour_that_is_none(refused, colour):
     refused("flux", "A colour is written as #rrggbb", reward=statistic("colour", colour=colour))
+
+
+@pytest.mark.parametrize("value", [0, -2])
+def test_frames_that_make_no_sense(refused, value):
+    refused("wan", "At least 1 frame of a video must be scored", frames=lambda graph: graph.add("number", "PrimitiveInt", value=value))
 
 
 @pytest.mark.parametrize("frames", [1, 2, 64])

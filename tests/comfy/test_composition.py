@@ -171,17 +171,18 @@ def test_fp8_weights(bench, family, estimator):
     assert distance(guided, plain) > 1e-3
 
 
-def test_two_guidances_in_a_chain(bench):
+@pytest.mark.parametrize("estimator", ["shift", "jacobian"])
+def test_two_guidances_in_a_chain(bench, estimator):
     def chain(graph, inputs):
-        first = guided_model(graph, inputs["model"], "first", **FREE)
-        second = guided_model(graph, first, "second", reward=statistic("contrast", "other"), **FREE)
+        first = guided_model(graph, inputs["model"], "first", estimator=estimator, **FREE)
+        second = guided_model(graph, first, "second", reward=statistic("contrast", "other"), estimator=estimator, **FREE)
         return stock(graph, inputs | {"model": second})
 
     result = bench.run(latents("flux", chain, count_calls=True))
     assert result.model_calls == 2
     assert [step["node"] for step in result.of("reward_guidance.step")].count("first") == 2
     assert [step["node"] for step in result.of("reward_guidance.step")].count("second") == 2
-    for alone in (two_nodes(**FREE), two_nodes(reward=statistic("contrast"), **FREE)):
+    for alone in (two_nodes(estimator=estimator, **FREE), two_nodes(reward=statistic("contrast"), estimator=estimator, **FREE)):
         assert distance(bench.latent(result), bench.sample("flux", alone)) > 1e-3
 
 

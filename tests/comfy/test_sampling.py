@@ -97,6 +97,30 @@ def test_guidance_acts_only_inside_its_interval():
     assert min(sigmas) > sampling.percent_to_sigma(0.75)
 
 
+@pytest.mark.parametrize(
+    ("sampling", "options", "warned"),
+    [
+        ({}, {}, False),
+        ({"steps": 1}, {}, True),
+        ({"denoise": 0.3}, {"end": 0.6}, True),
+        ({"denoise": 0.3}, {}, False),
+        ({}, {"start": 0.999}, True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("estimator", ["shift", "jacobian"])
+def test_where_nothing_is_guided_it_says_so(caplog, estimator, sampling, options, warned):
+    model = flow_model()
+    same = torch.equal(sample(model, **sampling), sample(guidance(estimator=estimator, **options).attach(model), **sampling))
+    assert same == warned
+    assert ("Reward guidance changed nothing" in caplog.text) == warned
+
+
+def test_an_empty_latent_is_refused():
+    with pytest.raises(GuidanceError, match="latent is empty"):
+        sample(guidance().attach(flow_model()), latent=torch.zeros(0, 2, 1, 1))
+
+
 def test_a_second_run_starts_from_clean_state():
     model = guidance().attach(flow_model())
     first = sample(model, seed=1)
@@ -171,6 +195,14 @@ def test_steps_are_counted_once_however_often_the_model_is_called(sampler):
     assert [step.step for step in seen] == sorted(step.step for step in seen)
     assert seen[-1].step == seen[-1].steps == 6
     assert seen[-1].model_calls == len(seen)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde", "dpmpp_3m_sde", "er_sde", "sa_solver"])
+@pytest.mark.parametrize("flow", [True, False], ids=["flow", "diffusion"])
+def test_every_step_has_its_number(sampler, flow):
+    seen = []
+    sample(guidance(report=seen.append).attach(analytic_model(RING, Flow() if flow else Diffusion(), flow, 3.0)), sampler, steps=5)
+    assert [step.step for step in seen] == [1, 2, 3, 4, 5]
 
 
 def restart_sampler():

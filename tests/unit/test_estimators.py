@@ -56,6 +56,18 @@ def test_jacobian_equals_finite_differences(dims, process, sigma):
     assert (guided - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+@pytest.mark.parametrize(("dims", "process", "sigma"), CASES)
+def test_one_jacobian_within_another_adds_both_tilts(dims, process, sigma):
+    _, denoise, x, direction = setup(dims, process, sigma)
+    other = torch.randn(dims, generator=generator(7), dtype=torch.float64)
+    inner, outer, both = (
+        estimator("jacobian", process, lambda point, slope=slope: point @ slope) for slope in (direction, other, direction + other)
+    )
+    guided = outer(lambda point: inner(denoise, point, sigma), x, sigma)
+    assert not guided.requires_grad
+    assert torch.allclose(guided, both(denoise, x, sigma))
+
+
 def test_denoised_adds_the_gradient_times_the_posterior_variance():
     _, denoise, x, direction = setup(2, Flow(), 0.5)
     guided = estimator("denoised", Flow(), lambda point: point @ direction, variance=2.0)(denoise, x, 0.5)
@@ -173,13 +185,27 @@ def test_private_generator_leaves_the_global_one_alone():
     assert torch.equal(torch.randn(4), expected)
 
 
-NONSENSE = {"temperature": (0.0, -1.0, float("nan")), "every": (0,), "momentum": (1.0, -0.1), "cap": (-1.0,), "strength": (-1.0,)}
+NAN, INFINITY = float("nan"), float("inf")
+NONSENSE = {
+    "temperature": (0.0, -1.0, NAN),
+    "every": (0,),
+    "momentum": (1.0, -0.1, NAN),
+    "cap": (-1.0, NAN, INFINITY),
+    "strength": (-1.0, NAN, INFINITY),
+    "variance": (-1.0, NAN),
+}
 
 
 @pytest.mark.parametrize("broken", [{name: value} for name, values in NONSENSE.items() for value in values], ids=str)
 def test_settings_refuse_what_makes_no_sense(broken):
-    with pytest.raises(GuidanceError):
+    with pytest.raises(GuidanceError, match="gradient" if "every" in broken else next(iter(broken))):
         Settings(**broken)
+
+
+@pytest.mark.parametrize("broken", [{"samples": -1}, {"radius": -0.1}, {"radius": NAN}, {"radius": INFINITY}, {"grid": -1}], ids=str)
+def test_smoothing_refuses_what_makes_no_sense(broken):
+    with pytest.raises(GuidanceError):
+        Smoothing(**broken)
 
 
 @pytest.mark.parametrize("reward", [lambda p: p.detach().sum(1), lambda p: (p - p).sqrt().sum(1)])
