@@ -34,9 +34,10 @@ def strength_input() -> io.Input:
 
 def interval_inputs(what: str) -> list[io.Input]:
     common = {"min": 0.0, "max": 1.0, "step": 0.01, "advanced": True}
+    way = "on the way from noise (0) to the picture (1)"
     return [
-        io.Float.Input("start_percent", default=0.0, tooltip=f"Where {what} starts, on the way from noise (0) to the picture (1). 0 to 0.3.", **common),
-        io.Float.Input("end_percent", default=1.0, tooltip=f"Where {what} ends, on the way from noise (0) to the picture (1). 0.7 to 1.", **common),
+        io.Float.Input("start_percent", default=0.0, tooltip=f"Where {what} starts, {way}. 0 to 0.3.", **common),
+        io.Float.Input("end_percent", default=1.0, tooltip=f"Where {what} ends, {way}. 0.7 to 1.", **common),
     ]
 
 
