@@ -2,7 +2,10 @@ PYTHON ?= python3
 # Makes what is missing, then names the environment's Python; the second time it only names it.
 ENVIRONMENT = python=$$($(PYTHON) tests/harness/environment.py) && bin=$$(dirname "$$python")
 
-.PHONY: demo test ui lint unit browser bench pictures clean
+VERSIONS = 0.30.0 0.24.0 0.20.1
+QUICK = $(addprefix tests/comfy/test_,nodes.py stock.py bad_input.py rewards.py selection.py workflows.py)
+
+.PHONY: demo test ui lint unit quick versions browser bench pictures clean
 
 demo: ## a real ComfyUI, unguided and guided, in demo.png
 	@$(ENVIRONMENT) && "$$python" tests/harness demo
@@ -12,6 +15,12 @@ test: lint ## everything
 
 unit: ## the tests that need no ComfyUI
 	@$(ENVIRONMENT) && "$$bin/pytest" tests/unit
+
+quick: ## the part that is run on every version of ComfyUI
+	@$(ENVIRONMENT) && "$$bin/pytest" $(QUICK)
+
+versions: ## the quick part on older releases of ComfyUI too, each with its own requirements (6 GB each)
+	@for version in $(VERSIONS); do echo "== ComfyUI $$version" && COMFYUI_VERSION=$$version $(MAKE) --no-print-directory quick || exit 1; done
 
 browser: ## the tests in a real browser; their screenshots are in output/browser
 	@$(ENVIRONMENT) && "$$bin/pytest" tests/browser
