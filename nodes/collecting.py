@@ -293,7 +293,7 @@ class CollectData(io.ComfyNode):
             display_name="Collect Guidance Data",
             category=CATEGORY,
             description="Samples pictures of a list of prompts, scores them, and keeps both for training a guidance network. It goes on where it "
-            "was stopped, and raising the count adds samples to those that are there.",
+            "was stopped, and raising the count adds samples to those that are there. A picture that cannot be scored is left out.",
             search_aliases=["label samples", "training data", "dataset", "reward labels"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to learn about, before any reward guidance. Any family, with or without LoRA."),
@@ -328,7 +328,8 @@ class CollectData(io.ComfyNode):
                     default=1024,
                     min=1,
                     max=10_000_000,
-                    tooltip=f"Samples in all, kept {SHARD} to a file. 500 to 20,000: more follow the reward more closely.",
+                    tooltip=f"Samples in all, kept {SHARD} to a file. 500 to 20,000: more follow the reward more closely. On disk each takes 0.3 MB "
+                    "(SD1.5 at 512 pixels) to 4.7 MB (Flux at 1024).",
                 ),
                 io.Combo.Input(
                     "target",
