@@ -16,8 +16,6 @@ from .network import Architecture, GuidanceNetwork
 
 FORMAT = "reward-guidance-network"
 VERSION = 1
-SHOWN = 3
-"""Values of a loss curve that a report gives."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,8 @@ class Card:
     """Effective sample size of the labels, as a share."""
     curve: tuple[tuple[int, float], ...]
     """The last values of the loss on held-out samples, by step."""
+    best: tuple[int, float] | None = None
+    """Step and loss of the network that was kept, the best; nothing where no samples were held out."""
 
     def describe(self) -> str:
         """What it was trained for, on what, and how that ended, in lines."""
@@ -78,8 +78,10 @@ class Card:
             f"reward {self.reward_mean:+.3f}, with a spread of {self.reward_std:.3f} within a prompt",
             f"{self.steps} steps of training by the objective {self.objective}",
         ]
-        if self.curve:
-            lines.append("loss on held-out samples: " + ", ".join(f"{value:.4f} at {step}" for step, value in self.curve[-SHOWN:]))
+        if self.best is not None:
+            step, loss = self.best
+            ended = f"; at the end it was {self.curve[-1][1]:.4f}" if step < self.steps else ""
+            lines.append(f"best at step {step}, with a loss of {loss:.4f} on samples it was not trained on{ended}")
         return "\n".join(lines)
 
 

@@ -93,20 +93,23 @@ class Fitting:
             steps=self.training.step,
             effective=self.health.effective,
             curve=tuple(self.training.curve[-CURVE_END:]) if self.training.held_out else (),
+            best=self.best(),
         )
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and loss of the network that is kept, where samples were held out to tell."""
+        curve = self.training.curve if self.training.held_out else []
+        return min(curve, key=lambda point: point[1], default=None)
 
     def report(self) -> str:
         """What was trained on what, how it went, and what to be wary of, in lines."""
         return "\n".join([self.card().describe(), *self.outcome(), *self.warnings()])
 
     def outcome(self) -> list[str]:
-        training, plan = self.training, self.training.task.plan
+        training, plan, best = self.training, self.training.task.plan, self.best()
         lines = []
-        if training.curve and training.held_out:
-            step, value = min(training.curve, key=lambda point: point[1])
-            lines.append(f"best at step {step} of {plan.steps}, with a loss of {value:.4f} on samples it was not trained on")
-            if plan.objective == "weighted" and value >= 0:
-                lines.append("That is no better than no guidance, whose loss is 0: collect more samples, or raise the temperature.")
+        if plan.objective == "weighted" and best is not None and best[1] >= 0:
+            lines.append("That is no better than no guidance, whose loss is 0: collect more samples, or raise the temperature.")
         stopped = f"at step {training.step} of {plan.steps}: this is the best network up to there"
         if training.diverged:
             lines.append(f"The training diverged {stopped}. Lower the learning rate, or raise the temperature.")

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
+from os.path import commonprefix
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -85,7 +85,10 @@ def change(old: Any, new: Any) -> str:
     values = [value.splitlines() if isinstance(value, str) else value for value in (old, new)]
     if all(isinstance(value, list | tuple) and all(isinstance(part, str) for part in value) for value in values):
         old, new = next((pair for pair in zip_longest(*values, fillvalue="none") if pair[0] != pair[1]), (old, new))
-    return f"was {shorten(str(old), 60)} and is now {shorten(str(new), 60)}"
+    old, new = str(old), str(new)
+    start = max(0, len(commonprefix([old, new])) - 20)
+    shown = [f"{'…' if start else ''}{value[start : start + 60]}{'…' if len(value) > start + 60 else ''}" for value in (old, new)]
+    return f"was {shown[0]} and is now {shown[1]}"
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,9 @@ class Collection:
         if existing and (different := existing.differences(description)):
             more = f" and {len(different) - 2} more" if len(different) > 2 else ""
             raise GuidanceError(f"{folder.name} holds other samples: {', '.join(different[:2])}{more}. Choose another folder, or set that back.")
-        if not _opened(folder / "prompts.safetensors"):
+        if existing is None and any(folder.glob("shard-*.safetensors")):
+            raise GuidanceError(f"{folder.name} holds samples, but no collection.json says of what: choose another folder, or delete it.")
+        if existing is None or not _opened(folder / "prompts.safetensors"):
             text = text() if callable(text) else text
             rows = {f"{kind}.{i}": half(row) for kind in ("tokens", "pooled") for i, row in enumerate(getattr(text, kind))}
             write(folder / "prompts.safetensors", rows)

@@ -331,7 +331,7 @@ class Training:
             self.best = copy.deepcopy(self.average.module.state_dict())
         if self.checkpoint is not None and leads():
             self.save(self.checkpoint)
-        return Progress(self.step, self.loss, check, best)
+        return Progress(self.step, self.loss, None if self.held_out is None else check, best)
 
     def diverge(self) -> None:
         """End with the best network so far. Raises GuidanceError where there is none yet."""

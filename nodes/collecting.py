@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, cast
 
 import comfy.model_management
@@ -188,7 +187,7 @@ class Collector:
             try:
                 scores[i] = self.judge(number, clip, prompt)
             except RewardError as error:
-                refusals.append(RewardError(f"{error} It was seed {description.seed_of(number)} of the prompt {shorten(prompt, 60)!r}."))
+                refusals.append(RewardError(f"{error} It was seed {description.seed_of(number)} of the prompt {prompt[:60]!r}."))
         if len(refusals) == len(numbers):
             raise refusals[0]
         for refusal in refusals:

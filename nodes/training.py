@@ -88,7 +88,8 @@ class Watch:
         check = {} if progress.check is None else {"loss/held-out": [progress.check]}
         if not self.report.tell(Step(step=progress.step, steps=steps, series={"loss": [loss]} | check, effective=effective)):
             return False
-        held_out = f" · held-out {self.fitting.training.curve[-1][1]:.4f}" if self.fitting.training.curve else ""
+        best = self.fitting.best()
+        held_out = "" if best is None else f" · held-out {self.fitting.training.curve[-1][1]:.4f}, at best {best[1]:.4f}"
         text = f"step {progress.step}/{steps} · loss {loss:.4f}{held_out} · {effective:.0%} of samples count"
         PromptServer.instance.send_progress_text(text, self.report.node)
         return True

@@ -99,7 +99,7 @@ def test_a_network_says_what_it_was_trained_on(tmp_path, description, objective)
     assert any(parameter.any() for parameter in network.head.parameters())
     assert (card.base, card.temperature, card.samples, card.steps) == (description.base, 0.5, COUNT, 10)
     assert card.rewards == ("likes", "blue") and card.reward_weights == (1.0, 0.0)
-    assert card.curve == tuple(fitting.training.curve) and len(card.curve) == 2
+    assert card.curve == tuple(fitting.training.curve) and len(card.curve) == 2 and card.best in card.curve
     assert "likes" in fitting.report() and "best at step" in fitting.report()
 
 

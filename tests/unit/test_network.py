@@ -15,7 +15,8 @@ SMALL = Architecture(channels=4, width=16, levels=2, blocks=1, tokens=6, pooled=
 BASE = Base(model="SD15", latents="SD15", channels=4, process="Diffusion")
 CARD = Card(
     base=BASE, form="correction", objective="weighted", temperature=0.5, rewards=("PickScore", "aesthetic"), reward_weights=(1.0, 0.5),
-    reward_mean=0.1, reward_std=0.9, prompts="ab12", samples=640, steps=4000, effective=0.3, curve=((200, -0.1), (400, -0.2)),
+    reward_mean=0.1, reward_std=0.9, prompts="ab12", samples=640, steps=4000, effective=0.3, curve=((200, -0.1), (400, -0.2), (4000, 0.7)),
+    best=(400, -0.2),
 )  # fmt: skip
 
 
@@ -132,9 +133,9 @@ def test_other_models_are_refused_by_name(other, said):
 def test_a_card_says_all_that_it_holds():
     lines = CARD.describe().splitlines()
     assert lines[0] == "correction network for SD15: 1 PickScore + 0.5 aesthetic at temperature 0.5"
-    for fact in ("640 samples", "30.0%", "ab12", "+0.100", "0.900", "4000 steps", "weighted", "-0.2000 at 400"):
+    for fact in ("640 samples", "30.0%", "ab12", "+0.100", "0.900", "4000 steps", "weighted", "step 400", "-0.2000", "at the end it was 0.7000"):
         assert any(fact in line for line in lines), fact
-    assert "held-out" not in dataclasses.replace(CARD, curve=()).describe()
+    assert "best" not in dataclasses.replace(CARD, curve=(), best=None).describe()
 
 
 def damaged(path, kind: str):

@@ -16,7 +16,7 @@ from reward_guidance.guidance.fitting import overview
 from reward_guidance.guidance.network import Architecture, Text
 from reward_guidance.guidance.process import Flow
 from reward_guidance.guidance.rewards import CombinedReward, Reward
-from reward_guidance.guidance.samples import SHARD, Collection, Description, Sample, StoredPairs
+from reward_guidance.guidance.samples import SHARD, Collection, Description, Sample, StoredPairs, change
 from reward_guidance.guidance.training import Plan, Task, Training, fit, label
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -92,27 +92,48 @@ def test_a_truncated_shard_is_named_and_redone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("changed", "said"),
     [
         ({"base": Base("Flux", "Flux", 16, "Flow")}, "model was SD3 and is now Flux, latents was SD3 and is now Flux and 1 more"),
         ({"prompts": ("a cat", "a cow", "a hat")}, "prompts was a dog and is now a cow. Choose another folder"),
         ({"prompts": ("a cat",)}, "prompts was a dog and is now none"),
-        ({"prompts": ("a cat", "a" * 500, "a hat")}, "prompts was a dog and is now .{0,60}. Choose"),
+        ({"prompts": ("a cat", "a dog" + 500 * "!", "a hat")}, "prompts was a dog and is now a dog!{55}…. Choose"),
         ({"shape": (4, 8, 16)}, r"shape was \(4, 8, 8\) and is now \(4, 8, 16\)"),
         ({"seed": 12, "settings": "likes.safetensors\n30 steps"}, "seed was 11 and is now 12, settings was 20 steps and is now 30 steps"),
     ],
 )  # fmt: skip
-def test_another_collection_is_not_mixed_in(tmp_path, change, said):
+def test_another_collection_is_not_mixed_in(tmp_path, changed, said):
     collect(tmp_path, 3)
     with pytest.raises(GuidanceError, match=said):
-        Collection.create(tmp_path, dataclasses.replace(DESCRIPTION, **change), TEXT)
+        Collection.create(tmp_path, dataclasses.replace(DESCRIPTION, **changed), TEXT)
 
 
-@pytest.mark.parametrize("change", [{"shape": (4, 16, 16)}, {"levels": 3}, {"rewards": ("likes",), "reward_means": (0.0,), "reward_stds": (1.0,)}])
-def test_shards_of_another_collection_are_refused(tmp_path, change):
+def test_long_prompts_differ_where_they_are_shown():
+    before = "masterpiece, best quality, " * 5
+    assert change(before + "a cat", before + "a dog") == "was …ce, best quality, a cat and is now …ce, best quality, a dog"
+
+
+def test_a_folder_that_was_begun_with_other_prompts_is_begun_anew(tmp_path):
+    """Stopped between its two first files."""
+    collect(tmp_path, 0)
+    (tmp_path / "collection.json").unlink()
+    other = dataclasses.replace(DESCRIPTION, prompts=("a cow", "a pig"))
+    collection = Collection.create(tmp_path, other, samples.Texts([torch.ones(1, 6), torch.ones(2, 6)], torch.zeros(2, 7)))
+    assert [len(tokens) for tokens in collection.text().tokens] == [1, 2]
+
+
+def test_shards_without_a_description_are_not_adopted(tmp_path):
+    collect(tmp_path, 3)
+    (tmp_path / "collection.json").unlink()
+    with pytest.raises(GuidanceError, match="no collection.json says of what"):
+        collect(tmp_path, 3)
+
+
+@pytest.mark.parametrize("changed", [{"shape": (4, 16, 16)}, {"levels": 3}, {"rewards": ("likes",), "reward_means": (0.0,), "reward_stds": (1.0,)}])
+def test_shards_of_another_collection_are_refused(tmp_path, changed):
     """And collected again once they are taken away."""
     other = collect(tmp_path / "other", SHARD + 3)
-    mine = collect(tmp_path / "mine", SHARD + 3, dataclasses.replace(DESCRIPTION, **change))
+    mine = collect(tmp_path / "mine", SHARD + 3, dataclasses.replace(DESCRIPTION, **changed))
     shutil.copy(mine.path(1), other.path(1))
     for look in (other.load, lambda: overview(other)):
         with pytest.raises(GuidanceError, match="shard-00001.safetensors in other belongs to another collection: take it away and collect again"):
