@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from statistics import fmean
 
 import comfy.model_management
 import comfy.utils
+from comfy.model_management import InterruptProcessingException as Interrupt
 from comfy_api.v0_0_2 import io, ui
 from PIL import Image
 from server import PromptServer
@@ -77,10 +78,11 @@ class Watch:
                     bar.update_absolute(progress.step, steps)
                 if self.preview and training.curve and progress.step % self.preview_every == 0:
                     bar.update_absolute(progress.step, steps, ("JPEG", self.preview(self.fitting), None))
-        except comfy.model_management.InterruptProcessingException:
-            if not training.step:
+        except Interrupt:
+            with suppress(Interrupt):  # who is impatient gets what was the best at the last look
+                training.pause()
+            if not training.curve:
                 raise
-            training.pause()
 
     def tell(self, progress: Progress, loss: float) -> bool:
         """Whether it was told: of a long training not every step is."""

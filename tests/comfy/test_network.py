@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from reward_guidance.tests.harness.inprocess import load_comfyui
@@ -19,7 +20,7 @@ from reward_guidance.guidance.fitting import plan_for, prepare
 from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork
 from reward_guidance.guidance.process import Diffusion, Flow
 from reward_guidance.guidance.samples import Collection, Description, Rows, Samples, Texts, states
-from reward_guidance.guidance.training import fit
+from reward_guidance.guidance.training import Plan, fit
 from reward_guidance.nodes.collecting import Collector, Studio, alike, asked, level, stacked
 from reward_guidance.nodes.network import GuidedNoise, followed
 from reward_guidance.nodes.runtime import (
@@ -33,6 +34,7 @@ from reward_guidance.nodes.runtime import (
     tilt,
 )
 from reward_guidance.nodes.sampling import Sampling
+from reward_guidance.nodes.training import Watch
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
 
@@ -295,6 +297,29 @@ def test_a_patched_model_has_another_name(model):
     patched = model.clone()
     patched.patches = {"weight": [(0.5, None, 1.0, None, None)]}
     assert name_of(patched) == "BaseModel with 1 patches of strength 0.5"
+
+
+class Interrupted:
+    """A training that is interrupted in a step, and again while it judges what it has."""
+
+    task = SimpleNamespace(plan=Plan())
+
+    def __init__(self, curve):
+        self.curve = curve
+
+    def __iter__(self):
+        raise comfy.model_management.InterruptProcessingException
+        yield
+
+    def pause(self):
+        raise comfy.model_management.InterruptProcessingException
+
+
+def test_two_interrupts_return_what_was_the_best_at_the_last_look():
+    watch = lambda curve: Watch(SimpleNamespace(training=Interrupted(curve)), None, None, 0)  # noqa: E731
+    watch([(10, 0.1)]).run()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        watch([]).run()
 
 
 def ring_reward(latents):
