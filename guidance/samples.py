@@ -31,6 +31,8 @@ from .process import Process
 from .training import Batch, generator
 
 SHARD = 32
+SHOWN = 60
+"""Letters of a value that an error quotes."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ def change(old: Any, new: Any) -> str:
     if all(isinstance(value, list | tuple) and all(isinstance(part, str) for part in value) for value in values):
         old, new = next((pair for pair in zip_longest(*values, fillvalue="none") if pair[0] != pair[1]), (old, new))
     old, new = str(old), str(new)
-    start = max(0, len(commonprefix([old, new])) - 20)
-    shown = [f"{'…' if start else ''}{value[start : start + 60]}{'…' if len(value) > start + 60 else ''}" for value in (old, new)]
+    start = max(0, len(commonprefix([old, new])) - 20) if max(len(old), len(new)) > SHOWN else 0
+    shown = [f"{'…' if start else ''}{value[start : start + SHOWN]}{'…' if len(value) > start + SHOWN else ''}" for value in (old, new)]
     return f"was {shown[0]} and is now {shown[1]}"
 
 
