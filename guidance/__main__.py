@@ -37,7 +37,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=BATCH, help="states a step, shared by all processes")
     parser.add_argument("--learning-rate", type=float, default=plan.learning_rate)
     parser.add_argument("--weights", default="", help='one for each reward that was collected, such as "1, 0.5"')
-    parser.add_argument("--device", default="", help="cuda where there is one, if nothing is said")
+    parser.add_argument("--device", type=torch.device, help="cuda where there is one, if nothing is said")
     return parser.parse_args(given)
 
 
@@ -54,10 +54,12 @@ def process_group():
         distributed.destroy_process_group()
 
 
-def device_for(wanted: str) -> torch.device:
-    if wanted or not torch.cuda.is_available():
-        return torch.device(wanted or "cpu")
-    return torch.device("cuda", distributed.get_node_local_rank(0))
+def device_for(wanted: torch.device | None) -> torch.device:
+    if wanted is None and torch.cuda.is_available():
+        return torch.device("cuda", distributed.get_node_local_rank(0))
+    if wanted is not None and wanted.type == "cuda" and not torch.cuda.is_available():
+        raise GuidanceError("This PyTorch finds no CUDA device: leave --device out.")
+    return wanted or torch.device("cpu")
 
 
 def main(given: list[str] | None = None) -> int:
@@ -69,17 +71,22 @@ def main(given: list[str] | None = None) -> int:
     except GuidanceError as error:
         log.error("%s", error)
         return 1
+    except KeyboardInterrupt:
+        log.error("Stopped before there was a network to keep.")
+        return 130
     return 0
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.out.suffix != ".safetensors" or options.out.is_dir():
+        raise GuidanceError(f"{options.out} is not a name for a network: it is a file that ends in .safetensors.")
     samples = Collection.open(options.folder).load()
     asked = {name: getattr(options, name) for name in ("objective", "temperature", "steps", "batch", "learning_rate", "seed")}
     plan = plan_for(samples.description, **asked)
     fitting = prepare(samples, plan, options.size, weights_from(options.weights), device_for(options.device), options.out.absolute().parent)
     train(fitting)
     if leads():
-        save_network(options.out, fitting.network(), fitting.card())
+        save_network(options.out, fitting.network(), fitting.card(), "Mend that and run the same command again: it goes on from its checkpoint.")
         fitting.drop_checkpoint()
         log.info("%s\n%s", fitting.report(), options.out)
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,16 @@ class Base:
     """What is tilted: "data", or the "noise" that a one-step generator begins with."""
 
     def require(self, other: "Base", what: str) -> None:
-        """Raise GuidanceError where something made for `self` meets the model `other`."""
-        for item, name in (("latents", "latents"), ("channels", "latent channels"), ("process", "noising process"), ("target", "use")):
+        """Raise GuidanceError where something made for `self` meets a model of another family, or one that was patched into another kind.
+
+        Finetunes of a family are not told apart.
+        """
+        if self.model != other.model:
+            raise GuidanceError(f"This {what} was made for {self.model}, but the model is {other.model}: use one that was made for it.")
+        for item, name in (("latents", "latents"), ("channels", "latent channels"), ("process", "noising process"), ("target", "target")):
             mine, theirs = getattr(self, item), getattr(other, item)
             if mine != theirs:
-                raise GuidanceError(f"This {what} was made for {self.model} ({name}: {mine}), but the model is {other.model} ({theirs}).")
+                raise GuidanceError(f"This {what} was made for {self.model} with the {name} {mine}, but here it is {theirs}.")
 
 
 @dataclass(frozen=True)
@@ -60,30 +66,44 @@ class Card:
     """Effective sample size of the labels, as a share."""
     curve: tuple[tuple[int, float], ...]
     """The last values of the loss on held-out samples, by step."""
+    best: tuple[int, float] | None = None
+    """Step and loss of the network that was kept, the best; nothing where no samples were held out."""
 
     def describe(self) -> str:
+        """What it was trained for, on what, and how that ended, in lines."""
         rewards = " + ".join(f"{weight:g} {name}" for name, weight in zip(self.rewards, self.reward_weights, strict=True))
-        return f"{self.form} network for {self.base.model}: {rewards} at temperature {self.temperature:g}, {self.samples} samples, {self.steps} steps"
+        lines = [
+            f"{self.form} network for {self.base.model}: {rewards} at temperature {self.temperature:g}",
+            f"{self.samples} samples, of which {self.effective:.1%} count; digest of the prompts {self.prompts}",
+            f"reward {self.reward_mean:+.3f}, with a spread of {self.reward_std:.3f} within a prompt",
+            f"{self.steps} steps of training by the objective {self.objective}",
+        ]
+        if self.best is not None:
+            step, loss = self.best
+            ended = f"; at the end it was {self.curve[-1][1]:.4f}" if step < self.steps else ""
+            lines.append(f"best at step {step}, with a loss of {loss:.4f} on samples it was not trained on{ended}")
+        return "\n".join(lines)
 
 
-def save_network(path: Path, network: GuidanceNetwork, card: Card) -> None:
+def save_network(path: Path, network: GuidanceNetwork, card: Card, advice: str = "Mend that and save again.") -> None:
     """Whole or not at all. Raises GuidanceError where the disk does not take it."""
     metadata = {"format": FORMAT, "version": str(VERSION), "architecture": json.dumps(asdict(network.architecture)), "card": json.dumps(asdict(card))}
     weights = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
-    write(path, lambda partial: save_file(weights, partial, metadata), "save again")
+    write(path, lambda partial: save_file(weights, partial, metadata), advice)
 
 
-def write(path: Path, save: Callable[[Path], object], advice: str = "run again: it goes on from here") -> None:
-    """Save to a path, whole or not at all. Raises GuidanceError where the disk does not take it."""
+def write(path: Path, save: Callable[[Path], object], advice: str = "Mend that and run again: it goes on from here.") -> None:
+    """Save to a path, whole or not at all. Raises GuidanceError, with advice, where the disk does not take it."""
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save(partial)
         os.replace(partial, path)
     except Exception as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         reason = str(error).partition("\n")[0]
-        raise GuidanceError(f"{path.name} could not be written ({reason}); free some space and {advice}.") from error
+        raise GuidanceError(f"{path.name} could not be written ({reason}). {advice}") from error
 
 
 def load_network(path: Path) -> tuple[GuidanceNetwork, Card]:

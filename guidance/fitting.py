@@ -34,12 +34,14 @@ def plan_for(description: Description, objective: str = "weighted", form: str = 
 
     A short training is looked at more often, and its average forgets the beginning sooner.
     """
-    if description.base.target == "noise":
-        if objective != "weighted":
-            raise GuidanceError(f"The noise of one-step generators is tilted by the objective weighted, not by {objective}.")
-        form = "noise"
-    elif objective == "potential":
-        form = "potential"
+    noise = description.base.target == "noise"
+    if noise and objective != "weighted":
+        raise GuidanceError(f"The noise of one-step generators is tilted by the objective weighted, not by {objective}.")
+    if noise or objective == "potential":
+        what = "The noise of one-step generators" if noise else "The objective potential"
+        if form != "correction":
+            raise GuidanceError(f"{what} has a form of its own: leave the form at correction, not at {form}.")
+        form = "noise" if noise else "potential"
     steps = options.get("steps", Plan.steps)
     pace = {"check_every": min(Plan.check_every, max(10, steps // 20)), "ema": min(Plan.ema, 1 - 10 / max(20, steps))}
     return Plan(**{"objective": objective, "form": form, "batch": BATCH, **pace} | options)
@@ -64,7 +66,7 @@ class Fitting:
 
     @property
     def done(self) -> bool:
-        return self.training.step >= self.training.task.plan.steps
+        return self.training.diverged or self.training.step >= self.training.task.plan.steps
 
     def drop_checkpoint(self) -> None:
         """A training that is done needs it no more; one that is not goes on from it."""
@@ -90,22 +92,37 @@ class Fitting:
             samples=self.health.count,
             steps=self.training.step,
             effective=self.health.effective,
-            curve=tuple(self.training.curve[-CURVE_END:]),
+            curve=tuple(self.training.curve[-CURVE_END:]) if self.training.held_out else (),
+            best=self.best(),
         )
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and loss of the network that is kept, where samples were held out to tell."""
+        curve = self.training.curve if self.training.held_out else []
+        return min(curve, key=lambda point: point[1], default=None)
 
     def report(self) -> str:
         """What was trained on what, how it went, and what to be wary of, in lines."""
-        plan, done, curve = self.training.task.plan, self.training.step, self.training.curve
-        lines = [self.card().describe(), described(self.health)]
-        if curve:
-            step, value = min(curve, key=lambda point: point[1])
-            lines.append(f"best at step {step} of {plan.steps}, with a loss of {value:.4f} on samples it was not trained on")
-            if plan.objective == "weighted" and value >= 0:
-                lines.append("That is no better than no guidance, whose loss is 0: collect more samples, or raise the temperature.")
-        if not self.done:
-            going_on = ", and running it again goes on from there" if self.training.checkpoint else ""
-            lines.append(f"stopped at step {done} of {plan.steps}: this is the best network up to there{going_on}")
-        return "\n".join([*lines, *self.health.warnings()])
+        return "\n".join([self.card().describe(), *self.outcome(), *self.warnings()])
+
+    def outcome(self) -> list[str]:
+        training, plan, best = self.training, self.training.task.plan, self.best()
+        lines = []
+        if plan.objective == "weighted" and best is not None and best[1] >= 0:
+            lines.append("That is no better than no guidance, whose loss is 0: collect more samples, or raise the temperature.")
+        stopped = f"at step {training.step} of {plan.steps}: this is the best network up to there"
+        if training.diverged:
+            lines.append(f"The training diverged {stopped}. Lower the learning rate, or raise the temperature.")
+        elif not self.done:
+            lines.append(f"stopped {stopped}" + (", and running it again goes on from there" if training.checkpoint and not training.unsaved else ""))
+        return lines
+
+    def warnings(self) -> list[str]:
+        training = self.training
+        labels = [] if training.task.plan.objective == "reward_gradient" else self.health.warnings()
+        apart = [] if training.held_out else ["No sample was kept apart of so few, and so nothing says how good the network is: collect more."]
+        unsaved = [f"There is no checkpoint to go on from: {training.unsaved}"] if training.unsaved and not self.done else []
+        return [*labels, *apart, *unsaved]
 
 
 def prepare(
@@ -121,7 +138,7 @@ def prepare(
     """A training that is ready to run. Raises GuidanceError where these samples cannot be learned from.
 
     checkpoints: the folder where a training leaves off and goes on; each finds its own. denoise: x, σ, prompts -> D with a graph, for the form
-    `shift`. reward: for `reward_gradient`; see Task.
+    `shift`. reward: denoised latents, batch -> rewards (B,) as CombinedReward has them by these weights; for `reward_gradient`.
     """
     description, device = samples.description, device or torch.device("cpu")
     if plan.form == "shift" and denoise is None:
@@ -136,11 +153,12 @@ def prepare(
             return prior.NoisePairs(chosen.clean, weights[rows], chosen.text, chosen.prompts, device)
         return StoredPairs(chosen, weights[rows], process_named(description.base.process), device, denoise)
 
+    in_spreads = reward and (lambda latents, batch: reward(latents, batch) / health.std)
     own, held_out = samples.split(HELD_OUT)
     name = digest((asdict(description), samples.numbers.tolist(), asdict(plan), size, reward_weights))
     training = Training(
         source(own),
-        Task(prior.PROCESS if noise else process_named(description.base.process), plan, reward),
+        Task(prior.PROCESS if noise else process_named(description.base.process), plan, in_spreads),
         architecture(samples, plan.form, size),
         source(held_out) if len(held_out) else None,
         checkpoints and checkpoints / f"training-{name}.checkpoint",
@@ -150,7 +168,7 @@ def prepare(
 
 
 def architecture(samples: Samples, form: str, size: str) -> Architecture:
-    text, shape = samples.text, samples.description.shape
+    text, shape = samples.text[torch.tensor([0])], samples.description.shape
     sizes = {"tokens": text.tokens.shape[2], "pooled": text.pooled.shape[1], "width": WIDTHS[size]}
     return Architecture(shape[0], FORMS[form].inputs, scalar=form == "potential", **sizes).fitted(shape)
 
@@ -164,22 +182,16 @@ def digest(content: object) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
-def described(health: Health) -> str:
-    return (
-        f"{health.count} samples of {health.prompts} prompts, reward {health.mean:+.3f} with a spread of {health.std:.3f} within a prompt; "
-        f"{health.effective:.1%} of them count"
-    )
-
-
 def overview(collection: Collection, temperature: float = 1.0) -> str:
     """What a collection holds, in lines: how many samples, how every reward judges them, and what could be learned from them."""
-    description = collection.description
-    numbers, scores = collection.scores()
-    lines = [f"{len(numbers)} samples of {len(description.prompts)} prompts in {collection.folder.name}"]
+    samples = collection.load()
+    scores, description = samples.scores, samples.description
+    left_out = f"; {samples.unscored} more could not be scored and are left out" if samples.unscored else ""
+    lines = [f"{len(scores)} samples of {len(description.prompts)} prompts in {collection.folder.name}{left_out}"]
     spreads = zip(description.rewards, scores.mean(0).tolist(), scores.std(0, correction=0).tolist(), strict=True)
     lines += [f"{name}: {mean:.4f} ± {std:.4f}" for name, mean, std in spreads]
     try:
-        _, health = label(description.combined(scores), numbers % len(description.prompts), temperature)
+        _, health = label(samples.rewards(), samples.prompts, temperature)
         lines += [f"at temperature {temperature:g}, {health.effective:.1%} of the samples count", *health.warnings()]
     except GuidanceError as error:
         lines.append(str(error))

@@ -6,7 +6,7 @@ noise (φ = 0) is simply dx/dφ = -G(x, φ): the network is the velocity, and wi
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .network import Text, column
 from .process import Spherical
 from .randomness import generator
+from .samples import Rows, Texts
 from .training import Batch
 
 PROCESS = Spherical()
@@ -28,17 +29,16 @@ def denoise(x: Tensor, angle: Tensor) -> Tensor:
 class NoisePairs:
     """Batches of noise z (N,...) that is labelled by the pictures made from it; no model is called."""
 
-    noise: Tensor
+    noise: Tensor | Rows
     weights: Tensor
-    text: Text | None = None
+    text: Text | Texts | None = None
     """(N,...), or of each prompt."""
     prompts: Tensor | None = None
     """(N,) the row of `text` that belongs to each; without, its own."""
-    device: torch.device | None = None
-    """Where batches go; without, where the noise is."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def batch(self, size: int, key: tuple[int, ...], part: slice = slice(None)) -> Batch:
-        rng, device = generator(*key), self.device or self.noise.device
+        rng, device = generator(*key), self.device
         rows = torch.randint(len(self.noise), (size,), generator=rng)[part]
         angle = ((torch.arange(size) + torch.rand(size, generator=rng)) / size * math.pi / 2)[part].to(device)
         noise = torch.randn(size, *self.noise.shape[1:], generator=rng)[part].to(device)

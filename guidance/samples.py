@@ -4,18 +4,22 @@
     prompts.safetensors     tokens and pooled text of each prompt
     shard-00000.safetensors a fixed number of samples each: latents, scores, prompt, seed, and K noised states with the model's D
 
-Only D is kept of a noised state; its noise is drawn again from the sample's seed.
+Only D is kept of a noised state; its noise is drawn again from the sample's seed. Shards are memory-mapped: a training reads what it needs of
+them, and a collection may be larger than memory.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import zip_longest
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,6 +32,8 @@ from .randomness import generator
 from .training import Batch
 
 SHARD = 32
+SHOWN = 60
+"""Letters of a value that an error quotes."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,8 @@ class Description:
     reward_stds: tuple[float, ...]
     seed: int
     settings: str = ""
-    """How the samples were drawn, for people and for telling one collection from another."""
-    reward_weights: tuple[float, ...] = field(default=(), compare=False)
+    """How the samples were drawn, in lines, for people and for telling one collection from another."""
+    reward_weights: tuple[float, ...] = ()
     """Of the rewards where nothing else is said; they can be changed without sampling again. Empty means 1 each."""
 
     def seed_of(self, index: int) -> int:
@@ -59,13 +65,33 @@ class Description:
         """A weight for each reward: those wanted, or those of the collection."""
         weights = tuple(wanted) or self.reward_weights or (1.0,) * len(self.rewards)
         if len(weights) != len(self.rewards):
-            raise GuidanceError(f"The samples have scores of {', '.join(self.rewards)}: give {len(self.rewards)} weights, not {len(weights)}.")
+            raise GuidanceError(f"The samples have scores of {', '.join(self.rewards)}: give one weight for each, not {len(weights)} in all.")
+        if not 0 < math.hypot(*weights) < math.inf:
+            raise GuidanceError(f"Weights must be finite numbers and not all 0, not {', '.join(f'{weight:g}' for weight in weights)}.")
         return weights
 
     def combined(self, scores: Tensor, weights: Sequence[float] = ()) -> Tensor:
-        """Raw scores (N,R) -> weighted sums (N,) of the standardized ones."""
+        """Raw scores (N,R) -> (N,), combined as CombinedReward does: Σ w·z / |w|, z the standardized scores."""
         means, stds = (torch.tensor(values) for values in (self.reward_means, self.reward_stds))
-        return ((scores - means) / stds * torch.tensor(self.weights(weights))).sum(1)
+        weight = torch.tensor(self.weights(weights))
+        return ((scores - means) / stds * weight).sum(1) / weight.norm()
+
+    def differences(self, other: "Description") -> list[str]:
+        """What the other says otherwise: name, old and new value."""
+        old, new = ({**asdict(one.base), **asdict(one)} for one in (self, other))
+        names = [name for name in old if name not in ("base", "reward_weights") and old[name] != new[name]]
+        return [f"{name.replace('_', ' ')} {change(old[name], new[name])}" for name in names]
+
+
+def change(old: Any, new: Any) -> str:
+    """Two values in short; of lists of texts, the first that differ."""
+    values = [value.splitlines() if isinstance(value, str) else value for value in (old, new)]
+    if all(isinstance(value, list | tuple) and all(isinstance(part, str) for part in value) for value in values):
+        old, new = next((pair for pair in zip_longest(*values, fillvalue="none") if pair[0] != pair[1]), (old, new))
+    old, new = str(old), str(new)
+    start = max(0, len(commonprefix([old, new])) - 20) if max(len(old), len(new)) > SHOWN else 0
+    shown = [f"{'…' if start else ''}{value[start : start + SHOWN]}{'…' if len(value) > start + SHOWN else ''}" for value in (old, new)]
+    return f"was {shown[0]} and is now {shown[1]}"
 
 
 @dataclass(frozen=True)
@@ -87,6 +113,21 @@ def noise(shape: Sequence[int], seed: int, level: int) -> Tensor:
     return torch.randn(tuple(shape), generator=generator(seed, level))
 
 
+def states(
+    clean: Tensor, scores: Tensor, seeds: Sequence[int], sigmas: Tensor, process: Process, denoise: Callable[[Tensor, Tensor], Tensor]
+) -> list[Sample]:
+    """Clean latents (N,C,...) with scores (N,R), noised to levels σ (N,K), and the model's D: denoise(x (N,C,...), σ (N,)) -> (N,C,...).
+
+    They are noised as they will be again in training: from the half precision that they are stored in.
+    """
+    clean = half(clean.cpu()).float()
+    denoised = []
+    for level, sigma in enumerate(sigmas.unbind(1)):
+        drawn = torch.stack([noise(clean.shape[1:], seed, level) for seed in seeds])
+        denoised.append(denoise(process.add_noise(clean, drawn, column(sigma, clean)), sigma).cpu())
+    return [Sample(*each) for each in zip(clean, scores, sigmas, torch.stack(denoised, 1), strict=True)]
+
+
 def percents(seed: int, levels: int) -> Tensor:
     """Where in the sampling (K,), 0 noise and 1 clean, the noised states of a sample lie: one in each of K equal parts."""
     return (torch.arange(levels) + torch.rand(levels, generator=generator(seed, -1))) / max(levels, 1)
@@ -100,22 +141,23 @@ class Collection:
     description: Description
 
     @staticmethod
-    def create(folder: Path, description: Description, text: Text | Callable[[], Text]) -> "Collection":
+    def create(folder: Path, description: Description, text: "Text | Texts | Callable[[], Texts]") -> "Collection":
         """Begin a collection, or go on with one of the same description. Raises GuidanceError where another lies there.
 
         text: of each prompt; a function is called only where it is not on disk yet.
         """
-        if (folder / "collection.json").exists():
-            existing = Collection.open(folder)
-            existing.description.base.require(description.base, "collection")
-            if existing.description != description:
-                different = [name for name, value in asdict(description).items() if asdict(existing.description)[name] != value]
-                raise GuidanceError(f"{folder.name} holds samples with another {', '.join(different)}; choose another folder, or delete it.")
-        else:
+        existing = Collection.open(folder).description if (folder / "collection.json").exists() else None
+        if existing and (different := existing.differences(description)):
+            more = f" and {len(different) - 2} more" if len(different) > 2 else ""
+            raise GuidanceError(f"{folder.name} holds other samples: {', '.join(different[:2])}{more}. Choose another folder, or set that back.")
+        if existing is None and any(folder.glob("shard-*.safetensors")):
+            raise GuidanceError(f"{folder.name} holds samples, but no collection.json says of what: choose another folder, or delete it.")
+        if existing is None or not _opened(folder / "prompts.safetensors"):
             text = text() if callable(text) else text
             rows = {f"{kind}.{i}": half(row) for kind in ("tokens", "pooled") for i, row in enumerate(getattr(text, kind))}
             write(folder / "prompts.safetensors", rows)
-        write_text(folder / "collection.json", json.dumps(asdict(description), indent=1))
+        if existing != description:
+            write_text(folder / "collection.json", json.dumps(asdict(description), indent=1))
         return Collection(folder, description)
 
     @staticmethod
@@ -136,58 +178,59 @@ class Collection:
         """The numbers of the samples of every shard that is not there yet, or damaged, up to `count` samples."""
         for shard in range(-(-count // SHARD)):
             numbers = range(shard * SHARD, min((shard + 1) * SHARD, count))
-            if _length(self.path(shard)) < len(numbers):
+            if len(_opened(self.path(shard)).get("scores", ())) < len(numbers):
                 yield numbers
 
+    def whole(self, count: int) -> bool:
+        """Whether so many samples and the text of the prompts can be read."""
+        return next(self.missing(count), None) is None and bool(_opened(self.folder / "prompts.safetensors"))
+
     def add(self, numbers: range, samples: Sequence[Sample]) -> None:
-        """Write one shard. Raises GuidanceError where the disk is full; what is there already stays."""
-        if any(not torch.isfinite(sample.scores).all() for sample in samples):
-            raise GuidanceError("A reward returned a score that is not a finite number; this shard was not written.")
+        """Write one shard. A sample that is not all finite numbers keeps its place, without scores: `load` leaves it out.
+
+        Raises GuidanceError where all are such, or where the disk is full; what is there already stays.
+        """
         stacked = {name: torch.stack([getattr(sample, name) for sample in samples]) for name in ("clean", "scores", "sigma", "denoised")}
-        halves = {name: half(stacked[name]) for name in ("clean", "denoised")}
-        write(self.path(numbers.start // SHARD), {name: value.contiguous().cpu() for name, value in (stacked | halves).items()})
+        sound = torch.stack([part.flatten(1).isfinite().all(1).cpu() for part in stacked.values()]).all(0)
+        if not sound.any():
+            raise GuidanceError(f"None of {len(samples)} samples is made of finite numbers: the model, the decoder or the reward is damaged.")
+        scores = stacked["scores"].cpu().masked_fill(~sound[:, None], math.nan)
+        halves = {name: half(stacked[name]).cpu() for name in ("clean", "denoised")}
+        write(self.path(numbers.start // SHARD), {"scores": scores, "sigma": stacked["sigma"].contiguous().cpu()} | halves)
 
-    def shards(self) -> list[Path]:
-        found = sorted(self.folder.glob("shard-*.safetensors"))
-        if not found:
-            raise GuidanceError(f"{self.folder.name} holds no samples yet; collect some first.")
-        return found
-
-    def scores(self) -> tuple[Tensor, Tensor]:
-        """The number (N,) and the raw scores (N,R) of every sample; nothing else is read."""
-        parts, numbers = [], []
-        for path in self.readable_shards():
-            with safe_open(path, "pt") as file:
-                parts.append(file.get_tensor("scores"))
-            first = int(path.stem.split("-")[1]) * SHARD
-            numbers.append(torch.arange(first, first + len(parts[-1])))
-        return torch.cat(numbers), torch.cat(parts)
-
-    def readable_shards(self) -> Iterator[Path]:
-        for path in self.shards():
-            if not _length(path):
-                raise GuidanceError(f"{path.name} in {self.folder.name} is damaged; delete it and collect again, which redoes only that shard.")
-            yield path
+    def shards(self) -> Iterator[tuple[range, dict[str, Tensor]]]:
+        """The numbers of the samples of every shard, and its parts, memory-mapped. Raises GuidanceError that names a shard which does not fit."""
+        described = self.description
+        noised = (described.levels, *described.shape)
+        fitting = {"clean": described.shape, "scores": (len(described.rewards),), "sigma": noised[:1], "denoised": noised}
+        for path in sorted(self.folder.glob("shard-*.safetensors")):
+            if not (number := path.stem.removeprefix("shard-")).isdecimal():
+                continue  # a copy of a shard
+            if not (parts := _opened(path)):
+                raise GuidanceError(f"{path.name} in {self.folder.name} is damaged: collect again, which redoes only that shard.")
+            if fitting != {name: tuple(part.shape[1:]) for name, part in parts.items()}:
+                raise GuidanceError(f"{path.name} in {self.folder.name} belongs to another collection: take it away and collect again.")
+            first = int(number) * SHARD
+            yield range(first, first + len(parts["scores"])), parts
 
     def load(self) -> "Samples":
-        """All samples. Raises GuidanceError that names the shard which is damaged or of another shape."""
-        parts = []
-        for path in self.readable_shards():
-            part = load_file(path)
-            if tuple(part["clean"].shape[1:]) != self.description.shape:
-                raise GuidanceError(f"{path.name} in {self.folder.name} holds latents of another shape; it belongs to another collection.")
-            parts.append(part)
-        joined = {name: torch.cat([part[name] for part in parts]) for name in ("clean", "scores", "sigma", "denoised")}
-        return Samples(self.description, self.scores()[0], self.text(), **joined)
+        """All samples that could be scored; of latents nothing is read yet. Raises GuidanceError where there are none, or a shard does not fit."""
+        found = list(self.shards())
+        scores = torch.cat([parts["scores"] for _, parts in found]) if found else torch.empty(0, 1)
+        scored = torch.where(scores.isfinite().all(1))[0]
+        if not len(scored):
+            raise GuidanceError(f"{self.folder.name} holds no samples yet; collect some first.")
+        numbers = torch.tensor([number for numbers, _ in found for number in numbers])
+        sigma = torch.cat([parts["sigma"] for _, parts in found])
+        clean, denoised = (Rows.of([parts[name] for _, parts in found]) for name in ("clean", "denoised"))
+        whole = Samples(self.description, numbers, self.text(), clean, scores, sigma, denoised)
+        return replace(whole.rows(scored), unscored=len(scores) - len(scored))
 
-    def text(self) -> Text:
-        try:
-            rows = load_file(self.folder / "prompts.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise GuidanceError(f"prompts.safetensors in {self.folder.name} is missing or damaged; collect into another folder.") from error
-        tokens = [rows[f"tokens.{i}"] for i in range(len(self.description.prompts))]
-        pooled = torch.stack([rows[f"pooled.{i}"] for i in range(len(self.description.prompts))])
-        return Text(padded(tokens), pooled)
+    def text(self) -> "Texts":
+        rows, count = _opened(self.folder / "prompts.safetensors"), len(self.description.prompts)
+        if len(rows) != 2 * count:
+            raise GuidanceError(f"prompts.safetensors in {self.folder.name} is missing or damaged: collect again, which writes it anew.")
+        return Texts(tuple(rows[f"tokens.{i}"] for i in range(count)), torch.stack([rows[f"pooled.{i}"] for i in range(count)]))
 
 
 def half(tensor: Tensor) -> Tensor:
@@ -196,36 +239,75 @@ def half(tensor: Tensor) -> Tensor:
     return tensor.clamp(-most, most).half().contiguous()
 
 
-def padded(rows: Sequence[Tensor]) -> Tensor:
-    """(T_i,E) of several lengths -> (N,T,E), zero where there is none."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-
-
-def _length(path: Path) -> int:
-    """How many samples a shard holds; 0 if it cannot be read."""
+def _opened(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, memory-mapped; none if it cannot be read."""
     try:
-        with safe_open(path, "pt") as file:
-            return file.get_slice("scores").get_shape()[0]
+        return load_file(path)
     except (OSError, SafetensorError):
-        return 0
+        return {}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows (N,...) that lie in several tensors, as of memory-mapped files, and are read when they are asked for."""
+
+    parts: tuple[Tensor, ...]
+    places: Tensor
+    """(N,2) the part that a row lies in, and where in it."""
+
+    @staticmethod
+    def of(parts: Sequence[Tensor]) -> "Rows":
+        return Rows(tuple(parts), torch.tensor([(i, row) for i, part in enumerate(parts) for row in range(len(part))]))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self), *self.parts[0].shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index) -> Tensor:
+        """The rows (B,), or what stands at further places (B,) in each, as of one tensor."""
+        rows, *within = index if isinstance(index, tuple) else (index,)
+        places = zip(*(indices.tolist() for indices in (*self.places[rows].unbind(-1), *within)), strict=True)
+        return torch.stack([self.parts[part][tuple(place)] for part, *place in places])
+
+    def chosen(self, rows: Tensor) -> "Rows":
+        return replace(self, places=self.places[rows])
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of all prompts, of several lengths."""
+
+    tokens: Sequence[Tensor]
+    """(T_i,E) of each."""
+    pooled: Tensor
+    """(N,P)"""
+
+    def __getitem__(self, rows: Tensor) -> Text:
+        """Those of some, as long as the longest of them, zero where there is none."""
+        return Text(torch.nn.utils.rnn.pad_sequence([self.tokens[row] for row in rows], batch_first=True), self.pooled[rows])
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A whole collection in memory; half precision."""
+    """The samples of a collection that could be scored; latents in half precision and still on disk."""
 
     description: Description
     numbers: Tensor
     """(N,) as the collection counts."""
-    text: Text
+    text: Texts
     """Of every prompt."""
-    clean: Tensor
+    clean: Rows
     scores: Tensor
     """(N,R)"""
     sigma: Tensor
     """(N,K)"""
-    denoised: Tensor
+    denoised: Rows
     """(N,K,C,...)"""
+    unscored: int = 0
+    """How many were left out."""
 
     @property
     def prompts(self) -> Tensor:
@@ -237,9 +319,8 @@ class Samples:
         return self.description.combined(self.scores, weights)
 
     def rows(self, chosen: Tensor) -> "Samples":
-        return Samples(
-            self.description, self.numbers[chosen], self.text, self.clean[chosen], self.scores[chosen], self.sigma[chosen], self.denoised[chosen]
-        )
+        tensors = {name: getattr(self, name)[chosen] for name in ("numbers", "scores", "sigma")}
+        return replace(self, clean=self.clean.chosen(chosen), denoised=self.denoised.chosen(chosen), **tensors)
 
     def split(self, share: float) -> tuple[Tensor, Tensor]:
         """Rows to train on, and rows held out, chosen by their numbers alone."""

@@ -9,6 +9,7 @@ As E[y|x] = 0 without weights, E[ w·|G|² - 2(w - 1)·y·G ] has the same minim
 """
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -26,8 +27,12 @@ from .network import FORMS, Architecture, Denoiser, GuidanceNetwork, Text, colum
 from .process import Process
 from .randomness import generator
 
-LOW_SAMPLE_SIZE = 0.1
-"""An effective share of samples below which a few lucky ones decide everything."""
+log = logging.getLogger(__name__)
+
+LOW_SHARE = 0.1
+"""Effective share of the samples below which most of what they cost is wasted."""
+FEW = 100
+"""Effective samples whose averages are uncertain by a tenth: fewer teach a network their accidents."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,18 @@ class Health:
     effective: float
     """Effective sample size (Σw)²/Σw² over the number of samples."""
 
+    @property
+    def worth(self) -> float:
+        """Effective sample size as a number: so many samples of equal weight say as much. It grows with the count; the share does not."""
+        return self.effective * self.count
+
     def warnings(self) -> list[str]:
-        if self.effective >= LOW_SAMPLE_SIZE:
-            return []
-        return [f"Only {self.effective:.1%} of {self.count} samples count at this temperature: raise it, or collect more samples."]
+        found = []
+        if self.effective < LOW_SHARE:
+            found.append(f"Only {self.effective:.1%} of {self.count} samples count at this temperature: raise it to use more of them.")
+        if self.worth < FEW:
+            found.append(f"Together the samples count as {self.worth:.0f}, which is little to learn from: collect more, or raise the temperature.")
+        return found
 
 
 def label(rewards: Tensor, prompts: Tensor, temperature: float) -> tuple[Tensor, Health]:
@@ -57,7 +70,7 @@ def label(rewards: Tensor, prompts: Tensor, temperature: float) -> tuple[Tensor,
     if not temperature > 0:
         raise GuidanceError(f"The temperature must be above 0, not {temperature}; smaller values follow the reward more closely.")
     if bad := int((~torch.isfinite(rewards)).sum()):
-        raise GuidanceError(f"{bad} of {len(rewards)} rewards are not finite numbers; collect those samples again.")
+        raise GuidanceError(f"{bad} of {len(rewards)} rewards are not finite numbers: leave those samples out.")
     rewards = rewards.double()
     _, group, count = torch.unique(prompts, return_inverse=True, return_counts=True)
     std = spread(rewards, group, count)
@@ -159,7 +172,7 @@ class Plan:
     baseline: float = 1.0
     """What is taken off the weights of y; any value has the same minimiser."""
     temperature: float = 1.0
-    """Of the objective `reward_gradient`; the others have it in their weights."""
+    """β in standard deviations of the reward within a prompt; labels have it in their weights."""
     seed: int = 0
 
     def __post_init__(self):
@@ -167,6 +180,11 @@ class Plan:
             raise GuidanceError(f"Known objectives are {', '.join(OBJECTIVES)}; known forms {', '.join(FORMS)}.")
         if self.objective.startswith("potential") != (self.form == "potential"):
             raise GuidanceError(f"The objective {self.objective} does not train the form {self.form}.")
+        if min(self.steps, self.batch, self.check_every) < 1 or not 0 < self.learning_rate < math.inf:
+            raise GuidanceError(
+                f"A training needs at least 1 step, a batch of at least 1 and a learning rate above 0, not {self.steps}, {self.batch} and "
+                f"{self.learning_rate:g}."
+            )
 
 
 @dataclass(frozen=True)
@@ -176,7 +194,7 @@ class Task:
     process: Process
     plan: Plan
     reward: Callable[[Tensor, Batch], Tensor] | None = None
-    """Denoised latents (B,...) -> standardized rewards (B,), differentiable; for `reward_gradient`."""
+    """Denoised latents (B,...) -> rewards (B,) in the unit of the temperature, differentiable; for `reward_gradient`."""
 
     def correction(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """D_q and (D_q - D)/s, (B,...)."""
@@ -224,10 +242,7 @@ def potential(loss: Callable[[Tensor, Tensor], Tensor]) -> Objective:
 OBJECTIVES: dict[str, Objective] = {
     "weighted": weighted,
     "reward_gradient": reward_gradient,
-    # f -> log E[w|x] by the Poisson loss; by regression of h = e^f (arXiv 2405.16876), noisier; f -> E[log w|x], which is another thing
-    "potential": potential(lambda f, w: f.exp() - w * f),
-    "potential_square": potential(lambda f, w: (f.exp() - w).square()),
-    "potential_log": potential(lambda f, w: (f - w.log()).square()),
+    "potential": potential(lambda f, w: f.exp() - w * f),  # f -> log E[w|x], by the Poisson loss
 }
 
 
@@ -253,11 +268,17 @@ class Training:
     architecture: Architecture
     held_out: Source | None = None
     checkpoint: Path | None = None
-    """Written every `check_every` steps; a run that finds it goes on from there, bit for bit."""
+    """Written at every look; a run that finds it goes on from there, bit for bit."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     step: int = field(default=0, init=False)
     curve: list[tuple[int, float]] = field(default_factory=list, init=False)
-    """Loss on held-out samples, by step."""
+    """Loss on held-out samples by step; on those it is trained on where none are held out."""
+    loss: float = field(default=math.nan, init=False)
+    """On the last batch."""
+    diverged: bool = field(default=False, init=False)
+    """Whether it had to end early."""
+    unsaved: str = field(default="", init=False)
+    """Why the last checkpoint could not be written; empty where it was."""
 
     def __post_init__(self):
         plan = self.task.plan
@@ -278,31 +299,40 @@ class Training:
     def __iter__(self) -> Iterator[Progress]:
         plan = self.task.plan
         network: nn.Module = nn.parallel.DistributedDataParallel(self.network) if distributed.is_initialized() else self.network
-        while self.step < plan.steps:
+        while self.step < plan.steps and not self.diverged:
             loss = OBJECTIVES[plan.objective](network, self.task, self.source.batch(plan.batch, (plan.seed, self.step), own_part(plan.batch)))
             loss.backward()
-            nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+            if not math.isfinite(nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)):  # of all processes alike
+                self.diverge()
+                return
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()
             self.average.update_parameters(self.network)
             self.step += 1
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise GuidanceError(f"Training diverged at step {self.step}: lower the learning rate or raise the temperature.")
-            yield self.look(value) if self.step % plan.check_every == 0 or self.step == plan.steps else Progress(self.step, value)
+            self.loss = float(loss.detach())
+            yield self.look() if self.step % plan.check_every == 0 or self.step == plan.steps else Progress(self.step, self.loss)
 
     @torch.no_grad()
-    def look(self, loss: float) -> Progress:
+    def look(self) -> Progress:
         """Judge the averaged network by samples it has not seen, keep it if it is the best, and write a checkpoint."""
-        check = loss if self.held_out is None else self.judge(self.held_out)
+        check = self.loss if self.held_out is None else self.judge(self.held_out)
+        if not math.isfinite(check):
+            self.diverge()
+            return Progress(self.step, self.loss)
         best = self.held_out is None or not self.curve or check < min(value for _, value in self.curve)
         self.curve.append((self.step, check))
         if best:
             self.best = copy.deepcopy(self.average.module.state_dict())
         if self.checkpoint is not None and leads():
             self.save(self.checkpoint)
-        return Progress(self.step, loss, check, best)
+        return Progress(self.step, self.loss, None if self.held_out is None else check, best)
+
+    def diverge(self) -> None:
+        """End with the best network so far. Raises GuidanceError where there is none yet."""
+        if not self.curve:
+            raise GuidanceError(f"The training diverged at step {self.step + 1}: lower the learning rate, or raise the temperature.")
+        self.diverged = True
 
     def judge(self, held_out: Source) -> float:
         """The averaged network's loss on the same eight batches at every look."""
@@ -313,7 +343,7 @@ class Training:
     def pause(self) -> None:
         """Stopped between two looks: look, so that what has been reached since the last one counts."""
         if self.step and (not self.curve or self.curve[-1][0] != self.step):
-            self.look(math.nan)
+            self.look()
 
     def result(self) -> GuidanceNetwork:
         """The best network so far."""
@@ -326,15 +356,22 @@ class Training:
         return parts | {"best": self.best, "step": self.step, "curve": self.curve, "plan": asdict(self.task.plan)}
 
     def save(self, path: Path) -> None:
-        """Whole or not at all. Raises GuidanceError where the disk does not take it."""
-        write(path, lambda partial: torch.save(self.state(), partial))
+        """Whole or not at all; where the disk does not take it, the training goes on without."""
+        try:
+            write(path, lambda partial: torch.save(self.state(), partial), "The training goes on without it, and tries again.")
+            self.unsaved = ""
+        except GuidanceError as error:
+            if not self.unsaved:
+                log.warning("%s", error)
+            self.unsaved = str(error)
 
     def restore(self, path: Path) -> None:
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
+            plan = state["plan"]
         except Exception as error:
             raise GuidanceError(f"{path.name} is damaged; delete it to train from the start.") from error
-        if state["plan"] != asdict(self.task.plan):
+        if plan != asdict(self.task.plan):
             raise GuidanceError(f"{path.name} belongs to a training with other settings: delete it, or go back to those settings.")
         for name in ("network", "average", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])

@@ -59,7 +59,8 @@ class LoadNetwork(io.ComfyNode):
             node_id="RewardGuidanceLoadNetwork",
             display_name="Load Guidance Network",
             category=CATEGORY,
-            description="Loads a guidance network from models/guidance_networks. What it was trained for, it says itself.",
+            description="Loads a guidance network from models/guidance_networks. What it was trained for, it says itself; for a model of another "
+            "family it is refused.",
             search_aliases=["reward network", "guidance model", "alignment network"],
             inputs=[
                 io.Combo.Input(

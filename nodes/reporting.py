@@ -45,13 +45,19 @@ class Reporter:
         self.run: Any = None
 
     def __call__(self, progress: Progress) -> None:
+        self.tell(progress)
+
+    def tell(self, progress: Progress) -> bool:
+        """Whether the page was told of this step: of a long run it hears of some."""
         if not self.history or progress.run != self.run:
             self.begin(progress.run)
         self.series |= progress.series
-        if self.is_next(progress):
-            self.history.append(self.event(progress))
-            server = PromptServer.instance
-            server.send_sync(EVENT, self.history[-1], server.client_id)
+        if not self.is_next(progress):
+            return False
+        self.history.append(self.event(progress))
+        server = PromptServer.instance
+        server.send_sync(EVENT, self.history[-1], server.client_id)
+        return True
 
     def begin(self, run: Any) -> None:
         self.run = run

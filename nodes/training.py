@@ -1,25 +1,27 @@
 """The node that trains a guidance network."""
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from statistics import fmean
 
 import comfy.model_management
 import comfy.utils
+from comfy.model_management import InterruptProcessingException as Interrupt
 from comfy_api.v0_0_2 import io, ui
 from PIL import Image
 from server import PromptServer
 
 from ..guidance.fitting import BATCH, DATA_FORMS, DATA_OBJECTIVES, WIDTHS, Fitting, bytes_for, plan_for, prepare, weights_from
+from ..guidance.rewards import CombinedReward
 from ..guidance.training import Plan, Progress
 from . import runtime
-from .collecting import CATEGORY, DATA, GuidanceData, picture
+from .collecting import CATEGORY, DATA, GuidanceData, parts_of, picture
 from .decoders import make_decoder
 from .guidance import HIDDEN
 from .network import NETWORK, followed
-from .reporting import MOST_STEPS, Reporter
+from .reporting import Reporter
 from .runtime import LatentReward, as_nodes_run, differentiable_clone, loaded_reward, manage_network, room_for, trainable
 from .selection import decode
 
@@ -28,8 +30,8 @@ _stopped: Counter[str] = Counter()
 
 
 @contextmanager
-def assistants(data: GuidanceData, plan: Plan) -> Iterator[dict[str, Callable]]:
-    """What a training asks beside the samples: the model at other points, or the gradient of the reward."""
+def assistants(data: GuidanceData, plan: Plan, weights: Sequence[float]) -> Iterator[dict[str, Callable]]:
+    """What a training asks beside the samples: the model at other points, or the gradient of the rewards by these weights."""
     description = data.collection.description
     with ExitStack() as stack:
         asked: dict[str, Callable] = {}
@@ -40,7 +42,8 @@ def assistants(data: GuidanceData, plan: Plan) -> Iterator[dict[str, Callable]]:
         if plan.objective == "reward_gradient":
             studio = data.ask("The objective reward_gradient")
             decoder = make_decoder("auto", studio.model.get_model_object("latent_format"), studio.vae)
-            reward = stack.enter_context(loaded_reward(LatentReward(studio.reward, decoder, description.prompts[0])))
+            weighted = replace(studio.reward, reward=CombinedReward([part for part, _ in parts_of(studio.reward.reward)], weights))
+            reward = stack.enter_context(loaded_reward(LatentReward(weighted, decoder, description.prompts[0])))
             asked["reward"] = lambda latents, batch: reward.score(latents, [description.prompts[i] for i in batch.prompts.tolist()])
         yield asked
 
@@ -62,8 +65,7 @@ class Watch:
 
     def run(self) -> None:
         training, steps = self.fitting.training, self.fitting.training.task.plan.steps
-        pace = max(1, steps // MOST_STEPS)
-        losses: deque[float] = deque(maxlen=pace)
+        losses: list[float] = []
         bar = comfy.utils.ProgressBar(steps)
         comfy.model_management.throw_exception_if_processing_interrupted()
         try:
@@ -71,23 +73,28 @@ class Watch:
                 # This takes the interrupt back, so that what comes after this node runs.
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 losses.append(progress.loss)
-                if progress.check is not None or progress.step % pace == 0:
-                    self.tell(progress, fmean(losses))
+                if self.tell(progress, fmean(losses)):
+                    losses.clear()
                     bar.update_absolute(progress.step, steps)
                 if self.preview and training.curve and progress.step % self.preview_every == 0:
                     bar.update_absolute(progress.step, steps, ("JPEG", self.preview(self.fitting), None))
-        except comfy.model_management.InterruptProcessingException:
-            if not training.step:
+        except Interrupt:
+            with suppress(Interrupt):  # who is impatient gets what was the best at the last look
+                training.pause()
+            if not training.curve:
                 raise
-            training.pause()
 
-    def tell(self, progress: Progress, loss: float) -> None:
+    def tell(self, progress: Progress, loss: float) -> bool:
+        """Whether it was told: of a long training not every step is."""
         steps, effective = self.fitting.training.task.plan.steps, self.fitting.health.effective
         check = {} if progress.check is None else {"loss/held-out": [progress.check]}
-        self.report(Step(step=progress.step, steps=steps, series={"loss": [loss]} | check, effective=effective))
-        held_out = f" · held-out {self.fitting.training.curve[-1][1]:.4f}" if self.fitting.training.curve else ""
+        if not self.report.tell(Step(step=progress.step, steps=steps, series={"loss": [loss]} | check, effective=effective)):
+            return False
+        best = self.fitting.best()
+        held_out = "" if best is None else f" · held-out {self.fitting.training.curve[-1][1]:.4f}, at best {best[1]:.4f}"
         text = f"step {progress.step}/{steps} · loss {loss:.4f}{held_out} · {effective:.0%} of samples count"
         PromptServer.instance.send_progress_text(text, self.report.node)
+        return True
 
 
 def first_picture(data: GuidanceData) -> Callable[[Fitting], Image.Image]:
@@ -117,8 +124,9 @@ class TrainNetwork(io.ComfyNode):
             node_id="RewardGuidanceTrain",
             display_name="Train Guidance Network",
             category=CATEGORY,
-            description="Trains a small network that guides a model to what a reward liked among its samples. The model stays as it is, and no "
-            "gradient of a reward is taken. Interrupt it, and it returns the best network so far; queue again, and it goes on.",
+            description="Trains a small network that guides a model to what a reward liked among its samples. The model stays as it is. Only the "
+            "objective reward_gradient takes a gradient of the reward. Interrupt it, and it returns the best network so far; queue again, and it "
+            "goes on from its checkpoint.",
             search_aliases=["fit guidance network", "alignment training", "reward training", "finetune"],
             inputs=[
                 DATA.Input("data", tooltip="Samples and their scores: from Collect Guidance Data, which brings the model too, or from disk."),
@@ -129,7 +137,7 @@ class TrainNetwork(io.ComfyNode):
                     max=100.0,
                     step=0.05,
                     tooltip="β in exp(reward/β), in standard deviations of the reward among samples of one prompt. Lower values insist on the best "
-                    "samples and need more of them: the report says how many count. 0.3 to 2.",
+                    "samples, so that fewer of them count: the report says how many. 0.3 to 2.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -156,14 +164,15 @@ class TrainNetwork(io.ComfyNode):
                     "objective",
                     options=list(DATA_OBJECTIVES),
                     tooltip="weighted: regression on samples weighted by exp(reward/β). potential: the logarithm of the expected weight, whose "
-                    "gradient guides. reward_gradient: through the reward itself, which must have a gradient; for few samples.",
+                    "gradient guides. reward_gradient: through the reward itself, which must have a gradient, and the decoder; for few samples.",
                     **rare,
                 ),
                 io.Combo.Input(
                     "form",
                     options=list(DATA_FORMS),
                     tooltip="correction: the network corrects the model's estimate. shift: it moves the point where the model is asked, and needs "
-                    "the model and a backward pass through it while it trains: a batch of 1 to 8.",
+                    "the model and a backward pass through it while it trains: a batch of 1 to 8. The objective potential and the target noise "
+                    "have forms of their own: leave it at correction.",
                     **rare,
                 ),
                 io.Int.Input(
@@ -203,7 +212,7 @@ class TrainNetwork(io.ComfyNode):
                     "checkpoint",
                     default=True,
                     tooltip="Keep what is needed to go on beside the samples until the training is done: after an interrupt or a crash, the same "
-                    "settings go on from there.",
+                    "settings go on from there. Without it they begin anew.",
                     **rare,
                 ),
             ],
@@ -231,11 +240,11 @@ class TrainNetwork(io.ComfyNode):
         checkpoint: bool,
     ) -> io.NodeOutput:
         options = {"temperature": temperature, "steps": steps, "batch": batch, "learning_rate": learning_rate, "seed": seed}
-        plan = plan_for(data.collection.description, objective, form, **options)
-        device = room_for(bytes_for(data.collection.description, plan, size))
-        with trainable(), assistants(data, plan) as asked:
-            folder = data.collection.folder if checkpoint else None
-            fitting = prepare(data.collection.load(), plan, size, weights_from(reward_weights), device, folder, **asked)
+        description, folder = data.collection.description, data.collection.folder if checkpoint else None
+        plan, weights = plan_for(description, objective, form, **options), description.weights(weights_from(reward_weights))
+        device = room_for(bytes_for(description, plan, size))
+        with trainable(), assistants(data, plan, weights) as asked:
+            fitting = prepare(data.collection.load(), plan, size, weights, device, folder, **asked)
             Watch(fitting, Reporter(cls.hidden), first_picture(data) if preview_every else None, preview_every).run()
             network = manage_network(fitting.network(), fitting.card())
         leave_off(fitting, cls.hidden.unique_id)

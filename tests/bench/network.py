@@ -9,7 +9,6 @@ usage: python tests/bench/network.py [MODELS_DIR] [--samples 500,2000,5000] [--s
 import argparse
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +18,10 @@ from harness.inprocess import load_comfyui
 load_comfyui()
 
 import torch
-from reward_guidance.guidance.fitting import Fitting, described, plan_for, prepare
-from reward_guidance.guidance.network import Text, column
+from reward_guidance.guidance.fitting import Fitting, plan_for, prepare
 from reward_guidance.guidance.process import Diffusion
 from reward_guidance.guidance.rewards import evaluate
-from reward_guidance.guidance.samples import Collection, Description, Sample, Samples, noise, padded, percents
+from reward_guidance.guidance.samples import Collection, Description, Sample, Samples, Texts, noise, percents, states
 from reward_guidance.guidance.training import label
 from reward_guidance.nodes.runtime import NetworkGuidance, base_of, manage_network, text_of_conditioning
 from reward_guidance.tests.bench.shapesworld import Bench, Pictures, World
@@ -56,14 +54,14 @@ class Collector:
             settings=f"{world_.steps} steps, cfg {world_.cfg}, weights {expand.digest()[:12]}",
         )
         texts = [text_of_conditioning(pipeline.short(pipeline.encode([prompt]))) for prompt in world_.prompts]
-        text = Text(padded([each.tokens[0].half() for each in texts]), torch.cat([each.pooled for each in texts]))
+        text = Texts([each.tokens[0] for each in texts], torch.cat([each.pooled for each in texts]))
         return Collector(world_, Collection.create(folder, description, text))
 
     def fill(self, count: int) -> None:
         for numbers in self.collection.missing(count):
-            self.collection.add(numbers, list(self.samples(numbers)))
+            self.collection.add(numbers, self.samples(numbers))
 
-    def samples(self, numbers: range) -> Iterator[Sample]:
+    def samples(self, numbers: range) -> list[Sample]:
         """Drawn, judged, and noised again to every level, with what the model makes of that."""
         description, pipeline = self.collection.description, self.world.pipeline
         seeds = [description.seed_of(number) for number in numbers]
@@ -74,13 +72,7 @@ class Collector:
         sampling = pipeline.model.get_model_object("model_sampling")
         shares = torch.stack([percents(seed, LEVELS) for seed in seeds])
         sigmas = sampling.sigma((1 - shares) * (len(sampling.sigmas) - 1))
-        denoised = []
-        for k in range(LEVELS):
-            drawn = torch.stack([noise(description.shape, seed, k) for seed in seeds])
-            x = Diffusion().add_noise(clean, drawn, column(sigmas[:, k], clean))
-            denoised.append(pipeline.denoised(x, sigmas[:, k], prompts, self.world.cfg))
-        for each in zip(clean, scores, sigmas, torch.stack(denoised, 1), strict=True):
-            yield Sample(*each)
+        return states(clean, scores, seeds, sigmas, Diffusion(), lambda x, sigma: pipeline.denoised(x, sigma, prompts, self.world.cfg))
 
 
 def first(samples: Samples, count: int) -> Samples:
@@ -102,7 +94,7 @@ def compare(bench: Bench, collector: Collector, counts: list[int], strengths: li
         collector.fill(count)
         began = time.perf_counter()
         fitting = train(first(collector.collection.load(), count), bench.temperature, steps, size)
-        print(f"{described(fitting.health)}; trained in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        print(f"{fitting.report()}\ntrained in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         loaded = manage_network(fitting.network(), fitting.card())
         for strength in strengths:
             model = NetworkGuidance(loaded, strength).attach(bench.world.pipeline.model)

@@ -28,6 +28,7 @@ from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwor
 from reward_guidance.guidance.process import Flow
 from reward_guidance.guidance.training import LivePairs, Plan, Task, Training, fit, label
 from reward_guidance.nodes.runtime import NetworkGuidance, base_of, manage_network
+from reward_guidance.tests.standins import objectives
 from reward_guidance.tests.standins.analytic import analytic_model
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance
 from reward_guidance.tests.standins.ring import RING, TiltedRing, ring_reward, truth
@@ -192,6 +193,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000, help="of training")
     parser.add_argument("--only", choices=["ring", "labels", "normal"])
     arguments = parser.parse_args()
+    objectives.register()
     parts = {
         "ring": partial(ring, arguments.seeds, arguments.steps),
         "labels": partial(labels, arguments.steps // 2),

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from reward_guidance.tests.harness.inprocess import load_comfyui
@@ -16,10 +17,10 @@ from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.estimators import ESTIMATORS, Settings, Smoothing
 from reward_guidance.guidance.files import Card
 from reward_guidance.guidance.fitting import plan_for, prepare
-from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork, Text
+from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork
 from reward_guidance.guidance.process import Diffusion, Flow
-from reward_guidance.guidance.samples import Collection, Description, Samples
-from reward_guidance.guidance.training import fit
+from reward_guidance.guidance.samples import Collection, Description, Rows, Samples, Texts, states
+from reward_guidance.guidance.training import Plan, fit
 from reward_guidance.nodes.collecting import Collector, Studio, alike, asked, level, stacked
 from reward_guidance.nodes.network import GuidedNoise, followed
 from reward_guidance.nodes.runtime import (
@@ -33,6 +34,7 @@ from reward_guidance.nodes.runtime import (
     tilt,
 )
 from reward_guidance.nodes.sampling import Sampling
+from reward_guidance.nodes.training import Watch
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
 
@@ -153,9 +155,10 @@ def test_a_second_run_is_the_same(model):
 @pytest.mark.parametrize(
     ("base", "said"),
     [
-        ({"latents": "Flux", "model": "Flux"}, "made for Flux .latents: Flux., but the model is BASE .PlainLatents."),
-        ({"channels": 16}, "latent channels: 16"),
-        ({"process": "Flow 8"}, "noising process: Flow 8"),
+        ({"latents": "Flux", "model": "Flux"}, "made for Flux, but the model is BASE: use one that was made for it"),
+        ({"latents": "Flux"}, "with the latents Flux, but here it is PlainLatents"),
+        ({"channels": 16}, "latent channels 16, but here it is 2"),
+        ({"process": "Flow 8"}, "noising process Flow 8"),
         ({"target": "noise"}, "tilts noise, not data: use Guided Noise"),
     ],
 )
@@ -277,7 +280,7 @@ def test_answers_come_in_the_order_of_the_questions():
 
 
 def test_text_has_the_length_of_the_longest_prompt():
-    text = studio(model_of(CLOUD, True)).text()
+    text = studio(model_of(CLOUD, True)).text()[torch.arange(2)]
     assert text.tokens.shape == (2, 5, 1) and text.tokens.any(2).sum(1).tolist() == [3, 5]
     assert text_of_conditioning([[None, {}]]).tokens.shape == (1, 0, 0)
 
@@ -296,6 +299,29 @@ def test_a_patched_model_has_another_name(model):
     assert name_of(patched) == "BaseModel with 1 patches of strength 0.5"
 
 
+class Interrupted:
+    """A training that is interrupted in a step, and again while it judges what it has."""
+
+    task = SimpleNamespace(plan=Plan())
+
+    def __init__(self, curve):
+        self.curve = curve
+
+    def __iter__(self):
+        raise comfy.model_management.InterruptProcessingException
+        yield
+
+    def pause(self):
+        raise comfy.model_management.InterruptProcessingException
+
+
+def test_two_interrupts_return_what_was_the_best_at_the_last_look():
+    watch = lambda curve: Watch(SimpleNamespace(training=Interrupted(curve)), None, None, 0)  # noqa: E731
+    watch([(10, 0.1)]).run()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        watch([]).run()
+
+
 def ring_reward(latents):
     return -0.6 * (latents.flatten(1) - torch.tensor([1.2, 0.9])).pow(2).sum(1)
 
@@ -304,7 +330,9 @@ def ring_reward(latents):
 def fitted(description, samples):
     """A network trained on samples as the node trains it, but without a disk."""
     stacked_samples = {name: torch.stack([getattr(sample, name) for sample in samples]) for name in ("clean", "scores", "sigma", "denoised")}
-    whole = Samples(description, torch.arange(len(samples)), Text.none(1), **{name: value.clone() for name, value in stacked_samples.items()})
+    parts = {name: value.clone() for name, value in stacked_samples.items()}
+    parts |= {name: Rows.of([parts[name]]) for name in ("clean", "denoised")}
+    whole = Samples(description, torch.arange(len(samples)), Texts([torch.zeros(0, 0)], torch.zeros(1, 0)), **parts)
     with torch.enable_grad():
         fitting = prepare(whole, plan_for(description, steps=400, temperature=0.5, batch=128), "small")
         fit(fitting.training)
@@ -320,7 +348,8 @@ def test_what_was_collected_leads_to_the_reward_weighted_ring():
     clean = sample(model, count=count, seed=1, steps=20)
     collector = Collector(one_studio, Collection(Path(), description), False, lambda *_: None)
     rewards = ring_reward(clean)
-    loaded = fitted(description, collector.states(clean, list(range(count)), [0] * count, rewards[:, None]))
+    seeds, denoise = list(range(count)), lambda x, sigma: collector.denoise(x, sigma, [0] * count)
+    loaded = fitted(description, states(clean, rewards[:, None], seeds, collector.sigmas(seeds), collector.process, denoise))
     truth = RING.sample(20_000, torch.Generator().manual_seed(50))
     truth = resample(truth, ring_reward(truth) / (0.5 * rewards.std()), 1000, torch.Generator().manual_seed(51))
     plain, guided = (sample(each, count=1000, seed=2, steps=20).flatten(1).double() for each in (model, NetworkGuidance(loaded).attach(model)))

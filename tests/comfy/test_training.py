@@ -186,11 +186,12 @@ def test_samples_are_those_of_a_stock_ksampler(bench, data_folder):
     loaded = Collection.open(data_folder("stock")).load()
     prompts = [line.strip() for line in PROMPTS.splitlines() if line.strip()]
     assert loaded.description.prompts == tuple(prompts)
+    clean, text = loaded.clean[torch.arange(5)].float(), loaded.text[torch.arange(3)]
     for i in (0, 4):
         alone = bench.sample("flux", stock, seed=5 + i, steps=1, text=prompts[i % 3])
-        torch.testing.assert_close((alone[0] - 0.1159) * 0.3611, loaded.clean[i].float(), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close((alone[0] - 0.1159) * 0.3611, clean[i], rtol=2e-3, atol=2e-3)
     assert loaded.sigma.shape == (5, 2) and (loaded.sigma[:, 0] > loaded.sigma[:, 1]).all()
-    assert loaded.denoised.isfinite().all() and loaded.text.tokens.shape[::2] == (3, 768) and loaded.text.pooled.shape == (3, 768)
+    assert loaded.denoised[torch.arange(5)].isfinite().all() and text.tokens.shape[::2] == (3, 768) and text.pooled.shape == (3, 768)
 
 
 def test_a_larger_count_adds_to_what_is_there(bench, data_folder):
@@ -249,6 +250,17 @@ def test_every_objective_and_form_makes_a_network_that_guides(bench, networks, o
     assert guided.isfinite().all() and distance(guided, plain) > 1e-5
 
 
+def test_the_gradient_objective_follows_the_weights(bench, networks, network_folder):
+    """Of opposite weights, the first step goes opposite ways."""
+    networks("flux")
+    heads = []
+    for weight in ("1", "-1"):
+        options = {"objective": "reward_gradient", "steps": 1, "reward_weights": weight, "seed": 0}
+        train(bench, "flux", save=f"weighted{weight}", build=from_model("flux"), **options).check()
+        heads.append(load_network(network_folder / f"weighted{weight}_00001_.safetensors")[0].head.bias)
+    assert heads[0].any() and torch.equal(heads[0], -heads[1])
+
+
 def test_the_page_hears_how_a_training_goes(bench, networks):
     networks("flux")
     seed = next(SEEDS)
@@ -276,10 +288,10 @@ def test_previews_show_what_has_been_learned(bench, networks):
 # Whatever stops it
 
 
-def begin(folder, seed, checkpoints=None):
-    """The training of a node with 20 steps and otherwise the defaults of `trained`, outside of ComfyUI."""
+def begin(folder, seed, checkpoints=None, steps=20):
+    """The training of a node with otherwise the defaults of `trained`, outside of ComfyUI."""
     samples = Collection.open(folder).load()
-    return prepare(samples, plan_for(samples.description, steps=20, batch=4, seed=seed), "small", checkpoints=checkpoints)
+    return prepare(samples, plan_for(samples.description, steps=steps, batch=4, seed=seed), "small", checkpoints=checkpoints)
 
 
 LONG = SHARD + 8
@@ -381,7 +393,7 @@ def test_noise_is_what_a_stock_ksampler_begins_with(noise_network, data_folder):
     assert loaded.description.base.target == "noise" and loaded.sigma.shape == (COUNT, 0)
     for i in (0, COUNT - 1):
         expected = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(5 + i))[0]
-        torch.testing.assert_close(loaded.clean[i].float(), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(loaded.clean[torch.tensor([i])][0].float(), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -477,14 +489,14 @@ def few(bench, clean):
 
 
 OTHERS = {
-    "another model's": ({"family": "sd3"}, "made for Flux (latents: Flux), but the model is SD3 (SD3)"),
-    "another shape": ({"size": 128}, "holds samples with another shape; choose another folder"),
-    "other prompts": ({"prompts": "a cat"}, "holds samples with another prompts"),
-    "another seed": ({"seed": 6}, "holds samples with another seed"),
-    "another way of sampling": ({"steps": 2}, "holds samples with another settings"),
-    "another reward": ({"reward": statistic("contrast")}, "holds samples with another rewards"),
-    "other levels": ({"levels": 3}, "holds samples with another levels"),
-    "another use": ({"target": "noise"}, "(use: data), but the model is Flux (noise)"),
+    "another model's": ({"family": "sd3"}, "few holds other samples: model was Flux and is now SD3"),
+    "another shape": ({"size": 128}, "shape was (16, 8, 8) and is now (16, 8, 16). Choose another folder, or set that back"),
+    "other prompts": ({"prompts": "a cat"}, "prompts was a red circle and is now a cat"),
+    "another seed": ({"seed": 6}, "few holds other samples: seed was 5 and is now 6. Choose another folder"),
+    "another way of sampling": ({"steps": 2}, "settings was 1 steps and is now 2 steps"),
+    "another reward": ({"reward": statistic("contrast")}, "rewards was brightness and is now contrast"),
+    "other levels": ({"levels": 3}, "levels was 2 and is now 3"),
+    "another use": ({"target": "noise"}, "target was data and is now noise"),
 }
 
 
@@ -506,7 +518,7 @@ def test_a_patched_model_is_another_model(refused, few, lora):
         graph.prompt["collect"]["inputs"]["model"] = graph.add("lora", "LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1.0)
         return data
 
-    refused(prompt_of_collecting(few, build=with_lora), "holds samples with another settings")
+    refused(prompt_of_collecting(few, build=with_lora), "flux1-dev.safetensors and is now flux1-dev.safetensors with 1 patches of strength 1")
 
 
 def test_a_truncated_shard_is_named_and_collected_again(bench, refused, data_folder):
@@ -514,8 +526,8 @@ def test_a_truncated_shard_is_named_and_collected_again(bench, refused, data_fol
     shard = data_folder("truncated") / "shard-00000.safetensors"
     whole = shard.read_bytes()
     os.truncate(shard, 3000)
-    refused(prompt_of_training("truncated", seed=next(SEEDS)), "shard-00000.safetensors in truncated is damaged; delete it and collect again")
-    collect(bench, "flux", "truncated", count=5, keep_images=True).check()
+    refused(prompt_of_training("truncated", seed=next(SEEDS)), "shard-00000.safetensors in truncated is damaged: collect again, which redoes")
+    collect(bench, "flux", "truncated", count=5).check()
     assert shard.read_bytes() == whole
 
 
@@ -524,7 +536,7 @@ def test_a_shard_of_another_collection_is_named(refused, few, data_folder, tmp_p
     kept = shard.read_bytes()
     parts = load_file(shard)
     save_file(parts | {"clean": parts["clean"][..., :4].contiguous()}, shard)
-    refused(prompt_of_training(few, seed=next(SEEDS)), "shard-00000.safetensors in few holds latents of another shape")
+    refused(prompt_of_training(few, seed=next(SEEDS)), "shard-00000.safetensors in few belongs to another collection: take it away")
     shard.write_bytes(kept)
 
 
@@ -539,8 +551,42 @@ def broken(breakage):
 
 
 def test_rewards_that_are_no_numbers(refused, data_folder):
-    refused(prompt_of_collecting("nan", reward=broken("nan")), "returned a score that is not a finite number")
+    refused(prompt_of_collecting("nan", reward=broken("nan")), "returned a score that is not a finite number", "seed 5 of the prompt 'a red circle'")
     assert not list(data_folder("nan").glob("shard-*"))
+
+
+def test_a_picture_that_cannot_be_scored_is_left_out(bench, data_folder):
+    """It does not end a collection, however often that is queued."""
+    lines = report(collect(bench, "flux", "one", reward=broken("nan now and then")).check())
+    loaded = Collection.open(data_folder("one")).load()
+    assert 0 < loaded.unscored < COUNT and len(loaded.scores) + loaded.unscored == COUNT
+    assert lines[0] == f"{len(loaded.scores)} samples of 3 prompts in one; {loaded.unscored} more could not be scored and are left out"
+    assert report(train(bench, "one").check())[1].startswith(f"{len(loaded.scores)} samples")
+
+
+@pytest.mark.parametrize("gone", ["shard-00000.safetensors", "prompts.safetensors", ""])
+def test_what_was_deleted_is_collected_again_although_nothing_was_changed(bench, data_folder, gone):
+    """ComfyUI would take the node from its cache."""
+    collect(bench, "flux", "gone").check()
+    path = data_folder("gone") / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    collect(bench, "flux", "gone").check()
+    assert len(Collection.open(data_folder("gone")).load().numbers) == COUNT
+
+
+def test_a_finished_training_is_not_repeated(bench):
+    """Collecting leaves the folder changed, and the second run finds all in ComfyUI's cache nevertheless."""
+    prompt = prompt_of_training("again", build=lambda graph: collected(graph, "flux", "again"), seed=next(SEEDS))
+    assert [bool(bench.queue(prompt).check().of("reward_guidance.step")) for _ in range(2)] == [True, False]
+
+
+def test_an_empty_batch_has_no_size_to_collect(refused):
+    def empty(graph, *given, **options):
+        data = collected(graph, *given, **options)
+        graph.prompt["collect"]["inputs"]["latent_image"] = [graph.add("empty", "ProbeEmptyBatch")[0], 1]
+        return data
+
+    refused(prompt_of_collecting("nothing", build=empty), "There is no latent: the batch is empty")
 
 
 def test_a_gradient_objective_needs_a_gradient(refused, few):
@@ -557,19 +603,29 @@ def test_a_full_disk_loses_nothing(refused, few, data_folder, bench):
     refused(prompt_of_collecting(few, count=7, keep_images=True), "000001.png could not be written", "No space left on device", "goes on from here")
     assert report(collect(bench, "flux", few, count=6, keep_images=True).check())[0].startswith("6 samples")
     seed = next(SEEDS)
-    checkpoint = begin(data_folder(few), seed, data_folder(few)).training.checkpoint
-    checkpoint.with_suffix(".partial").symlink_to("/dev/full")
-    refused(prompt_of_training(few, steps=20, seed=seed), f"{checkpoint.name} could not be written", "goes on from here")
-    assert not checkpoint.exists() and not os.path.lexists(checkpoint.with_suffix(".partial"))
+    checkpoint = begin(data_folder(few), seed, data_folder(few), steps=5000).training.checkpoint
+    prompt = prompt_of_training(few, steps=5000, seed=seed)
+    full, writing = lambda: checkpoint.with_suffix(".partial").mkdir(), once(bench.client.interrupt)  # noqa: E731
+    full()
+    stopped = bench.queue(prompt, on_event=writing)
+    assert stopped.error is None and any(line.startswith("stopped") and "goes on from there" not in line for line in report(stopped))
+    assert f"There is no checkpoint to go on from: {checkpoint.name} could not be written" in report(stopped)[-1]
+    checkpoint.with_suffix(".partial").rmdir()
 
 
 @pytest.mark.parametrize("way", [applied, boxed])
 def test_a_network_of_another_family(refused, networks, way):
-    refused(latents("sd3", way(networks("flux")), seed=next(SEEDS)), "made for Flux (latents: Flux), but the model is SD3 (SD3)")
+    refused(latents("sd3", way(networks("flux")), seed=next(SEEDS)), "made for Flux, but the model is SD3: use one that was made for it")
 
 
 def test_a_network_of_the_same_latents_and_another_text_encoder(refused, networks):
-    refused(latents("sd2", applied(networks("sd15")), seed=next(SEEDS)), "its text of 768 channels, but the model is told 1024")
+    refused(latents("sd2", applied(networks("sd15")), seed=next(SEEDS)), "made for SD15, but the model is SD20")
+
+
+def test_a_file_that_only_looks_like_a_network(refused, networks, network_folder):
+    networks("flux")
+    save_file({"weight": torch.ones(3)}, network_folder / "renamed.safetensors")
+    refused(latents("flux", applied("renamed.safetensors"), seed=next(SEEDS)), "renamed.safetensors is not a guidance network")
 
 
 def test_a_network_for_another_use(refused, networks, noise_network):
@@ -591,8 +647,11 @@ def test_collections_that_make_no_sense(refused, change, words):
 
 
 TRAININGS = {
-    "weights": ({"reward_weights": "1, 2"}, "scores of brightness: give 1 weights, not 2"),
+    "weights": ({"reward_weights": "1, 2"}, "scores of brightness: give one weight for each, not 2 in all"),
     "no weights": ({"reward_weights": "one"}, "Weights are written as numbers with commas"),
+    "weights that are no numbers": ({"reward_weights": "nan"}, "Weights must be finite numbers and not all 0, not nan"),
+    "no weight": ({"reward_weights": "0"}, "Weights must be finite numbers and not all 0, not 0"),
+    "two forms": ({"form": "shift", "objective": "potential"}, "The objective potential has a form of its own: leave the form at correction"),
     "a form without its model": ({"form": "shift"}, "The form shift needs the model that made the samples"),
     "a preview without its model": ({"preview_every": 1}, "A preview needs the model that made the samples"),
     "an objective without its reward": ({"objective": "reward_gradient"}, "reward_gradient needs the model that made the samples"),

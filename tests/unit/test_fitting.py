@@ -1,6 +1,8 @@
 """From a folder of samples to a saved network, in this process and by the command line: one result, whatever stops it on the way."""
 
 import dataclasses
+import json
+import math
 import signal
 import subprocess
 import sys
@@ -9,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from reward_guidance.guidance import training
 from reward_guidance.guidance.__main__ import main
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.files import Base, load_network
 from reward_guidance.guidance.fitting import WIDTHS, overview, plan_for, prepare, weights_from
 from reward_guidance.guidance.network import Architecture, GuidanceNetwork, Text
 from reward_guidance.guidance.samples import SHARD, Collection, Description, Sample
-from reward_guidance.guidance.training import Plan, fit
+from reward_guidance.guidance.training import Plan, fit, label
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DESCRIPTION = Description(
@@ -76,6 +79,12 @@ def test_noise_is_tilted_by_one_objective():
         plan_for(NOISE, objective="potential")
 
 
+@pytest.mark.parametrize(("description", "objective"), [(NOISE, "weighted"), (DESCRIPTION, "potential")])
+def test_a_form_is_not_overruled_in_silence(description, objective):
+    with pytest.raises(GuidanceError, match="has a form of its own: leave the form at correction, not at shift"):
+        plan_for(description, objective, form="shift")
+
+
 def test_weights_are_numbers_with_commas():
     assert weights_from("1, -0.5") == (1.0, -0.5) and weights_from("  ") == ()
     with pytest.raises(GuidanceError, match="numbers with commas"):
@@ -90,7 +99,7 @@ def test_a_network_says_what_it_was_trained_on(tmp_path, description, objective)
     assert any(parameter.any() for parameter in network.head.parameters())
     assert (card.base, card.temperature, card.samples, card.steps) == (description.base, 0.5, COUNT, 10)
     assert card.rewards == ("likes", "blue") and card.reward_weights == (1.0, 0.0)
-    assert card.curve == tuple(fitting.training.curve) and len(card.curve) == 2
+    assert card.curve == tuple(fitting.training.curve) and len(card.curve) == 2 and card.best in card.curve
     assert "likes" in fitting.report() and "best at step" in fitting.report()
 
 
@@ -98,11 +107,22 @@ def test_weights_can_be_changed_without_sampling_again(tmp_path):
     description = dataclasses.replace(DESCRIPTION, reward_weights=())
     collect(tmp_path, description, SHARD)
     again = Collection.create(tmp_path, DESCRIPTION, lambda: pytest.fail("the text is on disk"))
-    samples, scores = again.load(), again.scores()[1]
+    samples = again.load()
+    scores = samples.scores
     assert torch.equal(samples.rewards(), scores[:, 0]) and torch.equal(Collection.open(tmp_path).load().rewards(), scores[:, 0])
-    torch.testing.assert_close(samples.rewards((1.0, 2.0)), scores[:, 0] + 2 * scores[:, 1])
-    with pytest.raises(GuidanceError, match="scores of likes, blue: give 2 weights, not 3"):
-        samples.rewards((1.0, 1.0, 1.0))
+    torch.testing.assert_close(samples.rewards((1.0, 2.0)), (scores[:, 0] + 2 * scores[:, 1]) / 5**0.5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("1, 1, 1", "scores of likes, blue: give one weight for each, not 3 in all"), ("1", "not 1 in all"), ("nan, 1", "finite numbers"),
+        ("1, -inf", "finite numbers"), ("0, 0", "not all 0, not 0, 0"),
+    ],
+)  # fmt: skip
+def test_weights_that_make_no_reward_are_refused(folder, weights, said):
+    with pytest.raises(GuidanceError, match=said):
+        prepare(Collection.open(folder).load(), quick(), "small", weights_from(weights))
 
 
 def test_trainings_of_other_settings_or_samples_have_checkpoints_of_their_own(tmp_path, folder):
@@ -159,6 +179,19 @@ def test_a_gradient_objective_is_told_the_prompts(folder):
     assert seen == {0, 1}
 
 
+def test_one_unit_of_temperature_serves_all_objectives(folder):
+    """What the labels weigh and what a gradient follows is one reward: of the same weights, in its spread within a prompt."""
+    samples, weights = Collection.open(folder).load(), (3.0, -1.0)
+    combined = samples.rewards(weights)
+    asked = lambda latents, batch: combined  # noqa: E731
+    fitting = prepare(samples, quick(objective="reward_gradient", temperature=0.5), "small", weights, reward=asked)
+    labels, _ = label(combined, samples.prompts, 0.5)
+    logits = fitting.training.task.reward(None, None) / fitting.training.task.plan.temperature
+    for prompt in range(2):
+        own = samples.prompts == prompt
+        torch.testing.assert_close(logits[own].diff(), labels[own].log().diff(), rtol=1e-3, atol=1e-4)
+
+
 def test_an_overview_says_what_could_be_learned(tmp_path, folder):
     lines = overview(Collection.open(folder)).splitlines()
     assert lines[0] == f"{COUNT} samples of 2 prompts in likes"
@@ -166,6 +199,51 @@ def test_an_overview_says_what_could_be_learned(tmp_path, folder):
     flat = Collection.create(tmp_path, DESCRIPTION, TEXT)
     flat.add(range(4), [dataclasses.replace(sample(number, DESCRIPTION), scores=torch.ones(2)) for number in range(4)])
     assert "the same reward for their prompt: there is nothing to learn" in overview(flat)
+
+
+def test_a_report_says_what_is_wrong(tmp_path):
+    """Of four samples none is kept apart to judge by, and so no loss is reported as if there were."""
+    fitting = prepare(collect(tmp_path, count=4).load(), quick(check_every=200), "small")
+    assert fitting.training.held_out is None
+    for progress in fitting.training:
+        if progress.step == 7:
+            break
+    fitting.training.pause()
+    ((step, loss),) = fitting.training.curve
+    assert step == 7 and loss == progress.loss and fitting.card().curve == ()
+    report = fitting.report()
+    assert "No sample was kept apart" in report and "held-out" not in report and "not trained on" not in report
+    assert "count as" in report
+    json.dumps(dataclasses.asdict(fitting.card()), allow_nan=False)
+
+
+def test_a_training_that_diverges_returns_what_was_best_before(tmp_path, folder, monkeypatch):
+    objective = training.OBJECTIVES["weighted"]
+
+    def breaking(network, task, batch):
+        loss = objective(network, task, batch)
+        return loss * math.nan if fitting.training.step == 7 and torch.is_grad_enabled() else loss
+
+    monkeypatch.setitem(training.OBJECTIVES, "weighted", breaking)
+    fitting = prepare(Collection.open(folder).load(), quick(), "small", checkpoints=tmp_path)
+    network = fit(fitting.training)
+    assert [step for step, _ in fitting.training.curve] == [5] and fitting.done
+    assert all(value.isfinite().all() for value in network.state_dict().values())
+    assert "diverged at step 7 of 10: this is the best network up to there. Lower the learning rate" in fitting.report()
+    fitting.drop_checkpoint()
+    assert not list(tmp_path.iterdir())
+    fitting = prepare(Collection.open(folder).load(), quick(check_every=200), "small")
+    with pytest.raises(GuidanceError, match="diverged at step 8: lower the learning rate"):
+        fit(fitting.training)
+
+
+@pytest.mark.parametrize(
+    "options", [{"steps": 1}, {"batch": 1}, {"batch": 500}, {"learning_rate": 1.0}, {"temperature": 0.001}, {"temperature": 1e6}], ids=str
+)
+def test_absurd_settings_train_all_the_same(folder, options):
+    fitting = prepare(Collection.open(folder).load(), quick(**options), "small")
+    network = fit(fitting.training)
+    assert all(value.isfinite().all() for value in network.state_dict().values()) and "best at step" in fitting.report()
 
 
 # The command line
@@ -212,7 +290,11 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path, folder):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(("--temperature", "0"), "must be above 0"), (("--weights", "a"), "numbers with commas"), (("--temperature", "0.01"), "")],
+    [
+        (("--temperature", "0"), "must be above 0"), (("--weights", "a"), "numbers with commas"), (("--temperature", "0.01"), ""),
+        (("--steps", "0"), "at least 1 step"), (("--batch", "0"), "a batch of at least 1"), (("--learning-rate", "nan"), "learning rate above 0"),
+        (("--out", "network"), "not a name for a network"), (("--weights", "0, 0"), "not all 0"),
+    ],
 )  # fmt: skip
 def test_what_goes_wrong_is_said_in_a_sentence(tmp_path, folder, capsys, caplog, options, said):
     caplog.set_level("INFO")
@@ -227,22 +309,52 @@ def test_a_folder_without_samples(tmp_path, caplog):
     assert "nothing holds no samples" in caplog.text
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, folder, monkeypatch, caplog):
+def full_from(number: int, monkeypatch) -> None:
+    """A disk that takes so many checkpoints and no more."""
     saves, save = [], torch.save
 
     def full(state, path):
         saves.append(path)
-        if len(saves) == 2:
+        if len(saves) > number:
             raise OSError(28, "No space left on device")
         save(state, path)
 
     monkeypatch.setattr(torch, "save", full)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_full_disk_does_not_stop_a_training(tmp_path, folder, monkeypatch, caplog, number):
+    expected = here(folder, tmp_path / "expected.safetensors")
+    full_from(number, monkeypatch)
+    trained = here(folder, tmp_path / "net.safetensors")
+    assert all(torch.equal(value, trained[name]) for name, value in expected.items())
+    assert caplog.text.count("No space left on device") == 1 and "goes on without it" in caplog.text
+    assert not list(tmp_path.glob("*.checkpoint")) and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_report_says_that_there_is_no_checkpoint(tmp_path, folder, monkeypatch):
+    full_from(0, monkeypatch)
+    fitting = prepare(Collection.open(folder).load(), quick(), "small", checkpoints=tmp_path)
+    for progress in fitting.training:
+        if progress.step == 7:
+            break
+    fitting.training.pause()
+    report = fitting.report()
+    assert "stopped at step 7 of 10" in report and "goes on from there" not in report
+    assert "There is no checkpoint to go on from: training-" in report and "No space left on device" in report
+
+
+def test_a_network_that_cannot_be_written_is_not_trained_again(tmp_path, folder, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
     options = [str(folder), "--out", str(tmp_path / "net.safetensors"), *FEW_STEPS]
-    assert main(options) == 1
-    assert "No space left on device" in caplog.text and "goes on from here" in caplog.text
-    assert [path.suffix for path in tmp_path.iterdir()] == [".checkpoint"]
+    with monkeypatch.context() as patched:
+        patched.setattr("reward_guidance.guidance.files.save_file", full)
+        assert main(options) == 1
+    assert "net.safetensors could not be written" in caplog.text and "run the same command again" in caplog.text
     caplog.set_level("INFO")
-    assert main(options) == 0 and "going on at step 10" in caplog.text
+    assert main(options) == 0 and "going on at step 30" in caplog.text
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path, folder, caplog):

@@ -15,7 +15,8 @@ SMALL = Architecture(channels=4, width=16, levels=2, blocks=1, tokens=6, pooled=
 BASE = Base(model="SD15", latents="SD15", channels=4, process="Diffusion")
 CARD = Card(
     base=BASE, form="correction", objective="weighted", temperature=0.5, rewards=("PickScore", "aesthetic"), reward_weights=(1.0, 0.5),
-    reward_mean=0.1, reward_std=0.9, prompts="ab12", samples=640, steps=4000, effective=0.3, curve=((200, -0.1), (400, -0.2)),
+    reward_mean=0.1, reward_std=0.9, prompts="ab12", samples=640, steps=4000, effective=0.3, curve=((200, -0.1), (400, -0.2), (4000, 0.7)),
+    best=(400, -0.2),
 )  # fmt: skip
 
 
@@ -115,12 +116,26 @@ def test_files_come_back_whole(tmp_path):
     assert "PickScore" in card.describe() and "SD15" in card.describe()
 
 
-def test_other_models_are_refused_by_name():
-    BASE.require(dataclasses.replace(BASE, model="a finetune of SD15"), "guidance network")
-    with pytest.raises(GuidanceError, match="made for SD15.*SD15.*but the model is SDXL"):
-        BASE.require(Base("SDXL", "SDXL", 4, "Diffusion"), "guidance network")
-    with pytest.raises(GuidanceError, match="use: data"):
-        BASE.require(dataclasses.replace(BASE, target="noise"), "guidance network")
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"model": "SDXL", "latents": "SDXL"}, "made for SD15, but the model is SDXL: use one that was made for it"),
+        ({"model": "SD20"}, "made for SD15, but the model is SD20"), ({"process": "Flow"}, "with the noising process Diffusion, but here it is Flow"),
+        ({"channels": 9}, "latent channels 4, but here it is 9"), ({"target": "noise"}, "with the target data, but here it is noise"),
+    ],
+)  # fmt: skip
+def test_other_models_are_refused_by_name(other, said):
+    BASE.require(dataclasses.replace(BASE), "guidance network")
+    with pytest.raises(GuidanceError, match=said):
+        BASE.require(dataclasses.replace(BASE, **other), "guidance network")
+
+
+def test_a_card_says_all_that_it_holds():
+    lines = CARD.describe().splitlines()
+    assert lines[0] == "correction network for SD15: 1 PickScore + 0.5 aesthetic at temperature 0.5"
+    for fact in ("640 samples", "30.0%", "ab12", "+0.100", "0.900", "4000 steps", "weighted", "step 400", "-0.2000", "at the end it was 0.7000"):
+        assert any(fact in line for line in lines), fact
+    assert "best" not in dataclasses.replace(CARD, curve=(), best=None).describe()
 
 
 def damaged(path, kind: str):
@@ -163,6 +178,6 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("reward_guidance.guidance.files.save_file", full)
-    with pytest.raises(GuidanceError, match="No space left.*free some space"):
+    with pytest.raises(GuidanceError, match="No space left.*save again"):
         save_network(tmp_path / "likes.safetensors", network(), CARD)
     assert not list(tmp_path.iterdir())

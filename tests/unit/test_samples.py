@@ -1,34 +1,42 @@
 """Collections of labelled samples: whole or absent, resumable, and refused where they do not fit."""
 
 import dataclasses
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from reward_guidance.guidance import samples
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.files import Base
+from reward_guidance.guidance.fitting import overview
 from reward_guidance.guidance.network import Architecture, Text
 from reward_guidance.guidance.process import Flow
-from reward_guidance.guidance.samples import SHARD, Collection, Description, Sample, StoredPairs
+from reward_guidance.guidance.rewards import CombinedReward, Reward
+from reward_guidance.guidance.samples import SHARD, Collection, Description, Sample, StoredPairs, change
 from reward_guidance.guidance.training import Plan, Task, Training, fit, label
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 DESCRIPTION = Description(
     base=Base("SD3", "SD3", 4, "Flow"), shape=(4, 8, 8), levels=2, prompts=("a cat", "a dog", "a hat"), rewards=("likes", "blue"),
-    reward_means=(1.0, 0.0), reward_stds=(2.0, 1.0), seed=11,
+    reward_means=(1.0, 0.0), reward_stds=(2.0, 1.0), seed=11, settings="likes.safetensors\n20 steps",
 )  # fmt: skip
 TEXT = Text(torch.randn(3, 5, 6), torch.randn(3, 7))
 
 
-def sample(number: int) -> Sample:
-    rng = torch.Generator().manual_seed(number)
+def sample(number: int, description: Description = DESCRIPTION) -> Sample:
+    rng, shape, levels = torch.Generator().manual_seed(number), description.shape, description.levels
     draw = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
-    return Sample(draw(4, 8, 8), draw(2), torch.rand(2, generator=rng) * 0.9 + 0.05, draw(2, 4, 8, 8))
+    return Sample(draw(*shape), draw(len(description.rewards)), torch.rand(levels, generator=rng) * 0.9 + 0.05, draw(levels, *shape))
 
 
 def collect(folder, count: int, description: Description = DESCRIPTION) -> Collection:
     collection = Collection.create(folder, description, TEXT)
     for numbers in collection.missing(count):
-        collection.add(numbers, [sample(number) for number in numbers])
+        collection.add(numbers, [sample(number, description) for number in numbers])
     return collection
 
 
@@ -36,15 +44,27 @@ def test_samples_come_back_in_half_precision(tmp_path):
     loaded = collect(tmp_path, SHARD + 3).load()
     assert len(loaded.clean) == SHARD + 3 and loaded.prompts.tolist()[:4] == [0, 1, 2, 0]
     expected = sample(SHARD + 1)
-    torch.testing.assert_close(loaded.clean[SHARD + 1].float(), expected.clean, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(loaded.denoised[SHARD + 1].float(), expected.denoised, rtol=1e-3, atol=1e-3)
+    row, levels = torch.tensor([SHARD + 1]), torch.tensor([1])
+    torch.testing.assert_close(loaded.clean[row][0].float(), expected.clean, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(loaded.denoised[row][0].float(), expected.denoised, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(loaded.denoised[row, levels][0].float(), expected.denoised[1], rtol=1e-3, atol=1e-3)
     assert torch.equal(loaded.scores[SHARD + 1], expected.scores) and torch.equal(loaded.sigma[SHARD + 1], expected.sigma)
-    torch.testing.assert_close(loaded.text.tokens.float(), TEXT.tokens, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(loaded.text[torch.arange(3)].tokens.float(), TEXT.tokens, rtol=1e-3, atol=1e-3)
 
 
 def test_rewards_are_weighted_sums_of_standardized_scores(tmp_path):
     loaded = collect(tmp_path, 5).load()
-    torch.testing.assert_close(loaded.rewards((1.0, -0.5)), (loaded.scores[:, 0] - 1) / 2 - 0.5 * loaded.scores[:, 1])
+    torch.testing.assert_close(loaded.rewards((2.0, -1.0)), ((loaded.scores[:, 0] - 1) - loaded.scores[:, 1]) / 5**0.5)
+
+
+def test_rewards_are_those_of_the_combination(tmp_path):
+    """So that a gradient follows what labels say."""
+    loaded = collect(tmp_path, 5).load()
+    parts = [Reward(), Reward()]
+    for part, mean, std in zip(parts, DESCRIPTION.reward_means, DESCRIPTION.reward_stds, strict=True):
+        part.reference_mean, part.reference_std = mean, std
+    combined = CombinedReward(parts, (3.0, 0.5)).combine(list(zip(parts, loaded.scores.unbind(1), strict=True)))
+    torch.testing.assert_close(loaded.rewards((3.0, 0.5)), combined)
 
 
 def test_a_collection_goes_on_where_it_was_stopped(tmp_path):
@@ -52,7 +72,8 @@ def test_a_collection_goes_on_where_it_was_stopped(tmp_path):
     assert list(collection.missing(SHARD)) == []
     assert list(collection.missing(2 * SHARD + 5)) == [range(SHARD, 2 * SHARD), range(2 * SHARD, 2 * SHARD + 5)]
     whole = collect(tmp_path / "other", 2 * SHARD + 5).load()
-    assert torch.equal(collect(tmp_path, 2 * SHARD + 5).load().clean, whole.clean)
+    resumed, rows = collect(tmp_path, 2 * SHARD + 5).load(), torch.arange(2 * SHARD + 5)
+    assert torch.equal(resumed.clean[rows], whole.clean[rows]) and torch.equal(resumed.numbers, rows)
 
 
 def test_a_short_last_shard_is_filled_up_when_more_are_wanted(tmp_path):
@@ -71,24 +92,60 @@ def test_a_truncated_shard_is_named_and_redone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("changed", "said"),
     [
-        ({"base": Base("Flux", "Flux", 16, "Flow")}, "made for SD3.*the model is Flux"),
-        ({"prompts": ("a cat",)}, "another prompts"),
-        ({"seed": 12, "settings": "euler"}, "another seed, settings"),
+        ({"base": Base("Flux", "Flux", 16, "Flow")}, "model was SD3 and is now Flux, latents was SD3 and is now Flux and 1 more"),
+        ({"prompts": ("a cat", "a cow", "a hat")}, "prompts was a dog and is now a cow. Choose another folder"),
+        ({"prompts": ("a cat",)}, "prompts was a dog and is now none"),
+        ({"prompts": ("a cat", "a dog" + 500 * "!", "a hat")}, "prompts was a dog and is now a dog!{55}…. Choose"),
+        ({"shape": (4, 8, 16)}, r"shape was \(4, 8, 8\) and is now \(4, 8, 16\)"),
+        ({"seed": 12, "settings": "likes.safetensors\n30 steps"}, "seed was 11 and is now 12, settings was 20 steps and is now 30 steps"),
     ],
 )  # fmt: skip
-def test_another_collection_is_not_mixed_in(tmp_path, change, said):
+def test_another_collection_is_not_mixed_in(tmp_path, changed, said):
     collect(tmp_path, 3)
     with pytest.raises(GuidanceError, match=said):
-        Collection.create(tmp_path, dataclasses.replace(DESCRIPTION, **change), TEXT)
+        Collection.create(tmp_path, dataclasses.replace(DESCRIPTION, **changed), TEXT)
 
 
-def test_shards_of_another_shape_are_refused(tmp_path):
-    collect(tmp_path / "a", 3)
-    other = collect(tmp_path / "b", 3, dataclasses.replace(DESCRIPTION, shape=(4, 16, 16)))
-    with pytest.raises(GuidanceError, match="another shape"):
-        other.load()
+def test_long_prompts_differ_where_they_are_shown():
+    before = "masterpiece, best quality, " * 5
+    assert change(before + "a cat", before + "a dog") == "was …ce, best quality, a cat and is now …ce, best quality, a dog"
+
+
+def test_a_folder_that_was_begun_with_other_prompts_is_begun_anew(tmp_path):
+    """Stopped between its two first files."""
+    collect(tmp_path, 0)
+    (tmp_path / "collection.json").unlink()
+    other = dataclasses.replace(DESCRIPTION, prompts=("a cow", "a pig"))
+    collection = Collection.create(tmp_path, other, samples.Texts([torch.ones(1, 6), torch.ones(2, 6)], torch.zeros(2, 7)))
+    assert [len(tokens) for tokens in collection.text().tokens] == [1, 2]
+
+
+def test_shards_without_a_description_are_not_adopted(tmp_path):
+    collect(tmp_path, 3)
+    (tmp_path / "collection.json").unlink()
+    with pytest.raises(GuidanceError, match="no collection.json says of what"):
+        collect(tmp_path, 3)
+
+
+@pytest.mark.parametrize("changed", [{"shape": (4, 16, 16)}, {"levels": 3}, {"rewards": ("likes",), "reward_means": (0.0,), "reward_stds": (1.0,)}])
+def test_shards_of_another_collection_are_refused(tmp_path, changed):
+    """And collected again once they are taken away."""
+    other = collect(tmp_path / "other", SHARD + 3)
+    mine = collect(tmp_path / "mine", SHARD + 3, dataclasses.replace(DESCRIPTION, **changed))
+    shutil.copy(mine.path(1), other.path(1))
+    for look in (other.load, lambda: overview(other)):
+        with pytest.raises(GuidanceError, match="shard-00001.safetensors in other belongs to another collection: take it away and collect again"):
+            look()
+    other.path(1).unlink()
+    assert list(other.missing(SHARD + 3)) == [range(SHARD, SHARD + 3)]
+
+
+def test_copies_of_shards_do_not_count_twice(tmp_path):
+    collection = collect(tmp_path, 3)
+    shutil.copy(collection.path(0), tmp_path / "shard-00000 (copy).safetensors")
+    assert len(collection.load().numbers) == 3
 
 
 @pytest.mark.parametrize("damage", ["empty", "no prompts", "broken", "nothing"])
@@ -103,11 +160,29 @@ def test_folders_without_samples_are_refused(tmp_path, damage):
         Collection.open(tmp_path).load()
 
 
-def test_rewards_that_are_not_numbers_are_not_written(tmp_path):
+def test_the_text_of_the_prompts_is_written_anew(tmp_path):
+    collection = collect(tmp_path, 3)
+    (tmp_path / "prompts.safetensors").write_bytes(b"half")
+    assert not collection.whole(3)
+    with pytest.raises(GuidanceError, match="prompts.safetensors in .* collect again, which writes it anew"):
+        collection.load()
+    assert collect(tmp_path, 3).whole(3) and len(collection.load().numbers) == 3
+
+
+@pytest.mark.parametrize("part", ["clean", "scores", "sigma", "denoised"])
+def test_samples_that_are_not_numbers_are_left_out(tmp_path, part):
+    """They keep their place, so that a collection does not end at them, and are no part of what is learned."""
+    broken = dataclasses.replace(sample(1), **{part: torch.full_like(getattr(sample(1), part), math.inf)})
     collection = Collection.create(tmp_path, DESCRIPTION, TEXT)
-    with pytest.raises(GuidanceError, match="not a finite number"):
-        collection.add(range(1), [dataclasses.replace(sample(0), scores=torch.tensor([1.0, float("nan")]))])
-    assert list(collection.missing(1)) == [range(1)]
+    collection.add(range(4), [sample(0), broken, sample(2), sample(3)])
+    loaded = collection.load()
+    assert collection.whole(4) and loaded.numbers.tolist() == [0, 2, 3] and loaded.unscored == 1
+    torch.testing.assert_close(loaded.clean[torch.tensor([1])][0].float(), sample(2).clean, rtol=1e-3, atol=1e-3)
+    assert label(loaded.rewards((1.0, 1.0)), loaded.prompts, 1.0)[0].isfinite().all()
+    assert "1 more could not be scored and are left out" in overview(collection)
+    with pytest.raises(GuidanceError, match="None of 2 samples is made of finite numbers"):
+        collection.add(range(SHARD, SHARD + 2), [broken, broken])
+    assert not collection.path(1).exists()
 
 
 def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
@@ -126,14 +201,59 @@ def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
 def test_stored_states_are_noised_as_they_were_when_collected(tmp_path):
     collection = collect(tmp_path, 6)
     loaded = collection.load()
+    clean, denoised = loaded.clean[torch.arange(6)].float(), loaded.denoised[torch.arange(6)].float()
     batch = StoredPairs(loaded, torch.ones(6), Flow()).batch(16, (3, 4))
     for i in range(16):
-        row = int((loaded.clean.float() - batch.clean[i]).flatten(1).norm(dim=1).argmin())
+        row = int((clean - batch.clean[i]).flatten(1).norm(dim=1).argmin())
         level = int((loaded.sigma[row] - batch.sigma[i]).abs().argmin())
         drawn = samples.noise((4, 8, 8), DESCRIPTION.seed_of(row), level)
         torch.testing.assert_close(batch.x[i], Flow().add_noise(batch.clean[i], drawn, float(batch.sigma[i])))
-        assert torch.equal(batch.denoised[i], loaded.denoised[row, level].float())
+        assert torch.equal(batch.denoised[i], denoised[row, level])
         assert torch.equal(batch.text.tokens[i], loaded.text.tokens[row % 3].float())
+
+
+def test_states_are_noised_from_the_precision_they_are_stored_in(tmp_path):
+    """What the model was asked about is what training shows the network."""
+    asked, scores, seeds = [], torch.randn(6, 2), [DESCRIPTION.seed_of(i) for i in range(6)]
+    sigmas = torch.rand(6, 2) * 0.9 + 0.05
+
+    def denoise(x, sigma):
+        asked.append((x, sigma))
+        return x / 2
+
+    collection = Collection.create(tmp_path, DESCRIPTION, TEXT)
+    collection.add(range(6), samples.states(torch.randn(6, 4, 8, 8), scores, seeds, sigmas, Flow(), denoise))
+    batch = StoredPairs(collection.load(), torch.ones(6), Flow()).batch(16, (3, 4))
+    points = {float(level): point for x, sigma in asked for point, level in zip(x, sigma, strict=True)}
+    for x, sigma in zip(batch.x, batch.sigma.tolist(), strict=True):
+        assert torch.equal(x, points[sigma])
+
+
+def test_texts_are_as_long_as_the_longest_of_them():
+    texts = samples.Texts([torch.ones(2, 3), torch.ones(5, 3), torch.ones(1, 3)], torch.arange(3.0)[:, None])
+    some = texts[torch.tensor([2, 0])]
+    assert some.tokens.shape == (2, 2, 3) and some.tokens.any(2).sum(1).tolist() == [1, 2] and some.pooled.flatten().tolist() == [2, 0]
+
+
+def test_what_is_not_asked_for_is_not_read(tmp_path):
+    """Of 64 MB on disk, a batch reads what it needs."""
+    description = dataclasses.replace(DESCRIPTION, shape=(16, 64, 64), levels=15)
+    collection = Collection.create(tmp_path, description, TEXT)
+    one = Sample(torch.ones(16, 64, 64), torch.ones(2), torch.rand(15), torch.ones(15, 16, 64, 64))
+    collection.add(range(SHARD), [one] * SHARD)
+    script = f"""
+import resource, runpy, torch
+runpy.run_path({str(CHECKOUT / "tests" / "conftest.py")!r})
+from pathlib import Path
+from reward_guidance.guidance.process import Flow
+from reward_guidance.guidance.samples import Collection, StoredPairs
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loaded = Collection(Path({str(tmp_path)!r}), Collection.open(Path({str(tmp_path)!r})).description).load()
+StoredPairs(loaded.rows(torch.arange(16)), torch.ones(16), Flow()).batch(4, (1,))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 24
 
 
 def test_parts_of_a_batch_make_the_batch(tmp_path):

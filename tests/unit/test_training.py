@@ -8,6 +8,7 @@ from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.network import Architecture, Text
 from reward_guidance.guidance.process import Diffusion, Flow
 from reward_guidance.guidance.training import OBJECTIVES, Batch, LivePairs, Plan, Task, Training, fit, label
+from reward_guidance.tests.standins import objectives
 from reward_guidance.tests.standins.mixture import Mixture
 
 TINY = Architecture(channels=2, width=16, levels=1, blocks=1, kernel=1)
@@ -29,7 +30,17 @@ def test_effective_sample_size_of_gaussian_rewards_is_known():
 def test_few_effective_samples_are_warned_of():
     rewards = torch.randn(10_000, generator=rng())
     assert not label(rewards, torch.zeros(10_000), 1.0)[1].warnings()
-    assert "raise it, or collect more" in label(rewards, torch.zeros(10_000), 0.4)[1].warnings()[0]
+    (share,) = label(rewards, torch.zeros(10_000), 0.5)[1].warnings()
+    assert "of 10000 samples count at this temperature: raise it" in share and "collect" not in share
+
+
+def test_more_samples_raise_the_number_that_counts_and_not_its_share():
+    """One in e at temperature 1: of 100 too few to learn from, of 1000 enough."""
+    rewards = torch.randn(1000, generator=rng())
+    few, many = (label(rewards[:count], torch.zeros(count), 1.0)[1] for count in (100, 1000))
+    assert few.effective == pytest.approx(many.effective, rel=0.3) and many.worth > 7 * few.worth
+    (number,) = few.warnings()
+    assert f"count as {few.worth:.0f}" in number and "collect more" in number and not many.warnings()
 
 
 def test_temperature_is_in_standard_deviations_of_the_reward():
@@ -131,8 +142,10 @@ def test_the_baseline_takes_noise_away():
 
 
 @pytest.mark.parametrize(("objective", "right"), [("potential", True), ("potential_square", True), ("potential_log", False)])
-def test_potentials_are_least_at_the_log_of_the_mean_weight(objective, right):
+def test_potentials_are_least_at_the_log_of_the_mean_weight(objective, right, monkeypatch):
     """All but `potential_log`, which is least at the mean of the log."""
+    for name, compared in objectives.COMPARED.items():
+        monkeypatch.setitem(OBJECTIVES, name, compared)
     batch, _ = batch_at(Flow(), 0.7, count=50_000)
     minimum = batch.weights.mean().log() if right else batch.weights.log().mean()
     network = Constant(minimum.clone())

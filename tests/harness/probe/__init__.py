@@ -40,6 +40,7 @@ class ProbeModelCalls(io.ComfyNode):
 
 BREAKAGES = {
     "nan": lambda scores: scores * torch.nan,
+    "nan now and then": lambda scores: torch.where((scores * 1000).floor() % 2 == 0, torch.nan, scores),
     "one number for all": lambda scores: scores.mean(),
     "a number for each pixel": lambda scores: scores[:, None].expand(-1, 3),
     "no gradient": lambda scores: scores.detach(),
