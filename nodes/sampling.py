@@ -71,8 +71,8 @@ def sampled(latent: dict, origins: list[int], samples: Tensor, seeds: Sequence[i
 
 def start_of(model, latent: dict) -> Tensor:
     """The latent in the model's shape."""
-    ratios = (latent.get(f"downscale_ratio_{kind}") for kind in ("spacial", "temporal"))
-    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios)
+    ratios = {name: latent[name] for name in ("downscale_ratio_spacial", "downscale_ratio_temporal") if name in latent}
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
 
 
 def seeds_from(seed: int, count: int) -> list[int]:
