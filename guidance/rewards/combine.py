@@ -14,7 +14,8 @@ class CombinedReward(Reward):
     """sum_i w_i z_i / sqrt(sum_i w_i^2), with z_i the standardised score of part i.
 
     The norm of the weights divides out, so that the result has spread 1 when the parts are uncorrelated: weights say how the parts
-    share, the temperature says how strong the whole is.
+    share, the temperature says how strong the whole is. A combination among the parts is replaced by its own parts, which changes nothing:
+    the norm of its weights is 1.
     """
 
     def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]):
@@ -22,6 +23,7 @@ class CombinedReward(Reward):
         norm = math.hypot(*weights)
         if not rewards or len(rewards) != len(weights) or not 0 < norm < math.inf:
             raise RewardError(f"A combination of {len(rewards)} rewards needs as many finite weights, not all 0; it got {list(weights)}.")
+        rewards, weights = zip(*(part for pair in zip(rewards, weights, strict=True) for part in _parts(*pair)), strict=True)
         self.rewards = nn.ModuleList(rewards)
         self.weights = [weight / norm for weight in weights]
         self.name = " + ".join(reward.name if weight >= 0 else f"less {reward.name}" for reward, weight in zip(rewards, weights, strict=True))
@@ -42,6 +44,12 @@ class CombinedReward(Reward):
     def unread(self, prompt: str) -> str:
         """What the part that reads the least does not see."""
         return max((reward.unread(prompt) for reward in cast(Iterable[Reward], self.rewards)), key=len)
+
+
+def _parts(reward: Reward, weight: float) -> list[tuple[Reward, float]]:
+    if not isinstance(reward, CombinedReward):
+        return [(reward, weight)]
+    return [(part, weight * share) for part, share in zip(cast(Iterable[Reward], reward.rewards), reward.weights, strict=True)]
 
 
 def breakdown(reward: Reward, pixels: Tensor, prompts: Sequence[str]) -> list[tuple[Reward, Tensor]]:

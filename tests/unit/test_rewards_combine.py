@@ -49,6 +49,17 @@ def test_a_single_part_is_its_standardised_score():
     assert torch.allclose(evaluate(CombinedReward([reward], [0.3]), batch, ""), reward.standardize(evaluate(reward, batch, "")))
 
 
+def test_a_combination_of_combinations_shows_every_reward():
+    names, batch = ("brightness", "contrast", "saturation"), pixels()
+    rewards = [ImageStatistic(name) for name in names]
+    inner = CombinedReward(rewards[:2], [3, -4])
+    outer = CombinedReward([inner, rewards[2]], [2, 1])
+    assert list(outer.rewards) == rewards
+    sums = [CombinedReward([one], [1])(batch, ["", ""]) for one in rewards]
+    expected = (2 * (3 * sums[0] - 4 * sums[1]) / 5 + sums[2]) / 5**0.5
+    assert torch.allclose(outer(batch, ["", ""]), expected, atol=1e-6)
+
+
 def test_parts_show_raw_scores():
     rewards, batch = [ImageStatistic("brightness"), ImageStatistic("contrast")], pixels()
     for reward, (part, scores) in zip(rewards, CombinedReward(rewards, [1, 1]).parts(batch, [""]), strict=True):
