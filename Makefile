@@ -2,7 +2,7 @@ PYTHON ?= python3
 # Makes what is missing, then names the environment's Python; the second time it only names it.
 ENVIRONMENT = python=$$($(PYTHON) tests/harness/environment.py) && bin=$$(dirname "$$python")
 
-.PHONY: demo test ui lint unit browser bench pictures clean
+.PHONY: demo test ui lint unit browser bench pictures thumbnails clean
 
 demo: ## a real ComfyUI, unguided and guided, in demo.png
 	@$(ENVIRONMENT) && "$$python" tests/harness demo
@@ -27,6 +27,9 @@ bench: ## the numbers in the README
 
 pictures: ## the pictures of the help pages
 	@$(ENVIRONMENT) && "$$python" tests/harness pictures
+
+thumbnails: ## the pictures of the example workflows
+	@$(ENVIRONMENT) && "$$python" tests/harness thumbnails
 
 clean: ## the environment, ComfyUI and stand-ins in the cache folder, and what the demo wrote
 	@$(PYTHON) tests/harness/environment.py --remove

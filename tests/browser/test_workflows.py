@@ -7,10 +7,10 @@ import shutil
 import pytest
 from reward_guidance.tests.harness import models
 from reward_guidance.tests.harness.environment import CHECKOUT
+from reward_guidance.tests.harness.graphs import SMALL
 
 WORKFLOWS = sorted((CHECKOUT / "workflows").glob("*.json"), key=lambda path: ("_sample_" in path.stem, path.stem))
 """What samples with a network comes after what trains it."""
-SMALL = {"width": 64, "height": 64, "length": 5, "batch_size": 2, "steps": 4, "count": 4, "levels": 2, "batch": 4, "size": "small"}
 
 
 @pytest.fixture(autouse=True)

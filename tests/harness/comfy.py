@@ -71,6 +71,7 @@ def serve(
 def install(base: Path, packs: Mapping[str, Path]) -> None:
     for name in FOLDERS:
         (base / name).mkdir(parents=True, exist_ok=True)
+    shutil.copy(comfyui() / "input" / "example.png", base / "input")
     for name, source in packs.items():
         add_pack(source, base / "custom_nodes" / name)
 
