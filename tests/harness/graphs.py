@@ -121,7 +121,7 @@ SMALL = {"width": 64, "height": 64, "length": 5, "batch_size": 3, "steps": 4, "c
 """Values of widgets that make a shipped workflow quick."""
 
 MUTED, BYPASSED = 2, 4
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR"}
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR", "COMFY_DYNAMICCOMBO_V3"}
 UPLOADS = ("image_upload", "video_upload", "animated_image_upload", "audio_upload")
 COMMENTS = {"Note", "MarkdownNote"}
 WIRING = {"Reroute", "PrimitiveNode"}

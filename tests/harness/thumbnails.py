@@ -1,14 +1,15 @@
-"""Draws the thumbnails of the shipped workflows: `make thumbnails`.
+"""Draws the thumbnails of the shipped workflows, or of those named: `make thumbnails`.
 
 A workflow whose models ShapesWorld stands in for shows the pictures that it made there; any other shows its own graph.
 """
 
 import io
 import json
+import sys
 import urllib.parse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..standins.shapesworld.world import SIDE as PICTURE
@@ -33,23 +34,23 @@ LINKS = {
 }
 """In ComfyUI's colours, and the reward in the pack's."""
 TITLES = {
-    "flow_guidance_sd35": ("SD3.5", "guided by a reward"),
+    "flow_guidance_sd35": ("SD3.5", "guided by a reward; here a toy model"),
     "flow_guidance_flux": ("Flux", "guided by a reward"),
     "flow_guidance_z_image": ("Z-Image", "guided by a reward"),
     "diffusion_guidance_sdxl": ("SDXL", "guided by a reward"),
     "video_guidance_wan": ("Wan video", "guided by a reward on its frames"),
-    "score_and_select_sd35": ("Score and select", "the best two of eight"),
-    "particles_sd35": ("Particles", "1 particle, 8 particles"),
+    "score_and_select_sd35": ("Score and select", "the best two of a toy model's eight"),
+    "particles_sd35": ("Particles", "the best of eight; here a toy model"),
     "everything_combined_flux": ("All together", "rewards, held-out, LoRA, ControlNet"),
     "guidance_network_train_sd35": ("Train a network", "that guides SD3.5"),
-    "guidance_network_sample_sd35": ("Guidance network", "SD3.5 with what it learned"),
+    "guidance_network_sample_sd35": ("Guidance network", "what it learned; here a toy model"),
     "guidance_network_sd_turbo": ("One step", "SD-Turbo with chosen noise"),
 }
 SHAPES = {"width": PICTURE, "height": PICTURE, "batch_size": 8, "cfg": 1.0}
 TRAINING = {
     "EmptySD3LatentImage": {"batch_size": 16},
-    "RewardGuidanceCollect": {"count": 512, "levels": 4, "prompts": "a small blue heart on a yellow ground"},
-    "RewardGuidanceTrain": {"steps": 2000, "size": "small", "temperature": 0.3},
+    "RewardGuidanceCollect": {"count": 320, "steps": 15, "levels": 4, "prompts": "a small blue heart on a yellow ground"},
+    "RewardGuidanceTrain": {"steps": 1500, "size": "small", "temperature": 0.3},
 }
 """What a stand-in needs of the training's size."""
 
@@ -64,7 +65,7 @@ class Stage:
     def play(self, name: str, **values) -> Result:
         """values: of every input with such a name, or of every node of such a class."""
         prompt = ui_to_api(read(name), self.object_info)
-        return self.client.run(changed(prompt, SHAPES | values), timeout=3600).check()
+        return self.client.run(changed(prompt, SHAPES | values), timeout=3600, extra_pnginfo={}).check()
 
     def pictures(self, result: Result) -> list[Image.Image]:
         """Those that were saved, with their metadata."""
@@ -94,7 +95,7 @@ def trained(stage: Stage, name: str) -> Image.Image:
 
 
 def particles(stage: Stage, name: str) -> Image.Image:
-    return side_by_side({f"{count} of {count}": stage.pictures(stage.play(name, particles=count, keep=1)) for count in (1, 8)})
+    return side_by_side({f"{count} particle{'s' * (count > 1)}": stage.pictures(stage.play(name, particles=count, keep=1)) for count in (1, 8)})
 
 
 def selection(stage: Stage, name: str) -> Image.Image:
@@ -128,7 +129,7 @@ PLAYED: dict[str, Callable[[Stage, str], Image.Image]] = {
 def side_by_side(halves: dict[str, Sequence[Image.Image]]) -> Image.Image:
     """Two blocks of eight pictures, of the same seeds."""
     sheet = blank()
-    side, gap = 76, 6
+    side, gap = 79, 6
     block = SIDE - MARGIN - (2 * side + gap)
     for x, (heading, pictures) in zip((MARGIN + 16, block - 16), halves.items(), strict=True):
         write(ImageDraw.Draw(sheet), (x + side + gap // 2, SIDE - MARGIN - 2), heading, 20, FAINT, "mb")
@@ -185,9 +186,9 @@ def curve(start: tuple[float, float], end: tuple[float, float], points: int = 24
     """A cubic that leaves and arrives level."""
     reach = max(abs(end[0] - start[0]) / 2, 12)
     controls = start, (start[0] + reach, start[1]), (end[0] - reach, end[1]), end
-    times = [i / points for i in range(points + 1)]
-    weights = [((1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3) for t in times]
-    return [(sum(w * c[0] for w, c in zip(each, controls, strict=True)), sum(w * c[1] for w, c in zip(each, controls, strict=True))) for each in weights]
+    times = np.linspace(0, 1, points + 1)[:, None]
+    weights = np.hstack([(1 - times) ** 3, 3 * times * (1 - times) ** 2, 3 * times**2 * (1 - times), times**3])
+    return [(x, y) for x, y in (weights @ np.array(controls)).tolist()]
 
 
 def blank() -> Image.Image:
@@ -216,14 +217,18 @@ def save(sheet: Image.Image, name: str) -> None:
 
 
 def main() -> None:
-    for name in TITLES.keys() - PLAYED.keys():
+    names = sys.argv[1:] or list(TITLES)
+    for name in (name for name in names if name not in PLAYED):
         save(graph(read(name)), name)
+    played = [name for name in names if name in PLAYED]
+    if not played:
+        return
     base = environment.cache() / "work" / "thumbnails"
     models.link_models(base / "models", models.shapesworld())
     with comfy.serve(base) as server:
         stage = Stage(Client(server.url))
-        for name, draw in PLAYED.items():
-            save(draw(stage, name), name)
+        for name in played:
+            save(PLAYED[name](stage, name), name)
 
 
 if __name__ == "__main__":
