@@ -64,6 +64,7 @@ def test_shipped_workflow(tab, server, client, path):
     assert tab.complaints() == []
     assert pictures(client) or not any(node["type"] == "SaveImage" for node in workflow["nodes"])
     tab.photograph(f"{path.stem}-done")
+    assert tab.overlaps() == []
 
 
 @pytest.mark.parametrize("name", BLUEPRINTS)
@@ -72,7 +73,7 @@ def test_blueprint(tab, client, name):
     tab.run("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
     tab.until("app.graph.nodes.length === 0")
     tab.page.mouse.dblclick(*PLACE)
-    tab.page.get_by_role("dialog").get_by_role("textbox").fill(name)
+    tab.page.get_by_role("dialog").locator("input").first.fill(name)
     tab.page.get_by_role("dialog").get_by_text(name, exact=True).first.wait_for()
     tab.page.keyboard.press("Enter")
     tab.until("app.graph.nodes.length === 1")

@@ -5,6 +5,7 @@ A workflow whose models ShapesWorld stands in for shows the pictures that it mad
 
 import io
 import json
+import shutil
 import sys
 import urllib.parse
 from collections.abc import Callable, Sequence
@@ -132,7 +133,7 @@ def side_by_side(halves: dict[str, Sequence[Image.Image]]) -> Image.Image:
     side, gap = 79, 6
     block = SIDE - MARGIN - (2 * side + gap)
     for x, (heading, pictures) in zip((MARGIN + 16, block - 16), halves.items(), strict=True):
-        write(ImageDraw.Draw(sheet), (x + side + gap // 2, SIDE - MARGIN - 2), heading, 20, FAINT, "mb")
+        write(ImageDraw.Draw(sheet), (x + side + gap // 2, SIDE - MARGIN // 2), heading, 20, FAINT, "mb")
         for i, picture in enumerate(pictures):
             sheet.paste(enlarged(picture, side), (x + i % 2 * (side + gap), TOP + i // 2 * (side + gap)))
     return sheet
@@ -225,6 +226,7 @@ def main() -> None:
         return
     base = environment.cache() / "work" / "thumbnails"
     models.link_models(base / "models", models.shapesworld())
+    shutil.rmtree(base / "output", ignore_errors=True)
     with comfy.serve(base) as server:
         stage = Stage(Client(server.url))
         for name in played:
