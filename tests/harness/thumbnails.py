@@ -51,7 +51,7 @@ SHAPES = {"width": PICTURE, "height": PICTURE, "batch_size": 8, "cfg": 1.0}
 TRAINING = {
     "EmptySD3LatentImage": {"batch_size": 16},
     "RewardGuidanceCollect": {"count": 320, "steps": 15, "levels": 4, "prompts": "a small blue heart on a yellow ground"},
-    "RewardGuidanceTrain": {"steps": 1500, "size": "small", "temperature": 0.3},
+    "RewardGuidanceTrain": {"steps": 500, "size": "small", "temperature": 0.3},
 }
 """What a stand-in needs of the training's size."""
 
