@@ -9,6 +9,7 @@ import shutil
 import sys
 import urllib.parse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,6 +19,11 @@ from . import comfy, environment, models
 from .client import Client, Prompt, Result
 from .environment import CHECKOUT, say
 from .graphs import COMMENTS, ui_to_api
+
+Colour = tuple[int, int, int]
+Point = tuple[float, float]
+Bounds = tuple[float, float, float, float]
+"""x, y, width, height"""
 
 WORKFLOWS, PACK = CHECKOUT / "workflows", "reward-guidance"
 SIDE, MARGIN, TOP = 480, 20, 112
@@ -139,32 +145,42 @@ def side_by_side(halves: dict[str, Sequence[Image.Image]]) -> Image.Image:
     return sheet
 
 
+@dataclass(frozen=True)
+class Plane:
+    """Draws what is placed in ComfyUI's units, which are so many pixels across and down."""
+
+    draw: ImageDraw.ImageDraw
+    across: float
+    down: float
+
+    def place(self, x: float, y: float) -> Point:
+        return x * self.across, y * self.down
+
+    def box(self, bounds: Bounds, colour: Colour) -> None:
+        x, y, width, height = bounds
+        self.draw.rounded_rectangle((*self.place(x, y), *self.place(x + width, y + height)), 10 * self.across, colour)
+
+    def link(self, start: Point, end: Point, colour: Colour) -> None:
+        self.draw.line(curve(self.place(*start), self.place(*end)), colour, round(9 * self.across), "curve")
+
+
 def graph(workflow: dict) -> Image.Image:
     """Groups, nodes and links where the page shows them, in the height of a square; what is of this pack wears gold."""
     nodes = {node["id"]: node for node in workflow["nodes"] if node["type"] not in COMMENTS}
     groups = [group["bounding"] for group in workflow["groups"]]
-    right, bottom = (max(box[i] + box[i + 2] for box in groups) for i in (0, 1))
+    right, bottom = (max(bounds[i] + bounds[i + 2] for bounds in groups) for i in (0, 1))
     width, height = SIDE - 2 * MARGIN, SIDE - TOP - MARGIN
-    across = width / right * OVERSAMPLING
-    down = min(height / bottom * OVERSAMPLING, STRETCH * across)
     canvas = Image.new("RGB", (width * OVERSAMPLING, height * OVERSAMPLING), NIGHT)
-    draw = ImageDraw.Draw(canvas)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return x * across, y * down
-
-    def box(x: float, y: float, w: float, h: float, colour: tuple[int, int, int]) -> None:
-        draw.rounded_rectangle((*place(x, y), *place(x + w, y + h)), 10 * across, colour)
-
-    for group in groups:
-        box(*group, GROUP)
+    across = canvas.width / right
+    plane = Plane(ImageDraw.Draw(canvas), across, min(canvas.height / bottom, STRETCH * across))
+    for bounds in groups:
+        plane.box(bounds, GROUP)
     for node in nodes.values():
         x, y, w, h = framed(node)
-        box(x, y, w, h, NODE)
-        box(x, y, w, BAND, GOLD if node["properties"]["cnr_id"] == PACK else BAR)
+        plane.box((x, y, w, h), NODE)
+        plane.box((x, y, w, BAND), GOLD if node["properties"]["cnr_id"] == PACK else BAR)
     for _, origin, slot, target, socket, kind in workflow["links"]:
-        ends = place(*port(nodes[origin], slot, out=True)), place(*port(nodes[target], socket, out=False))
-        draw.line(curve(*ends), LINKS.get(kind, FAINT), round(9 * across), "curve")
+        plane.link(port(nodes[origin], slot, out=True), port(nodes[target], socket, out=False), LINKS.get(kind, FAINT))
     sheet = blank()
     sheet.paste(canvas.resize((width, height), Image.Resampling.LANCZOS), (MARGIN, TOP))
     return sheet
@@ -174,16 +190,16 @@ BAND, ROW = 30, 20
 """Heights of a node's title and of a socket, in ComfyUI's units."""
 
 
-def framed(node: dict) -> tuple[float, float, float, float]:
-    """(x, y, width, height) of a node with its title."""
+def framed(node: dict) -> Bounds:
+    """A node with its title."""
     return node["pos"][0], node["pos"][1] - BAND, node["size"][0], node["size"][1] + BAND
 
 
-def port(node: dict, slot: int, out: bool) -> tuple[float, float]:
+def port(node: dict, slot: int, out: bool) -> Point:
     return node["pos"][0] + node["size"][0] * out, node["pos"][1] + ROW * (slot + 0.7)
 
 
-def curve(start: tuple[float, float], end: tuple[float, float], points: int = 24) -> list[tuple[float, float]]:
+def curve(start: Point, end: Point, points: int = 24) -> list[Point]:
     """A cubic that leaves and arrives level."""
     reach = max(abs(end[0] - start[0]) / 2, 12)
     controls = start, (start[0] + reach, start[1]), (end[0] - reach, end[1]), end
@@ -200,7 +216,7 @@ def enlarged(picture: Image.Image, side: int) -> Image.Image:
     return picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
 
 
-def write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, colour: tuple[int, int, int], anchor: str | None = None) -> None:
+def write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, colour: Colour, anchor: str | None = None) -> None:
     draw.text(place, text, colour, ImageFont.load_default(size), anchor=anchor)
 
 
