@@ -144,6 +144,11 @@ class Tab:
     def until(self, condition: str, seconds: float = 60) -> None:
         self.page.wait_for_function(f"() => {condition}", timeout=seconds * 1000)
 
+    def refresh(self) -> None:
+        """Learn of model files that are newer than the page."""
+        self.run("() => app.refreshComboInNodes()")
+        self.until("!document.querySelector('.p-toast-message')")  # it says that it did
+
     def load(self, workflow: dict, name: str = "test") -> None:
         """Into a workflow tab of its own, whole on the screen."""
         self.run(

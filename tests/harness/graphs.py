@@ -117,7 +117,7 @@ def nodes_of(prompt: Prompt, kind: str) -> list[str]:
     return [node for node, content in prompt.items() if content["class_type"] == kind]
 
 
-SMALL = {"width": 64, "height": 64, "length": 5, "batch_size": 3, "steps": 4, "count": 12, "levels": 2, "batch": 4, "size": "small"}
+SMALL = {"width": 64, "height": 64, "length": 5, "batch_size": 3, "steps": 4, "count": 12, "levels": 2, "batch": 4, "size": "small", "particles": 4}
 """Values of widgets that make a shipped workflow quick."""
 
 MUTED, BYPASSED = 2, 4
