@@ -75,7 +75,7 @@ def test_blueprint(tab, client, name):
     tab.run("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
     tab.until("app.graph.nodes.length === 0")
     tab.refresh()  # for the network that a workflow above has trained
-    tab.page.mouse.dblclick(*PLACE)
+    tab.run("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
     search = tab.page.get_by_role("dialog")
     search.locator("input").first.fill(name)
     search.get_by_text(name, exact=True).first.wait_for()
