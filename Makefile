@@ -2,10 +2,14 @@ PYTHON ?= python3
 # Makes what is missing, then names the environment's Python; the second time it only names it.
 ENVIRONMENT = python=$$($(PYTHON) tests/harness/environment.py) && bin=$$(dirname "$$python")
 
+<<<<<<< HEAD
 VERSIONS = 0.30.0 0.24.0 0.20.1
 QUICK = $(addprefix tests/comfy/test_,nodes.py stock.py bad_input.py rewards.py selection.py workflows.py)
 
 .PHONY: demo test ui lint unit quick versions browser bench pictures clean
+=======
+.PHONY: demo test ui lint unit browser bench pictures thumbnails clean
+>>>>>>> workflows
 
 demo: ## a real ComfyUI, unguided and guided, in demo.png
 	@$(ENVIRONMENT) && "$$python" tests/harness demo
@@ -36,6 +40,9 @@ bench: ## the numbers in the README
 
 pictures: ## the pictures of the help pages
 	@$(ENVIRONMENT) && "$$python" tests/harness pictures
+
+thumbnails: ## the pictures of the example workflows
+	@$(ENVIRONMENT) && "$$python" tests/harness thumbnails
 
 clean: ## the environment, ComfyUI and stand-ins in the cache folder, and what the demo wrote
 	@$(PYTHON) tests/harness/environment.py --remove

@@ -7,7 +7,7 @@ import torch
 from reward_guidance.tests.harness import comfy, environment, models
 from reward_guidance.tests.harness.client import Client
 from reward_guidance.tests.harness.guided import Bench
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 SHAPESWORLD = environment.CHECKOUT / "tests" / "standins" / "shapesworld" / "expand.py"
 
@@ -38,20 +38,6 @@ def bench(client) -> Bench:
 def nodes(bench) -> dict[str, dict]:
     """What ComfyUI says of the pack's nodes."""
     return {name: info for name, info in sorted(bench.object_info.items()) if info["python_module"] == f"custom_nodes.{comfy.PACK}"}
-
-
-@pytest.fixture(scope="session")
-def lora(server):
-    """For Flux: rank 4 on one layer."""
-    network = load_file(server.base / "models" / "diffusion_models" / "flux1-dev.safetensors")
-    outer, inner = network["double_blocks.0.img_attn.proj.weight"].shape
-    generator = torch.Generator().manual_seed(0)
-    parts = {"lora_A": (4, inner), "lora_B": (outer, 4)}
-    name = "diffusion_model.double_blocks.0.img_attn.proj"
-    weights = {f"{name}.{part}.weight": torch.randn(shape, generator=generator) for part, shape in parts.items()}
-    (server.base / "models" / "loras").mkdir(exist_ok=True)
-    save_file(weights, server.base / "models" / "loras" / "tiny_flux_lora.safetensors")
-    return "tiny_flux_lora.safetensors"
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from reward_guidance.tests.harness.guided import guided_model, latents, mean_rew
 
 FREE = {"decoder": "latent_rgb"}
 """The decoder that costs nothing."""
+LORA = "FLUX-dev-lora-add_details.safetensors"
 
 
 def distance(one, other):
@@ -128,9 +129,9 @@ def test_inpainting_keeps_what_the_mask_keeps(bench, family):
 
 @pytest.mark.parametrize("after", [False, True], ids=["before guidance", "after guidance"])
 @pytest.mark.parametrize("estimator", ["shift", "jacobian"])
-def test_lora(bench, lora, estimator, after):
+def test_lora(bench, estimator, after):
     def with_lora(graph, inputs):
-        options = {"lora_name": lora, "strength_model": 1.0}
+        options = {"lora_name": LORA, "strength_model": 1.0}
         if after:
             model = guided_model(graph, inputs["model"], estimator=estimator, **FREE)
             return stock(graph, inputs | {"model": graph.add("lora", "LoraLoaderModelOnly", model=model, **options)})
@@ -138,7 +139,7 @@ def test_lora(bench, lora, estimator, after):
         return two_nodes(estimator=estimator, **FREE)(graph, inputs | {"model": model})
 
     def only_lora(graph, inputs):
-        model = graph.add("lora", "LoraLoaderModelOnly", model=inputs["model"], lora_name=lora, strength_model=1.0)
+        model = graph.add("lora", "LoraLoaderModelOnly", model=inputs["model"], lora_name=LORA, strength_model=1.0)
         return stock(graph, inputs | {"model": model})
 
     both = bench.sample("flux", with_lora)

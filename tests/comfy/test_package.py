@@ -17,7 +17,8 @@ from reward_guidance.tests.harness.guided import Bench, latents, one_box
 
 FOLDER = "Reward_Guidance-main"
 """Neither the project's name nor an identifier. (ComfyUI serves no web files of folders whose names have spaces or brackets.)"""
-SHIPPED = {"__init__.py", "CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "requirements.txt", "guidance", "nodes", "workflows", "locales"}
+SHIPPED = {"__init__.py", "CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "requirements.txt", "guidance", "nodes"}
+SHIPPED |= {"workflows", "subgraphs", "locales"}
 ALARMING = re.compile(
     r"\b(os\.environ|getenv|subprocess|os\.system|popen|pickle|marshal|importlib|__import__|ctypes|b64decode|urllib|urlopen|requests\.\w|socket\.\w)"
     r"|(?<![.\w])(eval|exec|compile)\(|new Function|XMLHttpRequest|document\.cookie|torch\.load\((?!.*weights_only=True)",
@@ -171,4 +172,9 @@ def test_what_the_page_asks_for_is_served(elsewhere):
     for name in ("curve.js", "docs/RewardGuidance.md", "docs/RewardGuidance/zh.md", "docs/temperature.png"):
         assert elsewhere.fetch(f"{own}/{name}")
     assert {"en", "zh"} <= {language for language, words in elsewhere.get("/i18n").items() if "RewardGuidance" in words.get("nodeDefs", {})}
-    assert set(elsewhere.get("/workflow_templates")[FOLDER]) == {path.stem for path in (CHECKOUT / "workflows").glob("*.json")}
+    workflows = {path.stem for path in (CHECKOUT / "workflows").glob("*.json")}
+    assert set(elsewhere.get("/workflow_templates")[FOLDER]) == workflows
+    for name in workflows:
+        assert elsewhere.fetch(f"/api/workflow_templates/{FOLDER}/{name}.jpg").startswith(b"\xff\xd8")
+    blueprints = {entry["name"] for entry in elsewhere.get("/global_subgraphs").values() if entry["info"]["node_pack"] == f"custom_nodes.{FOLDER}"}
+    assert blueprints == {path.stem for path in (CHECKOUT / "subgraphs").glob("*.json")}

@@ -35,8 +35,9 @@ SETTINGS = {
     "Comfy.Validation.Workflows": True,
     "Comfy.Locale": "en",
     "Comfy.ColorPalette": "dark",
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
-"""Of a user who has been here before and whom nothing pops up at."""
+"""Of a user who has been here before, whom nothing pops up at, and who wants to read the smallest letters."""
 USUAL = re.compile(r"/user\.css|/api/userdata|ComfyApp graph accessed before initialization|api\.comfy\.org|huggingface\.co")
 """Console errors that a ComfyUI without packs has too."""
 
@@ -143,6 +144,11 @@ class Tab:
     def until(self, condition: str, seconds: float = 60) -> None:
         self.page.wait_for_function(f"() => {condition}", timeout=seconds * 1000)
 
+    def refresh(self) -> None:
+        """Learn of model files that are newer than the page."""
+        self.run("() => app.refreshComboInNodes()")
+        self.until("!document.querySelector('.p-toast-message')")  # it says that it did
+
     def load(self, workflow: dict, name: str = "test") -> None:
         """Into a workflow tab of its own, whole on the screen."""
         self.run(
@@ -164,6 +170,17 @@ class Tab:
                         if (widget.name in values) widget.value = values[widget.name]
             }""",
             values,
+        )
+
+    def overlaps(self) -> list[list[str]]:
+        """Titles of nodes that lie on each other."""
+        return self.run(
+            """() => {
+                const nodes = app.graph.nodes.map(node => [node.title, ...node.boundingRect])
+                return nodes.flatMap(([title, x, y, w, h], i) => nodes.slice(i + 1)
+                    .filter(other => x < other[1] + other[3] && other[1] < x + w && y < other[2] + other[4] && other[2] < y + h)
+                    .map(other => [title, other[0]]))
+            }"""
         )
 
     def complaints(self) -> list[str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from .environment import CHECKOUT, comfyui, say
 
@@ -23,6 +24,8 @@ PACK = "reward-guidance"
 TESTS = CHECKOUT / "tests"
 PACKS = {"another-pack": TESTS / "packs" / "redness", PACK: CHECKOUT, "probe": TESTS / "harness" / "probe"}
 """Folder in custom_nodes -> what it holds: the pack, one of somebody else that uses it, and one that watches."""
+EXAMPLE = 128
+"""Pixels of a side of the picture that every ComfyUI has."""
 FOLDERS = ("models", "custom_nodes", "input", "output", "temp", "user")
 
 
@@ -71,6 +74,8 @@ def serve(
 def install(base: Path, packs: Mapping[str, Path]) -> None:
     for name in FOLDERS:
         (base / name).mkdir(parents=True, exist_ok=True)
+    with Image.open(comfyui() / "input" / "example.png") as picture:  # a large one takes the node Canny a minute
+        picture.resize((EXAMPLE, EXAMPLE)).save(base / "input" / "example.png")
     for name, source in packs.items():
         add_pack(source, base / "custom_nodes" / name)
 

@@ -117,8 +117,11 @@ def nodes_of(prompt: Prompt, kind: str) -> list[str]:
     return [node for node, content in prompt.items() if content["class_type"] == kind]
 
 
+SMALL = {"width": 64, "height": 64, "length": 5, "batch_size": 3, "steps": 4, "count": 12, "levels": 2, "batch": 4, "size": "small", "particles": 4}
+"""Values of widgets that make a shipped workflow quick."""
+
 MUTED, BYPASSED = 2, 4
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR"}
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR", "COMFY_DYNAMICCOMBO_V3"}
 UPLOADS = ("image_upload", "video_upload", "animated_image_upload", "audio_upload")
 COMMENTS = {"Note", "MarkdownNote"}
 WIRING = {"Reroute", "PrimitiveNode"}

@@ -24,12 +24,15 @@ from torch import Tensor, nn
 Shapes = dict[str, torch.Size]
 
 SD15, SD2, SD3 = "checkpoints/v1-5-pruned-emaonly.ckpt", "checkpoints/v2-1_512-ema-pruned.ckpt", "checkpoints/tiny_sd3.ckpt"
+SDXL = "checkpoints/tiny_sdxl.ckpt"
 FLUX, LARGE_FLUX = "diffusion_models/flux1-dev.safetensors", "diffusion_models/tiny_flux_512.safetensors"
 WAN, WAN_VAE = "diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors", "vae/wan_2.1_vae.safetensors"
 CLIP_L, KL4, KL16 = "text_encoders/tiny_clip_l.pt", "vae/vae-ft-mse-840000-ema-pruned.ckpt", "vae/ae.safetensors"
 TAESDS = {"taesd": 4, "taesdxl": 4, "taesd3": 16, "taef1": 16}
 """Tiny autoencoders and their latent channels; each is a file vae_approx/<name>_encoder and one _decoder."""
-CONTROLNET = "controlnet/control_v11p_sd15_canny.pth"
+CONTROLNET, FLUX_CONTROLNET = "controlnet/control_v11p_sd15_canny.pth", "controlnet/flux-canny-controlnet-v3.safetensors"
+FLUX_LORA = "loras/FLUX-dev-lora-add_details.safetensors"
+HPS = "reward_models/HPS_v2.1_compressed.pt"
 TAEW = "vae_approx/lighttaew2_1.safetensors"
 
 POOL = 1 << 18
@@ -89,7 +92,14 @@ def unet(context: int, **options) -> Shapes:
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     fixed = {"out_channels": 4, "transformer_depth_output": [0, 0], "transformer_depth_middle": -2}
-    return shapes(lambda: UNetModel(**unet_sizes(context), **fixed, **options))
+    return shapes(lambda: UNetModel(**unet_sizes(context) | fixed | options))
+
+
+def vega() -> Shapes:
+    """Of SDXL's kin, Segmind-Vega has the least attention that ComfyUI recognises."""
+    depths = {"transformer_depth": [0, 0, 1, 1, 2, 2], "transformer_depth_output": [0] * 9}
+    levels = {"num_res_blocks": [2, 2, 2], "channel_mult": [1, 1, 1], "num_classes": "sequential", "adm_in_channels": 2816}
+    return unet(2048, num_head_channels=64, use_linear_in_transformer=True, **depths, **levels)
 
 
 def unet_sizes(context: int) -> dict:
@@ -138,30 +148,46 @@ def mmdit(depth: int = 2) -> Shapes:
 
 
 def flux(hidden: int = 128, double: int = 1, single: int = 1) -> Shapes:
-    """CLIP-L's 768 channels stand in for T5's 4096."""
     from comfy.ldm.flux.model import Flux
 
-    return shapes(
-        lambda: Flux(
-            image_model="flux",
-            in_channels=16,
-            out_channels=16,
-            vec_in_dim=768,
-            context_in_dim=768,
-            hidden_size=hidden,
-            mlp_ratio=4.0,
-            num_heads=hidden // 128,
-            depth=double,
-            depth_single_blocks=single,
-            axes_dim=[16, 56, 56],
-            theta=10000,
-            patch_size=2,
-            qkv_bias=True,
-            guidance_embed=True,
-            txt_ids_dims=[],
-            operations=operations(),
-        )
-    )
+    return shapes(lambda: Flux(**flux_sizes(hidden, double, single)))
+
+
+def flux_sizes(hidden: int = 128, double: int = 1, single: int = 1) -> dict:
+    """CLIP-L's 768 channels stand in for T5's 4096."""
+    return {
+        "image_model": "flux",
+        "in_channels": 16,
+        "out_channels": 16,
+        "vec_in_dim": 768,
+        "context_in_dim": 768,
+        "hidden_size": hidden,
+        "mlp_ratio": 4.0,
+        "num_heads": hidden // 128,
+        "depth": double,
+        "depth_single_blocks": single,
+        "axes_dim": [16, 56, 56],
+        "theta": 10000,
+        "patch_size": 2,
+        "qkv_bias": True,
+        "guidance_embed": True,
+        "txt_ids_dims": [],
+        "operations": operations(),
+    }
+
+
+def flux_controlnet() -> Shapes:
+    """In XLabs' layout, which calls the scales of norms so."""
+    from comfy.ldm.flux.controlnet import ControlNetFlux
+
+    network = shapes(lambda: ControlNetFlux(**flux_sizes(single=0)))
+    return {name.replace("_norm.weight", "_norm.scale"): shape for name, shape in network.items()}
+
+
+def flux_lora(rank: int = 4, hidden: int = 128) -> Shapes:
+    """In kohya's layout, on one layer."""
+    name = "lora_unet_double_blocks_0_img_attn_proj.lora"
+    return {f"{name}_down.weight": torch.Size([rank, hidden]), f"{name}_up.weight": torch.Size([hidden, rank])}
 
 
 def wan() -> Shapes:
@@ -260,20 +286,42 @@ def sd2() -> Shapes:
     return parts | under("cond_stage_model.model.", text)
 
 
+def sdxl() -> Shapes:
+    """Its two text encoders cannot be smaller: 2 GB of memory."""
+    text = clip_l()
+    del text["text_projection.weight"]
+    parts = under("model.diffusion_model.", vega()) | under("first_stage_model.", kl(4))
+    parts |= under("conditioner.embedders.0.transformer.", text)
+    return parts | under("conditioner.embedders.1.model.", open_clip_names(clip_text("clip_config_bigg.json")))
+
+
 def sd3() -> Shapes:
     """With CLIP-L as the only text encoder; ComfyUI fills the others' channels with zeros."""
     parts = under("model.diffusion_model.", mmdit()) | under("first_stage_model.", kl(16, quantised=False))
     return parts | under("text_encoders.clip_l.transformer.", clip_l())
 
 
+def hps() -> Shapes:
+    """A CLIP of one narrow layer for each tower, whose only head needs no hint."""
+    import open_clip
+
+    vision = open_clip.model.CLIPVisionCfg(layers=1, width=64, head_width=64, patch_size=32, image_size=224)
+    text = open_clip.model.CLIPTextCfg(layers=1, width=64, heads=1)
+    return shapes(lambda: open_clip.model.CLIP(64, vision, text))
+
+
 STANDINS: dict[str, Callable[[], Shapes]] = {
     SD15: sd15,
     SD2: sd2,
+    SDXL: sdxl,
     SD3: sd3,
     FLUX: flux,
     LARGE_FLUX: lambda: flux(512, 2, 2),
     WAN: wan,
     CONTROLNET: controlnet,
+    FLUX_CONTROLNET: flux_controlnet,
+    FLUX_LORA: flux_lora,
+    HPS: hps,
     CLIP_L: clip_l,
     KL4: lambda: kl(4),
     KL16: lambda: kl(16, quantised=False),

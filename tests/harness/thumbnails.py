@@ -1,0 +1,253 @@
+"""Draws the thumbnails of the shipped workflows, or of those named: `make thumbnails`.
+
+A workflow whose models ShapesWorld stands in for shows the pictures that it made there; any other shows its own graph.
+"""
+
+import io
+import json
+import shutil
+import sys
+import urllib.parse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ..standins.shapesworld.world import SIDE as PICTURE
+from . import comfy, environment, models
+from .client import Client, Prompt, Result
+from .environment import CHECKOUT, say
+from .graphs import COMMENTS, ui_to_api
+
+Colour = tuple[int, int, int]
+Point = tuple[float, float]
+Bounds = tuple[float, float, float, float]
+"""x, y, width, height"""
+
+WORKFLOWS, PACK = CHECKOUT / "workflows", "reward-guidance"
+SIDE, MARGIN, TOP = 480, 20, 112
+OVERSAMPLING, STRETCH = 3, 2.8
+NIGHT, INK, FAINT, GOLD = (32, 32, 32), (240, 240, 240), (160, 160, 160), (255, 176, 59)
+NODE, BAR, GROUP = (70, 70, 70), (100, 100, 100), (38, 56, 70)
+LINKS = {
+    "MODEL": (179, 157, 219),
+    "CLIP": (255, 213, 0),
+    "VAE": (255, 110, 110),
+    "CONDITIONING": (255, 169, 49),
+    "LATENT": (255, 156, 249),
+    "IMAGE": (100, 181, 246),
+    "REWARD": GOLD,
+}
+"""In ComfyUI's colours, and the reward in the pack's."""
+TITLES = {
+    "flow_guidance_sd35": ("SD3.5", "guided by a reward; here a toy model"),
+    "flow_guidance_flux": ("Flux", "guided by a reward"),
+    "flow_guidance_z_image": ("Z-Image", "guided by a reward"),
+    "diffusion_guidance_sdxl": ("SDXL", "guided by a reward"),
+    "video_guidance_wan": ("Wan video", "guided by a reward on its frames"),
+    "score_and_select_sd35": ("Score and select", "the best two of a toy model's eight"),
+    "particles_sd35": ("Particles", "the best of eight; here a toy model"),
+    "everything_combined_flux": ("All together", "rewards, held-out, LoRA, ControlNet"),
+    "guidance_network_train_sd35": ("Train a network", "that guides SD3.5"),
+    "guidance_network_sample_sd35": ("Guidance network", "what it learned; here a toy model"),
+    "guidance_network_sd_turbo": ("One step", "SD-Turbo with chosen noise"),
+}
+SHAPES = {"width": PICTURE, "height": PICTURE, "batch_size": 8, "cfg": 1.0}
+TRAINING = {
+    "EmptySD3LatentImage": {"batch_size": 16},
+    "RewardGuidanceCollect": {"count": 320, "steps": 15, "levels": 4, "prompts": "a small blue heart on a yellow ground"},
+    "RewardGuidanceTrain": {"steps": 500, "size": "small", "temperature": 0.3},
+}
+"""What a stand-in needs of the training's size."""
+
+
+class Stage:
+    """Plays shipped workflows on ShapesWorld."""
+
+    def __init__(self, client: Client):
+        self.client = client
+        self.object_info = client.object_info()
+
+    def play(self, name: str, **values) -> Result:
+        """values: of every input with such a name, or of every node of such a class."""
+        prompt = ui_to_api(read(name), self.object_info)
+        return self.client.run(changed(prompt, SHAPES | values), timeout=3600, extra_pnginfo={}).check()
+
+    def pictures(self, result: Result) -> list[Image.Image]:
+        """Those that were saved, with their metadata."""
+        files = [file for output in result.outputs.values() for file in output.get("images", []) if file["type"] == "output"]
+        return [Image.open(io.BytesIO(self.client.fetch("/view?" + urllib.parse.urlencode(file)))) for file in files]
+
+
+def read(name: str) -> dict:
+    return json.loads((WORKFLOWS / f"{name}.json").read_text())
+
+
+def changed(prompt: Prompt, values: dict) -> Prompt:
+    def inputs(content: dict) -> dict:
+        new = {name: value for name, value in values.items() if name in content["inputs"]}
+        return content["inputs"] | new | values.get(content["class_type"], {})
+
+    return {node: content | {"inputs": inputs(content)} for node, content in prompt.items()}
+
+
+def strengths(stage: Stage, name: str) -> Image.Image:
+    return side_by_side({f"strength {strength}": stage.pictures(stage.play(name, strength=float(strength))) for strength in (0, 1)})
+
+
+def trained(stage: Stage, name: str) -> Image.Image:
+    stage.play("guidance_network_train_sd35", **TRAINING)
+    return strengths(stage, name)
+
+
+def particles(stage: Stage, name: str) -> Image.Image:
+    return side_by_side({f"{count} particle{'s' * (count > 1)}": stage.pictures(stage.play(name, particles=count, keep=1)) for count in (1, 8)})
+
+
+def selection(stage: Stage, name: str) -> Image.Image:
+    """All candidates with their scores, and a frame around those that were saved."""
+    result = stage.play(name)
+    saved = stage.pictures(result)
+    scores = max((each["standardized"] for each in json.loads(saved[0].info["reward_guidance"]).values()), key=len)
+    chosen = sorted(range(len(scores)), key=lambda i: -scores[i])[: len(saved)]
+    annotated = [picture for picture in stage.client.images(result) if picture.height > PICTURE]
+    candidates = [picture.crop(((picture.width - PICTURE) // 2, 0, (picture.width + PICTURE) // 2, PICTURE)) for picture in annotated]
+    sheet = blank()
+    draw = ImageDraw.Draw(sheet)
+    side, gap = 98, 16
+    for i, (picture, score) in enumerate(zip(candidates, scores, strict=True)):
+        x, y = MARGIN + i % 4 * (side + gap), TOP + 22 + i // 4 * (side + 64)
+        if i in chosen:
+            draw.rounded_rectangle((x - 6, y - 6, x + side + 5, y + side + 5), 8, GOLD)
+        sheet.paste(enlarged(picture, side), (x, y))
+        write(draw, (x + side // 2, y + side + 22), f"{score:+.2f}", 20, GOLD if i in chosen else FAINT, "mm")
+    return sheet
+
+
+PLAYED: dict[str, Callable[[Stage, str], Image.Image]] = {
+    "flow_guidance_sd35": strengths,
+    "guidance_network_sample_sd35": trained,
+    "score_and_select_sd35": selection,
+    "particles_sd35": particles,
+}
+
+
+def side_by_side(halves: dict[str, Sequence[Image.Image]]) -> Image.Image:
+    """Two blocks of eight pictures, of the same seeds."""
+    sheet = blank()
+    side, gap = 79, 6
+    block = SIDE - MARGIN - (2 * side + gap)
+    for x, (heading, pictures) in zip((MARGIN + 16, block - 16), halves.items(), strict=True):
+        write(ImageDraw.Draw(sheet), (x + side + gap // 2, SIDE - MARGIN // 2), heading, 20, FAINT, "mb")
+        for i, picture in enumerate(pictures):
+            sheet.paste(enlarged(picture, side), (x + i % 2 * (side + gap), TOP + i // 2 * (side + gap)))
+    return sheet
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Draws what is placed in ComfyUI's units, which are so many pixels across and down."""
+
+    draw: ImageDraw.ImageDraw
+    across: float
+    down: float
+
+    def place(self, x: float, y: float) -> Point:
+        return x * self.across, y * self.down
+
+    def box(self, bounds: Bounds, colour: Colour) -> None:
+        x, y, width, height = bounds
+        self.draw.rounded_rectangle((*self.place(x, y), *self.place(x + width, y + height)), 10 * self.across, colour)
+
+    def link(self, start: Point, end: Point, colour: Colour) -> None:
+        self.draw.line(curve(self.place(*start), self.place(*end)), colour, round(9 * self.across), "curve")
+
+
+def graph(workflow: dict) -> Image.Image:
+    """Groups, nodes and links where the page shows them, in the height of a square; what is of this pack wears gold."""
+    nodes = {node["id"]: node for node in workflow["nodes"] if node["type"] not in COMMENTS}
+    groups = [group["bounding"] for group in workflow["groups"]]
+    right, bottom = (max(bounds[i] + bounds[i + 2] for bounds in groups) for i in (0, 1))
+    width, height = SIDE - 2 * MARGIN, SIDE - TOP - MARGIN
+    canvas = Image.new("RGB", (width * OVERSAMPLING, height * OVERSAMPLING), NIGHT)
+    across = canvas.width / right
+    plane = Plane(ImageDraw.Draw(canvas), across, min(canvas.height / bottom, STRETCH * across))
+    for bounds in groups:
+        plane.box(bounds, GROUP)
+    for node in nodes.values():
+        x, y, w, h = framed(node)
+        plane.box((x, y, w, h), NODE)
+        plane.box((x, y, w, BAND), GOLD if node["properties"]["cnr_id"] == PACK else BAR)
+    for _, origin, slot, target, socket, kind in workflow["links"]:
+        plane.link(port(nodes[origin], slot, out=True), port(nodes[target], socket, out=False), LINKS.get(kind, FAINT))
+    sheet = blank()
+    sheet.paste(canvas.resize((width, height), Image.Resampling.LANCZOS), (MARGIN, TOP))
+    return sheet
+
+
+BAND, ROW = 30, 20
+"""Heights of a node's title and of a socket, in ComfyUI's units."""
+
+
+def framed(node: dict) -> Bounds:
+    """A node with its title."""
+    return node["pos"][0], node["pos"][1] - BAND, node["size"][0], node["size"][1] + BAND
+
+
+def port(node: dict, slot: int, out: bool) -> Point:
+    return node["pos"][0] + node["size"][0] * out, node["pos"][1] + ROW * (slot + 0.7)
+
+
+def curve(start: Point, end: Point, points: int = 24) -> list[Point]:
+    """A cubic that leaves and arrives level."""
+    reach = max(abs(end[0] - start[0]) / 2, 12)
+    controls = start, (start[0] + reach, start[1]), (end[0] - reach, end[1]), end
+    times = np.linspace(0, 1, points + 1)[:, None]
+    weights = np.hstack([(1 - times) ** 3, 3 * times * (1 - times) ** 2, 3 * times**2 * (1 - times), times**3])
+    return [(x, y) for x, y in (weights @ np.array(controls)).tolist()]
+
+
+def blank() -> Image.Image:
+    return Image.new("RGB", (SIDE, SIDE), NIGHT)
+
+
+def enlarged(picture: Image.Image, side: int) -> Image.Image:
+    return picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+
+
+def write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, colour: Colour, anchor: str | None = None) -> None:
+    draw.text(place, text, colour, ImageFont.load_default(size), anchor=anchor)
+
+
+def entitled(sheet: Image.Image, name: str) -> Image.Image:
+    title, line = TITLES[name]
+    draw = ImageDraw.Draw(sheet)
+    write(draw, (MARGIN, 16), title, 42, INK)
+    write(draw, (MARGIN, 70), line, 22, FAINT)
+    return sheet
+
+
+def save(sheet: Image.Image, name: str) -> None:
+    entitled(sheet, name).save(WORKFLOWS / f"{name}.jpg", quality=88, optimize=True)
+    say(f"{name}.jpg")
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(TITLES)
+    for name in (name for name in names if name not in PLAYED):
+        save(graph(read(name)), name)
+    played = [name for name in names if name in PLAYED]
+    if not played:
+        return
+    base = environment.cache() / "work" / "thumbnails"
+    models.link_models(base / "models", models.shapesworld())
+    shutil.rmtree(base / "output", ignore_errors=True)
+    with comfy.serve(base) as server:
+        stage = Stage(Client(server.url))
+        for name in played:
+            save(PLAYED[name](stage, name), name)
+
+
+if __name__ == "__main__":
+    main()
