@@ -2,14 +2,10 @@ PYTHON ?= python3
 # Makes what is missing, then names the environment's Python; the second time it only names it.
 ENVIRONMENT = python=$$($(PYTHON) tests/harness/environment.py) && bin=$$(dirname "$$python")
 
-<<<<<<< HEAD
 VERSIONS = 0.30.0 0.24.0 0.20.1
 QUICK = $(addprefix tests/comfy/test_,nodes.py stock.py bad_input.py rewards.py selection.py workflows.py)
 
-.PHONY: demo test ui lint unit quick versions browser bench pictures clean
-=======
-.PHONY: demo test ui lint unit browser bench pictures thumbnails clean
->>>>>>> workflows
+.PHONY: demo test ui lint unit quick versions browser bench pictures thumbnails clean
 
 demo: ## a real ComfyUI, unguided and guided, in demo.png
 	@$(ENVIRONMENT) && "$$python" tests/harness demo
