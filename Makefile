@@ -35,7 +35,7 @@ bench: ## the numbers in the README
 	@$(ENVIRONMENT) && for file in tests/bench/*.py; do echo "== $$file" && "$$python" "$$file" || exit 1; done
 
 pictures: ## the pictures of the help pages
-	@$(ENVIRONMENT) && "$$python" tests/harness pictures
+	@$(ENVIRONMENT) && "$$python" tests/harness pictures && "$$python" tests/harness node_pictures
 
 thumbnails: ## the pictures of the example workflows
 	@$(ENVIRONMENT) && "$$python" tests/harness thumbnails
