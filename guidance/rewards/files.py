@@ -166,7 +166,7 @@ def _read_checkpoint(file: Path, bare_pickle: bool) -> Any:
         if "TorchScript" in str(error):
             raise RewardError(f"{file.name} is a TorchScript program, which is not run; use a safetensors version of it.") from error
         if bare_pickle:
-            raise RewardError(f"{file.name} is damaged, or a pickle with code, which is not run; use a safetensors version of it.") from error
+            raise RewardError(f"{file.name} is damaged or contains code, which is not run; use a safetensors version of it.") from error
         raise RewardError(f"{file.name} is damaged or only half downloaded; download it again.") from error
 
 

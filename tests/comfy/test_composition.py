@@ -2,12 +2,11 @@
 
 import pytest
 from reward_guidance.guidance.rewards import STATISTICS
-from reward_guidance.tests.harness.graphs import FAMILIES, Graph
+from reward_guidance.tests.harness.graphs import FAMILIES, LORA, Graph
 from reward_guidance.tests.harness.guided import guided_model, latents, mean_reward, one_box, statistic, stock, two_nodes, under_control
 
 FREE = {"decoder": "latent_rgb"}
 """The decoder that costs nothing."""
-LORA = "FLUX-dev-lora-add_details.safetensors"
 
 
 def distance(one, other):

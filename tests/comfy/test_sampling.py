@@ -14,6 +14,7 @@ import torch
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.estimators import ESTIMATORS, Settings, Smoothing
 from reward_guidance.guidance.process import Diffusion, Flow
+from reward_guidance.guidance.randomness import generator
 from reward_guidance.guidance.rewards import Reward
 from reward_guidance.nodes.runtime import LatentReward, LoadedReward, RewardGuidance, gradients, normal_weights
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
@@ -209,7 +210,7 @@ def restart_sampler():
     """Euler that twice climbs back from the middle of the schedule, as restart sampling does (arXiv 2306.14878)."""
 
     def function(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        generator = torch.Generator().manual_seed(0)
+        draw = torch.Generator().manual_seed(0)
         one = x.new_ones([x.shape[0]])
         levels = sigmas.tolist()
         middle = len(levels) // 2
@@ -218,7 +219,7 @@ def restart_sampler():
             if following > sigma:
                 scale = (1 - following) / (1 - sigma)
                 spread = (following**2 - (scale * sigma) ** 2) ** 0.5
-                x = scale * x + spread * torch.randn(x.shape, generator=generator)
+                x = scale * x + spread * torch.randn(x.shape, generator=draw)
                 continue
             x = x + (following - sigma) * (x - model(x, sigma * one, **extra_args)) / sigma
         return x
@@ -266,7 +267,7 @@ def test_estimators_agree_with_the_library_outside_comfyui(estimator):
     model = guidance(estimator=estimator).attach(flow_model())
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 8).tolist()
     one = ESTIMATORS[estimator](
-        Flow(), ring_reward, Settings(smoothing=Smoothing(4, 1.0, 0), variance=1.15, cap=8.0, momentum=0.0), torch.Generator().manual_seed(3)
+        Flow(), ring_reward, Settings(smoothing=Smoothing(4, 1.0, 0), variance=1.15, cap=8.0, momentum=0.0), generator(3)
     )
     x = comfy.sample.prepare_noise(torch.zeros(64, 2, 1, 1), 3)
     for sigma, following in zip(sigmas, sigmas[1:], strict=False):

@@ -11,7 +11,7 @@ from reward_guidance.guidance.files import load_network
 from reward_guidance.guidance.fitting import plan_for, prepare
 from reward_guidance.guidance.samples import SHARD, Collection
 from reward_guidance.guidance.training import fit
-from reward_guidance.tests.harness.graphs import FAMILIES, Graph
+from reward_guidance.tests.harness.graphs import FAMILIES, LORA, Graph
 from reward_guidance.tests.harness.guided import guided_model, latents, statistic, stock, two_nodes, under_control, with_reward
 from safetensors.torch import load_file, save_file
 
@@ -434,11 +434,11 @@ def test_reward_guidance_beside_it(bench, networks, first):
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-def test_a_lora_beside_it(bench, networks, lora, first):
+def test_a_lora_beside_it(bench, networks, first):
     name = networks("flux")
 
     def both(graph, inputs):
-        load = lambda model: graph.add("lora", "LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1.0)  # noqa: E731
+        load = lambda model: graph.add("lora", "LoraLoaderModelOnly", model=model, lora_name=LORA, strength_model=1.0)  # noqa: E731
         if first:
             return applied(name, strength=5.0)(graph, inputs | {"model": load(inputs["model"])})
         network = graph.add("network", "RewardGuidanceLoadNetwork", network_name=name)
@@ -511,11 +511,11 @@ def test_samples_of_two_kinds_are_not_mixed(refused, few, data_folder, change, w
     assert sorted(path.name for path in data_folder(few).iterdir()) == before
 
 
-def test_a_patched_model_is_another_model(refused, few, lora):
+def test_a_patched_model_is_another_model(refused, few):
     def with_lora(graph, *given, **options):
         data = collected(graph, *given, **options)
         model = graph.prompt["collect"]["inputs"]["model"]
-        graph.prompt["collect"]["inputs"]["model"] = graph.add("lora", "LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1.0)
+        graph.prompt["collect"]["inputs"]["model"] = graph.add("lora", "LoraLoaderModelOnly", model=model, lora_name=LORA, strength_model=1.0)
         return data
 
     refused(prompt_of_collecting(few, build=with_lora), "flux1-dev.safetensors and is now flux1-dev.safetensors with 1 patches of strength 1")

@@ -53,6 +53,8 @@ FAMILIES = {
         taesd="lighttaew2_1.safetensors",
     ),
 }
+LORA = "FLUX-dev-lora-add_details.safetensors"
+"""For Flux."""
 LARGE_FLUX = parts("tiny_flux_512.safetensors", "stable_diffusion", "ae.safetensors", latent="EmptySD3LatentImage", cfg=1.0, taesd="taef1")
 """Flux with 24 times the weights, for what must not grow with the model."""
 
