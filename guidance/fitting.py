@@ -25,15 +25,19 @@ HELD_OUT = 0.1
 """Share of the samples that judge the network and do not train it."""
 CURVE_END = 20
 """Values of the loss that go into a card."""
-DATA_OBJECTIVES = ("weighted", "reward_gradient", "potential")
+DATA_OBJECTIVES = ("auto", "potential", "weighted", "reward_gradient")
 DATA_FORMS = ("correction", "shift")
 
 
-def plan_for(description: Description, objective: str = "weighted", form: str = "correction", **options: Any) -> Plan:
+def plan_for(description: Description, objective: str = "auto", form: str = "correction", **options: Any) -> Plan:
     """A plan that fits what was collected: noise has a form of its own, and so has a potential. `options` are those of Plan.
+
+    auto is potential, which makes the most of few samples, but for noise, and for the form shift, weighted.
 
     A short training is looked at more often, and its average forgets the beginning sooner.
     """
+    if objective == "auto":
+        objective = "weighted" if description.base.target == "noise" or form == "shift" else "potential"
     if description.base.target == "noise":
         if objective != "weighted":
             raise GuidanceError(f"The noise of one-step generators is tilted by the objective weighted, not by {objective}.")
@@ -145,6 +149,7 @@ def prepare(
         source(held_out) if len(held_out) else None,
         checkpoints and checkpoints / f"training-{name}.checkpoint",
         device,
+        samples.text.pooled,
     )
     return Fitting(description, reward_weights, health, training)
 

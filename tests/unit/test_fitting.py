@@ -87,7 +87,7 @@ def test_a_network_says_what_it_was_trained_on(tmp_path, description, objective)
     samples = collect(tmp_path, description).load()
     fitting = prepare(samples, quick(description, objective=objective, temperature=0.5), "small")
     network, card = fit(fitting.training), fitting.card()
-    assert any(parameter.any() for parameter in network.head.parameters())
+    assert any(parameter.any() for parameter in network.last.parameters())
     assert (card.base, card.temperature, card.samples, card.steps) == (description.base, 0.5, COUNT, 10)
     assert card.rewards == ("likes", "blue") and card.reward_weights == (1.0, 0.0)
     assert card.curve == tuple(fitting.training.curve) and len(card.curve) == 2
@@ -144,7 +144,7 @@ def test_the_form_that_asks_the_model_is_told_the_prompts(folder):
         return x * sigma.view(-1, 1, 1, 1)
 
     fitting = prepare(Collection.open(folder).load(), quick(form="shift"), "small", denoise=denoise)
-    assert any(parameter.any() for parameter in fit(fitting.training).head.parameters())
+    assert any(parameter.any() for parameter in fit(fitting.training).last.parameters())
     assert {len(prompts) for prompts in asked} == {8} and {int(p) for prompts in asked for p in prompts} == {0, 1}
 
 

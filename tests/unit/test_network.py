@@ -27,7 +27,7 @@ def network(architecture: Architecture = SMALL, random_head: bool = True) -> Gui
     torch.manual_seed(1)
     made = GuidanceNetwork(architecture)
     if random_head:
-        torch.nn.init.normal_(made.head.weight)
+        torch.nn.init.normal_(made.last.weight)
     return made.eval().requires_grad_(False)
 
 

@@ -78,8 +78,9 @@ class Constant(torch.nn.Module):
         super().__init__()
         self.value = torch.nn.Parameter(value)
 
-    def forward(self, inputs, angle, text):
-        return self.value.expand(inputs[0].shape if self.value.ndim else len(inputs[0]))
+    def forward(self, inputs, angle, text, answers=False):
+        value = self.value.expand(inputs[0].shape if self.value.ndim else len(inputs[0]))
+        return (value, torch.zeros_like(inputs[0])) if answers else value
 
 
 MIXTURE = Mixture.random(3, 2, torch.Generator().manual_seed(4), std=0.4)
