@@ -26,6 +26,8 @@ HELD_OUT = 0.1
 CURVE_END = 20
 """Values of the loss that go into a card."""
 DATA_OBJECTIVES = ("auto", "potential", "weighted", "reward_gradient")
+NO_GUIDANCE = {"weighted": 0.0, "potential": 1.0}
+"""The least loss of a network that does not guide, by objective."""
 DATA_FORMS = ("correction", "shift")
 
 
@@ -104,8 +106,9 @@ class Fitting:
         if curve:
             step, value = min(curve, key=lambda point: point[1])
             lines.append(f"best at step {step} of {plan.steps}, with a loss of {value:.4f} on samples it was not trained on")
-            if plan.objective == "weighted" and value >= 0:
-                lines.append("That is no better than no guidance, whose loss is 0: collect more samples, or raise the temperature.")
+            none = NO_GUIDANCE.get(plan.objective, math.inf)
+            if value >= none:
+                lines.append(f"That is no better than no guidance, whose loss is {none:g}: collect more samples, or raise the temperature.")
         if not self.done:
             going_on = ", and running it again goes on from there" if self.training.checkpoint else ""
             lines.append(f"stopped at step {done} of {plan.steps}: this is the best network up to there{going_on}")

@@ -155,8 +155,9 @@ class TrainNetwork(io.ComfyNode):
                 io.Combo.Input(
                     "objective",
                     options=list(DATA_OBJECTIVES),
-                    tooltip="weighted: regression on samples weighted by exp(reward/β). potential: the logarithm of the expected weight, whose "
-                    "gradient guides. reward_gradient: through the reward itself, which must have a gradient; for few samples.",
+                    tooltip="potential: the logarithm of the expected weight exp(reward/β), whose gradient guides; for up to 10,000 samples. "
+                    "weighted: regression on weighted samples, for more. reward_gradient: through the reward itself, which must have a gradient. auto: "
+                    "potential, and weighted for noise and for the form shift.",
                     **rare,
                 ),
                 io.Combo.Input(

@@ -63,8 +63,8 @@ def test_sizes_are_of_one_to_ten_million():
 @pytest.mark.parametrize(
     ("description", "options", "form"),
     [
-        (DESCRIPTION, {}, "correction"), (DESCRIPTION, {"form": "shift"}, "shift"), (NOISE, {}, "noise"),
-        (DESCRIPTION, {"objective": "potential"}, "potential"),
+        (DESCRIPTION, {}, "potential"), (DESCRIPTION, {"form": "shift"}, "shift"), (NOISE, {}, "noise"),
+        (DESCRIPTION, {"objective": "weighted"}, "correction"), (DESCRIPTION, {"objective": "potential"}, "potential"),
     ],
 )  # fmt: skip
 def test_a_plan_has_the_form_that_fits(description, options, form):
@@ -92,6 +92,12 @@ def test_a_network_says_what_it_was_trained_on(tmp_path, description, objective)
     assert card.rewards == ("likes", "blue") and card.reward_weights == (1.0, 0.0)
     assert card.curve == tuple(fitting.training.curve) and len(card.curve) == 2
     assert "likes" in fitting.report() and "best at step" in fitting.report()
+
+
+def test_a_network_knows_what_the_prompts_have_in_common(tmp_path, folder):
+    samples = Collection.open(folder).load()
+    network = prepare(samples, quick(), "small").network()
+    torch.testing.assert_close(network.embed.pooled[0].mean, samples.text.pooled.float().mean(0))
 
 
 def test_weights_can_be_changed_without_sampling_again(tmp_path):
