@@ -156,8 +156,8 @@ class TrainNetwork(io.ComfyNode):
                     "objective",
                     options=list(DATA_OBJECTIVES),
                     tooltip="potential: the logarithm of the expected weight exp(reward/β), whose gradient guides; for up to 10,000 samples. "
-                    "weighted: regression on weighted samples, for more. reward_gradient: through the reward itself, which must have a gradient. auto: "
-                    "potential, and weighted for noise and for the form shift.",
+                    "weighted: regression on weighted samples, for more. reward_gradient: through the reward itself, which must have a gradient. "
+                    "auto: potential, and weighted for noise and for the form shift.",
                     **rare,
                 ),
                 io.Combo.Input(
