@@ -133,13 +133,14 @@ class Embedding(nn.Module):
         self.frequencies: Tensor
         self.register_buffer("frequencies", torch.logspace(0, 1.5, frequencies // 2), persistent=False)
         self.angle = nn.Linear(2 * (frequencies // 2), outputs)
-        self.pooled = nn.Sequential(Standardized(pooled), nn.Linear(pooled, outputs)) if pooled else None
+        self.standardized = Standardized(pooled)
+        self.pooled = nn.Linear(pooled, outputs) if pooled else None
         self.mix = nn.Sequential(nn.SiLU(), nn.Linear(outputs, outputs), nn.SiLU())
 
     def forward(self, angle: Tensor, pooled: Tensor) -> Tensor:
         phases = angle[:, None] * self.frequencies
         embedding = self.angle(torch.cat([phases.sin(), phases.cos()], 1))
-        return self.mix(embedding if self.pooled is None else embedding + self.pooled(pooled))
+        return self.mix(embedding if self.pooled is None else embedding + self.pooled(self.standardized(pooled)))
 
 
 class Standardized(nn.Module):
@@ -154,6 +155,8 @@ class Standardized(nn.Module):
 
     def fit(self, vectors: Tensor) -> None:
         """Take mean and spread from vectors (N,P); where they are all alike, their size is the spread."""
+        if not vectors.shape[1]:
+            return
         self.mean.copy_(vectors.mean(0))
         spread, size = (part.square().mean().sqrt() for part in (vectors - self.mean, vectors))
         self.spread.copy_(spread if spread > 1e-3 * size else size if size > 0 else torch.ones(()))

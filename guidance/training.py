@@ -274,8 +274,8 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.seed)
             self.network = GuidanceNetwork(self.architecture)
-        if self.pooled is not None and self.network.embed.pooled is not None:
-            self.network.embed.pooled[0].fit(self.pooled.float())
+        if self.pooled is not None:
+            self.network.embed.standardized.fit(self.pooled.float())
         self.network.to(self.device)
         self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(plan.ema))
         self.best = copy.deepcopy(self.network.state_dict())

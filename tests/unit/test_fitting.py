@@ -97,7 +97,7 @@ def test_a_network_says_what_it_was_trained_on(tmp_path, description, objective)
 def test_a_network_knows_what_the_prompts_have_in_common(tmp_path, folder):
     samples = Collection.open(folder).load()
     network = prepare(samples, quick(), "small").network()
-    torch.testing.assert_close(network.embed.pooled[0].mean, samples.text.pooled.float().mean(0))
+    torch.testing.assert_close(network.embed.standardized.mean, samples.text.pooled.float().mean(0))
 
 
 def test_weights_can_be_changed_without_sampling_again(tmp_path):
