@@ -33,7 +33,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=plan.steps, help="of training")
     parser.add_argument("--size", choices=WIDTHS, default="medium", help="of the network")
     parser.add_argument("--seed", type=int, default=plan.seed)
-    parser.add_argument("--objective", choices=[name for name in DATA_OBJECTIVES if name != "reward_gradient"], default=plan.objective)
+    parser.add_argument("--objective", choices=[name for name in DATA_OBJECTIVES if name != "reward_gradient"], default="auto")
     parser.add_argument("--batch", type=int, default=BATCH, help="states a step, shared by all processes")
     parser.add_argument("--learning-rate", type=float, default=plan.learning_rate)
     parser.add_argument("--weights", default="", help='one for each reward that was collected, such as "1, 0.5"')

@@ -25,16 +25,22 @@ HELD_OUT = 0.1
 """Share of the samples that judge the network and do not train it."""
 CURVE_END = 20
 """Values of the loss that go into a card."""
-DATA_OBJECTIVES = ("weighted", "reward_gradient", "potential")
+DATA_OBJECTIVES = ("auto", "potential", "weighted", "reward_gradient")
+NO_GUIDANCE = {"weighted": 0.0, "potential": 1.0}
+"""The least loss of a network that does not guide, by objective."""
 DATA_FORMS = ("correction", "shift")
 
 
-def plan_for(description: Description, objective: str = "weighted", form: str = "correction", **options: Any) -> Plan:
+def plan_for(description: Description, objective: str = "auto", form: str = "correction", **options: Any) -> Plan:
     """A plan that fits what was collected: noise has a form of its own, and so has a potential. `options` are those of Plan.
+
+    auto is potential, which makes the most of few samples, but for noise, and for the form shift, weighted.
 
     A short training is looked at more often, and its average forgets the beginning sooner.
     """
     noise = description.base.target == "noise"
+    if objective == "auto":
+        objective = "weighted" if noise or form == "shift" else "potential"
     if noise and objective != "weighted":
         raise GuidanceError(f"The noise of one-step generators is tilted by the objective weighted, not by {objective}.")
     if noise or objective == "potential":
@@ -107,9 +113,10 @@ class Fitting:
 
     def outcome(self) -> list[str]:
         training, plan, best = self.training, self.training.task.plan, self.best()
+        none = NO_GUIDANCE.get(plan.objective, math.inf)
         lines = []
-        if plan.objective == "weighted" and best is not None and best[1] >= 0:
-            lines.append("That is no better than no guidance, whose loss is 0: collect more samples, or raise the temperature.")
+        if best is not None and best[1] >= none:
+            lines.append(f"That is no better than no guidance, whose loss is {none:g}: collect more samples, or raise the temperature.")
         stopped = f"at step {training.step} of {plan.steps}: this is the best network up to there"
         if training.diverged:
             lines.append(f"The training diverged {stopped}. Lower the learning rate, or raise the temperature.")
@@ -163,6 +170,7 @@ def prepare(
         source(held_out) if len(held_out) else None,
         checkpoints and checkpoints / f"training-{name}.checkpoint",
         device,
+        samples.text.pooled,
     )
     return Fitting(description, reward_weights, health, training)
 

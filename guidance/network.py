@@ -50,7 +50,7 @@ class Architecture:
     """Residual blocks at each."""
     kernel: int = 3
     scalar: bool = False
-    """One number per sample instead of a latent."""
+    """One number per sample, read off the lowest resolution; what would be a latent is a guess of the model's answer, to learn to see from."""
 
     def __post_init__(self):
         if min(self.channels, self.inputs, self.width, self.levels, self.blocks) < 1 or self.width % GROUPS:
@@ -84,12 +84,21 @@ class GuidanceNetwork(nn.Module):
         self.middle = Attention(widths[-1], a.tokens)
         self.up = nn.ModuleList(Stage(a, 4 * a.width, widths[i] + widths[min(i + 1, a.levels - 1)], w) for i, w in enumerate(widths))
         self.norm = nn.GroupNorm(GROUPS, a.width)
-        self.head = conv(a.width, 1 if a.scalar else a.channels, a.kernel)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+        self.head = conv(a.width, a.channels, a.kernel)
+        self.value = Value(widths[-1], 4 * a.width) if a.scalar else None
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
-    def forward(self, inputs: Sequence[Tensor], angle: Tensor, text: Text) -> Tensor:
-        """Latents (B,C,H,W) or (B,C,T,H,W), unit scale; atan(noise/signal) (B,) -> the shape of a latent, or (B,) of a scalar network."""
+    @property
+    def last(self) -> nn.Module:
+        """The layer that makes what guides."""
+        return self.head if self.value is None else self.value.last
+
+    def forward(self, inputs: Sequence[Tensor], angle: Tensor, text: Text, answers: bool = False):
+        """Latents (B,C,H,W) or (B,C,T,H,W), unit scale; atan(noise/signal) (B,) -> the shape of a latent, or (B,) of a scalar network.
+
+        answers: of a scalar network, both.
+        """
         shape, frames = inputs[0].shape, 1 if inputs[0].ndim == 4 else inputs[0].shape[2]
         x = torch.cat([part.movedim(1, -3).flatten(0, -4) for part in inputs], 1)
         embedding = self.embed(angle, text.pooled).repeat_interleave(frames, 0)
@@ -99,12 +108,13 @@ class GuidanceNetwork(nn.Module):
             x = stage(x if i == 0 else F.avg_pool2d(x, 2, ceil_mode=True), embedding)
             skips.append(x)
         x = self.middle(x, frames, text.tokens)
+        value = None if self.value is None else self.value(x, embedding, frames)
+        if value is not None and not answers:
+            return value
         for stage, skip in zip(reversed(self.up), reversed(skips), strict=True):
             x = stage(torch.cat([skip, resized(x, skip)], 1), embedding)
-        x = self.head(F.silu(self.norm(x)))
-        if self.architecture.scalar:
-            return x.unflatten(0, (-1, frames)).flatten(1).sum(1)
-        return x.unflatten(0, (-1, frames)).movedim(2, 1).reshape(shape)
+        latent = self.head(F.silu(self.norm(x))).unflatten(0, (-1, frames)).movedim(2, 1).reshape(shape)
+        return latent if value is None else (value, latent)
 
 
 def conv(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
@@ -123,13 +133,49 @@ class Embedding(nn.Module):
         self.frequencies: Tensor
         self.register_buffer("frequencies", torch.logspace(0, 1.5, frequencies // 2), persistent=False)
         self.angle = nn.Linear(2 * (frequencies // 2), outputs)
-        self.pooled = nn.Sequential(nn.LayerNorm(pooled), nn.Linear(pooled, outputs)) if pooled else None
+        self.standardized = Standardized(pooled)
+        self.pooled = nn.Linear(pooled, outputs) if pooled else None
         self.mix = nn.Sequential(nn.SiLU(), nn.Linear(outputs, outputs), nn.SiLU())
 
     def forward(self, angle: Tensor, pooled: Tensor) -> Tensor:
         phases = angle[:, None] * self.frequencies
         embedding = self.angle(torch.cat([phases.sin(), phases.cos()], 1))
-        return self.mix(embedding if self.pooled is None else embedding + self.pooled(pooled))
+        return self.mix(embedding if self.pooled is None else embedding + self.pooled(self.standardized(pooled)))
+
+
+class Standardized(nn.Module):
+    """Vectors (B,P) less their mean, in units of their spread: most of a text's vector is common to all texts and says nothing."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.mean: Tensor
+        self.spread: Tensor
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("spread", torch.ones(()))
+
+    def fit(self, vectors: Tensor) -> None:
+        """Take mean and spread from vectors (N,P); where they are all alike, their size is the spread."""
+        if not vectors.shape[1]:
+            return
+        self.mean.copy_(vectors.mean(0))
+        spread, size = (part.square().mean().sqrt() for part in (vectors - self.mean, vectors))
+        self.spread.copy_(spread if spread > 1e-3 * size else size if size > 0 else torch.ones(()))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return (vectors - self.mean) / self.spread
+
+
+class Value(nn.Module):
+    """Maps (B·frames,C,H,W) and their embedding -> a number for each sample (B,)."""
+
+    def __init__(self, width: int, embedding: int):
+        super().__init__()
+        self.first = nn.Sequential(nn.LayerNorm(width + embedding), nn.Linear(width + embedding, 128), nn.SiLU())
+        self.last = nn.Linear(128, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor, frames: int) -> Tensor:
+        values = self.last(self.first(torch.cat([x.mean((-1, -2)), embedding], 1)))
+        return values.view(-1, frames).mean(1)
 
 
 class Stage(nn.Module):
@@ -237,7 +283,7 @@ class Shift(Form):
 
 
 class Potential(Form):
-    """D_q = D + (noise²/a)·∇f, with a scalar network f ≈ log E[w|x] (arXiv 2405.16876)."""
+    """D_q = D + (noise²/a)·∇f, with a scalar network f ≈ log E[w|x] (arXiv 2405.16876). The model is not differentiated."""
 
     inputs = 1
 

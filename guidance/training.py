@@ -173,6 +173,8 @@ class Plan:
     """What is taken off the weights of y; any value has the same minimiser."""
     temperature: float = 1.0
     """β in standard deviations of the reward within a prompt; labels have it in their weights."""
+    answers: float = 1.0
+    """How much a potential learns to answer as the model does, which needs no labels and teaches it what is in a picture."""
     seed: int = 0
 
     def __post_init__(self):
@@ -230,11 +232,12 @@ def reward_gradient(network: nn.Module, task: Task, batch: Batch) -> Tensor:
 
 
 def potential(loss: Callable[[Tensor, Tensor], Tensor]) -> Objective:
-    """A scalar network f(x) and the weights -> the loss per sample."""
+    """A scalar network f(x) and the weights -> the loss per sample, to which that of its guess of D is added."""
 
     def objective(network: nn.Module, task: Task, batch: Batch) -> Tensor:
         unit = task.process.unit(batch.x, column(batch.sigma, batch.x))
-        return loss(network((unit,), task.process.angle(batch.sigma), batch.text), batch.weights).mean()
+        value, answer = network((unit,), task.process.angle(batch.sigma), batch.text, answers=True)
+        return loss(value, batch.weights).mean() + task.plan.answers * (answer - batch.denoised).square().mean()
 
     return objective
 
@@ -270,6 +273,8 @@ class Training:
     checkpoint: Path | None = None
     """Written at every look; a run that finds it goes on from there, bit for bit."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    pooled: Tensor | None = None
+    """Texts (N,P) that show what texts have in common."""
     step: int = field(default=0, init=False)
     curve: list[tuple[int, float]] = field(default_factory=list, init=False)
     """Loss on held-out samples by step; on those it is trained on where none are held out."""
@@ -284,7 +289,10 @@ class Training:
         plan = self.task.plan
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.seed)
-            self.network = GuidanceNetwork(self.architecture).to(self.device)
+            self.network = GuidanceNetwork(self.architecture)
+        if self.pooled is not None:
+            self.network.embed.standardized.fit(self.pooled.float())
+        self.network.to(self.device)
         self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(plan.ema))
         self.best = copy.deepcopy(self.network.state_dict())
         self.optimizer = torch.optim.AdamW(self.network.parameters(), plan.learning_rate, weight_decay=0.0)

@@ -163,8 +163,9 @@ class TrainNetwork(io.ComfyNode):
                 io.Combo.Input(
                     "objective",
                     options=list(DATA_OBJECTIVES),
-                    tooltip="weighted: regression on samples weighted by exp(reward/β). potential: the logarithm of the expected weight, whose "
-                    "gradient guides. reward_gradient: through the reward itself, which must have a gradient, and the decoder; for few samples.",
+                    tooltip="potential: the logarithm of the expected weight exp(reward/β), whose gradient guides; learns most from few samples. "
+                    "weighted: regression on weighted samples, of which it needs many. reward_gradient: through the reward itself, which must have "
+                    "a gradient, and the decoder. auto: potential, and weighted for noise and for the form shift.",
                     **rare,
                 ),
                 io.Combo.Input(

@@ -68,7 +68,7 @@ def network(model, form="correction", trained=True, channels=2, tokens=0, base=N
     torch.manual_seed(3)
     made = GuidanceNetwork(architecture)
     if trained:
-        torch.nn.init.normal_(made.head.weight, std=0.3)
+        torch.nn.init.normal_(made.last.weight, std=0.3)
     card = Card(
         base=dataclasses.replace(base_of(model, target), **(base or {})), form=form, objective="weighted", temperature=1.0, rewards=("likes",),
         reward_weights=(1.0,), reward_mean=0.0, reward_std=1.0, prompts="", samples=1, steps=1, effective=1.0, curve=(),

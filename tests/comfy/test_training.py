@@ -146,7 +146,7 @@ def test_collect_train_save_load_and_apply(bench, data_folder, network_folder, f
     assert "brightness at temperature 1" in report(result, "trained")[0]
     assert not list(data_folder(family).glob(CHECKPOINT)), "what is done needs no checkpoint"
     _, card = load_network(network_folder / f"tests/{family}_00001_.safetensors")
-    assert (card.samples, card.steps, card.form) == (COUNT, 12, "correction")
+    assert (card.samples, card.steps, card.form) == (COUNT, 12, "potential")
 
     assert guided.isfinite().all()
     assert distance(guided, bench.sample(family, stock, seed=seed)) > 1e-4
@@ -175,7 +175,7 @@ def test_files_are_never_overwritten(bench, networks, network_folder):
     for network, same_card in others:
         assert same_card == card and all(torch.equal(value, first.state_dict()[name]) for name, value in network.state_dict().items())
     assert result.outputs["one"]["text"][0].startswith(str(paths[1].parent))
-    assert report(result)[0].startswith("correction network for Flux: 1 brightness")
+    assert report(result)[0].startswith("potential network for Flux: 1 brightness")
 
 
 # What is collected

@@ -66,8 +66,8 @@ def test_sizes_are_of_one_to_ten_million():
 @pytest.mark.parametrize(
     ("description", "options", "form"),
     [
-        (DESCRIPTION, {}, "correction"), (DESCRIPTION, {"form": "shift"}, "shift"), (NOISE, {}, "noise"),
-        (DESCRIPTION, {"objective": "potential"}, "potential"),
+        (DESCRIPTION, {}, "potential"), (DESCRIPTION, {"form": "shift"}, "shift"), (NOISE, {}, "noise"),
+        (DESCRIPTION, {"objective": "weighted"}, "correction"), (DESCRIPTION, {"objective": "potential"}, "potential"),
     ],
 )  # fmt: skip
 def test_a_plan_has_the_form_that_fits(description, options, form):
@@ -96,11 +96,17 @@ def test_a_network_says_what_it_was_trained_on(tmp_path, description, objective)
     samples = collect(tmp_path, description).load()
     fitting = prepare(samples, quick(description, objective=objective, temperature=0.5), "small")
     network, card = fit(fitting.training), fitting.card()
-    assert any(parameter.any() for parameter in network.head.parameters())
+    assert any(parameter.any() for parameter in network.last.parameters())
     assert (card.base, card.temperature, card.samples, card.steps) == (description.base, 0.5, COUNT, 10)
     assert card.rewards == ("likes", "blue") and card.reward_weights == (1.0, 0.0)
     assert card.curve == tuple(fitting.training.curve) and len(card.curve) == 2 and card.best in card.curve
     assert "likes" in fitting.report() and "best at step" in fitting.report()
+
+
+def test_a_network_knows_what_the_prompts_have_in_common(tmp_path, folder):
+    samples = Collection.open(folder).load()
+    network = prepare(samples, quick(), "small").network()
+    torch.testing.assert_close(network.embed.standardized.mean, samples.text.pooled.float().mean(0))
 
 
 def test_weights_can_be_changed_without_sampling_again(tmp_path):
@@ -164,7 +170,7 @@ def test_the_form_that_asks_the_model_is_told_the_prompts(folder):
         return x * sigma.view(-1, 1, 1, 1)
 
     fitting = prepare(Collection.open(folder).load(), quick(form="shift"), "small", denoise=denoise)
-    assert any(parameter.any() for parameter in fit(fitting.training).head.parameters())
+    assert any(parameter.any() for parameter in fit(fitting.training).last.parameters())
     assert {len(prompts) for prompts in asked} == {8} and {int(p) for prompts in asked for p in prompts} == {0, 1}
 
 
@@ -218,13 +224,13 @@ def test_a_report_says_what_is_wrong(tmp_path):
 
 
 def test_a_training_that_diverges_returns_what_was_best_before(tmp_path, folder, monkeypatch):
-    objective = training.OBJECTIVES["weighted"]
+    objective = training.OBJECTIVES["potential"]
 
     def breaking(network, task, batch):
         loss = objective(network, task, batch)
         return loss * math.nan if fitting.training.step == 7 and torch.is_grad_enabled() else loss
 
-    monkeypatch.setitem(training.OBJECTIVES, "weighted", breaking)
+    monkeypatch.setitem(training.OBJECTIVES, "potential", breaking)
     fitting = prepare(Collection.open(folder).load(), quick(), "small", checkpoints=tmp_path)
     network = fit(fitting.training)
     assert [step for step, _ in fitting.training.curve] == [5] and fitting.done
@@ -238,7 +244,16 @@ def test_a_training_that_diverges_returns_what_was_best_before(tmp_path, folder,
 
 
 @pytest.mark.parametrize(
-    "options", [{"steps": 1}, {"batch": 1}, {"batch": 500}, {"learning_rate": 1.0}, {"temperature": 0.001}, {"temperature": 1e6}], ids=str
+    "options",
+    [
+        {"steps": 1},
+        {"batch": 1},
+        {"batch": 500},
+        {"learning_rate": 1.0, "objective": "weighted"},
+        {"temperature": 0.001},
+        {"temperature": 1e6},
+    ],
+    ids=str,
 )
 def test_absurd_settings_train_all_the_same(folder, options):
     fitting = prepare(Collection.open(folder).load(), quick(**options), "small")

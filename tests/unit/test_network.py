@@ -7,7 +7,7 @@ import pytest
 import torch
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.files import Base, Card, load_network, save_network
-from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork, Text
+from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork, Standardized, Text
 from reward_guidance.guidance.process import Diffusion, Flow
 from safetensors.torch import load_file, save_file
 
@@ -28,7 +28,7 @@ def network(architecture: Architecture = SMALL, random_head: bool = True) -> Gui
     torch.manual_seed(1)
     made = GuidanceNetwork(architecture)
     if random_head:
-        torch.nn.init.normal_(made.head.weight)
+        torch.nn.init.normal_(made.last.weight)
     return made.eval().requires_grad_(False)
 
 
@@ -61,6 +61,26 @@ def test_any_latent_shape(shape):
     assert network()((x, x), torch.rand(2), text(2)).shape == x.shape
     scalar = network(dataclasses.replace(SMALL, scalar=True))
     assert scalar((x, x), torch.rand(2), text(2)).shape == (2,)
+
+
+def test_a_scalar_network_answers_where_it_is_asked_to():
+    scalar, x = network(dataclasses.replace(SMALL, scalar=True, inputs=1)), randn(2, 4, 3, 8, 8)
+    angle, words = torch.tensor([0.3, 0.9]), text(2)
+    value, answer = scalar((x,), angle, words, answers=True)
+    assert value.shape == (2,) and answer.shape == x.shape and answer.any()
+    assert torch.equal(value, scalar((x,), angle, words))
+    torch.testing.assert_close(scalar((x[:1],), angle[:1], words[:1]), value[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_texts_are_told_apart_by_what_they_do_not_share():
+    texts = 20 + randn(64, 5, seed=4)
+    layer = Standardized(5)
+    layer.fit(texts)
+    assert layer(texts).mean(0).abs().max() < 1e-4 and layer(texts).square().mean() == pytest.approx(1, rel=1e-4)
+    layer.fit(texts[:1].expand(3, 5))
+    assert layer(texts[:1]).abs().max() < 1e-4 and layer(texts[1:]).abs().max() < 1
+    layer.fit(torch.zeros(2, 5))
+    assert torch.equal(layer(texts), texts)
 
 
 def test_architectures_shrink_to_small_latents():

@@ -273,4 +273,4 @@ def test_training_from_shards(tmp_path):
     weights, _ = label(loaded.rewards((1.0, 1.0)), loaded.prompts, 1.0)
     task = Task(Flow(), Plan(steps=5, batch=8))
     network = fit(Training(StoredPairs(loaded, weights, Flow()), task, Architecture(4, tokens=6, pooled=7, width=16).fitted((4, 8, 8))))
-    assert any(parameter.any() for parameter in network.head.parameters())
+    assert any(parameter.any() for parameter in network.last.parameters())

@@ -1,5 +1,6 @@
 """Labels, objectives against closed forms, and that training is repeatable, resumable and shareable."""
 
+import dataclasses
 import math
 
 import pytest
@@ -89,8 +90,9 @@ class Constant(torch.nn.Module):
         super().__init__()
         self.value = torch.nn.Parameter(value)
 
-    def forward(self, inputs, angle, text):
-        return self.value.expand(inputs[0].shape if self.value.ndim else len(inputs[0]))
+    def forward(self, inputs, angle, text, answers=False):
+        value = self.value.expand(inputs[0].shape if self.value.ndim else len(inputs[0]))
+        return (value, torch.zeros_like(inputs[0])) if answers else value
 
 
 MIXTURE = Mixture.random(3, 2, torch.Generator().manual_seed(4), std=0.4)
@@ -151,6 +153,20 @@ def test_potentials_are_least_at_the_log_of_the_mean_weight(objective, right, mo
     network = Constant(minimum.clone())
     OBJECTIVES[objective](network, Task(Flow(), Plan(objective=objective, form="potential")), batch).backward()
     assert float(network.value.grad) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_potential_learns_to_answer_as_the_model_does():
+    """D of a mixture, of which nothing in the labels tells."""
+    clean = MIXTURE.sample(4000, rng()).float().view(-1, 2, 1, 1)
+    denoise = lambda x, sigma, _: MIXTURE.denoised(x.flatten(1).double(), Flow(), sigma).view_as(x).to(x)  # noqa: E731
+    source = LivePairs(clean, torch.ones(4000), Flow(), denoise, lambda time: time.clamp(0.01, 0.99))
+    plan = Plan("potential", "potential", 400, batch=128, ema=0.97)
+    network = fit(Training(source, Task(Flow(), plan), dataclasses.replace(TINY, width=32, inputs=1, scalar=True)))
+    batch = source.batch(1000, (1, 2))
+    unit = Flow().unit(batch.x, batch.sigma.view(-1, 1, 1, 1))
+    value, answer = network((unit,), Flow().angle(batch.sigma), batch.text, answers=True)
+    assert value.abs().mean() < 0.05
+    assert (answer - batch.denoised).square().mean() < 0.1 * batch.denoised.square().mean()
 
 
 def test_the_reward_gradient_objective_is_least_at_the_tilt_of_a_linear_reward():

@@ -1,9 +1,10 @@
 """Guidance networks on ShapesWorld's diffusion model: what N labelled samples are worth, at the model calls of unguided sampling.
 
 Collects samples of the benchmark's prompts with the guide reward, trains a network on the first N of them, and samples with it; the
-references are those of shapesworld.py. Collections are kept and gone on with. Prints a markdown table.
+references are those of shapesworld.py. The networks are trained at a higher temperature than the truth has, where more samples count, and
+followed with as much more strength. Collections are kept and gone on with. Prints a markdown table.
 
-usage: python tests/bench/network.py [MODELS_DIR] [--samples 500,2000,5000] [--steps 4000] [--temperature 0.3] [--work DIR]
+usage: python tests/bench/shapesworld_network.py [MODELS_DIR] [--samples 500,2000,5000] [--objectives potential,weighted] [--work DIR]
 """
 
 import argparse
@@ -79,29 +80,29 @@ def first(samples: Samples, count: int) -> Samples:
     return samples.rows(torch.arange(min(count, len(samples.clean))))
 
 
-def train(samples: Samples, temperature: float, steps: int, size: str) -> Fitting:
+def train(samples: Samples, objective: str, temperature: float, steps: int, size: str) -> Fitting:
     """temperature: in units of the standardized reward, as the truth has it; plans count in spreads within a prompt."""
     _, health = label(samples.rewards(), samples.prompts, 1.0)
-    fitting = prepare(samples, plan_for(samples.description, temperature=temperature / health.std, steps=steps), size)
+    fitting = prepare(samples, plan_for(samples.description, objective, temperature=temperature / health.std, steps=steps), size)
     for progress in fitting.training:
         if progress.check is not None:
             print(f"step {progress.step}: loss {progress.loss:.4f}, on held-out samples {progress.check:.4f}", file=sys.stderr, flush=True)
     return fitting
 
 
-def compare(bench: Bench, collector: Collector, counts: list[int], strengths: list[float], steps: int, size: str) -> None:
-    for count in counts:
-        collector.fill(count)
+def compare(bench: Bench, collector: Collector, count: int, objective: str, chosen: argparse.Namespace) -> None:
+    """One network, followed at every strength."""
+    collector.fill(count)
+    began = time.perf_counter()
+    fitting = train(first(collector.collection.load(), count), objective, chosen.training_temperature, chosen.steps, chosen.size)
+    print(f"{fitting.report()}\ntrained in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    loaded = manage_network(fitting.network(), fitting.card())
+    for strength in chosen.strengths:
+        model = NetworkGuidance(loaded, strength).attach(bench.world.pipeline.model)
         began = time.perf_counter()
-        fitting = train(first(collector.collection.load(), count), bench.temperature, steps, size)
-        print(f"{fitting.report()}\ntrained in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-        loaded = manage_network(fitting.network(), fitting.card())
-        for strength in strengths:
-            model = NetworkGuidance(loaded, strength).attach(bench.world.pipeline.model)
-            began = time.perf_counter()
-            latents = bench.world.sample(model, bench.per_prompt, seed=0)
-            seconds = time.perf_counter() - began
-            bench.add(f"network, {count} samples, strength {strength:g}", Pictures.of(bench.world, latents), "1", seconds)
+        latents = bench.world.sample(model, bench.per_prompt, seed=0)
+        seconds = time.perf_counter() - began
+        bench.add(f"`{objective}`, {count} samples, strength {strength:g}", Pictures.of(bench.world, latents), "1", seconds)
 
 
 def numbers(text: str) -> list[float]:
@@ -112,19 +113,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
     parser.add_argument("--samples", type=numbers, default=[500, 2000, 5000])
-    parser.add_argument("--strengths", type=numbers, default=[1.0, 1.5])
+    parser.add_argument("--strengths", type=numbers, default=[1.0, 3.0, 4.0])
+    parser.add_argument("--objectives", type=lambda text: text.split(","), default=["potential"])
     parser.add_argument("--steps", type=int, default=4000, help="of training")
     parser.add_argument("--size", default="small", help="of the network")
     parser.add_argument("--per-prompt", type=int, default=8)
     parser.add_argument("--pool", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.3)
+    parser.add_argument("--temperature", type=float, default=0.1, help="of the truth, in units of the standardized reward")
+    parser.add_argument("--training-temperature", type=float, default=0.3, help="of the networks, in the same units")
     parser.add_argument("--work", type=Path, default=None, help="where collections are kept; the cache if left out")
     chosen = parser.parse_args()
     world_ = World(chosen.models or shapesworld(), cfg=1.0, steps=20, prompts=world.PROMPTS, kind="diffusion")
     collector = Collector.begin(world_, (chosen.work or cache() / "bench") / "network")
     bench = Bench(world_, chosen.per_prompt, chosen.pool, chosen.temperature)
     bench.references()
-    compare(bench, collector, [int(count) for count in chosen.samples], chosen.strengths, chosen.steps, chosen.size)
+    for count in map(int, chosen.samples):
+        for objective in chosen.objectives:
+            compare(bench, collector, count, objective, chosen)
 
 
 if __name__ == "__main__":
