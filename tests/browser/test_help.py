@@ -5,6 +5,8 @@ import pytest
 SELECT = """kind => {
     const node = LiteGraph.createNode(kind)
     app.graph.add(node)
+    const { scale, offset } = app.canvas.ds
+    node.pos = [500 / scale - offset[0], 350 / scale - offset[1]]
     app.canvas.selectNode(node)
     app.canvas.setDirty(true, true)
 }"""
