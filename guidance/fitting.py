@@ -153,19 +153,20 @@ def prepare(
     weights, health = label(samples.rewards(reward_weights), samples.prompts, plan.temperature)
     reward_weights = description.weights(reward_weights)
     noise = description.base.target == "noise"
+    process = prior.PROCESS if noise else process_named(description.base.process)
 
     def source(rows: Tensor) -> Source:
         chosen = samples.rows(rows)
         if noise:
             return prior.NoisePairs(chosen.clean, weights[rows], chosen.text, chosen.prompts, device)
-        return StoredPairs(chosen, weights[rows], process_named(description.base.process), device, denoise)
+        return StoredPairs(chosen, weights[rows], process, device, denoise)
 
     in_spreads = reward and (lambda latents, batch: reward(latents, batch) / health.std)
     own, held_out = samples.split(HELD_OUT)
     name = digest((asdict(description), samples.numbers.tolist(), asdict(plan), size, reward_weights))
     training = Training(
         source(own),
-        Task(prior.PROCESS if noise else process_named(description.base.process), plan, in_spreads),
+        Task(process, plan, in_spreads),
         architecture(samples, plan.form, size),
         source(held_out) if len(held_out) else None,
         checkpoints and checkpoints / f"training-{name}.checkpoint",

@@ -64,6 +64,32 @@ def held_out_input() -> io.Input:
     )
 
 
+def judging_inputs() -> list[io.Input]:
+    """How a reward sees estimates on the way, and what judges them beside it."""
+    rare = {"advanced": True}
+    return [
+        io.Combo.Input(
+            "decoder",
+            options=list(DECODERS),
+            tooltip="How estimates become pixels. auto: taesd if its file is in models/vae_approx, else the vae, else latent_rgb.",
+            **rare,
+        ),
+        io.Int.Input("frames", default=3, min=1, max=64, tooltip="Video: how many evenly spaced frames are scored. 1 to 8.", **rare),
+        io.Vae.Input("vae", optional=True, tooltip="The model's VAE, for the decoder 'vae', which 'auto' takes where there is no taesd."),
+        held_out_input(),
+    ]
+
+
+def interval_inputs(what: str, ends: str) -> list[io.Input]:
+    """Where on the way something acts; `ends` says where it may well end."""
+    common = {"min": 0.0, "max": 1.0, "step": 0.01, "advanced": True}
+    way = "on the way from noise (0) to the picture (1)"
+    return [
+        io.Float.Input("start_percent", default=0.0, tooltip=f"Where {what} starts, {way}. 0 to 0.3.", **common),
+        io.Float.Input("end_percent", default=1.0, tooltip=f"Where {what} ends, {way}. {ends}.", **common),
+    ]
+
+
 def tuning_inputs() -> list[io.Input]:
     rare = {"advanced": True}
     return [
@@ -83,24 +109,7 @@ def tuning_inputs() -> list[io.Input]:
             "jacobian: backward pass through the model, much memory, prone to artefacts.",
             **rare,
         ),
-        io.Float.Input(
-            "start_percent",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="Where guidance starts, on the way from noise (0) to the picture (1). 0 to 0.3.",
-            **rare,
-        ),
-        io.Float.Input(
-            "end_percent",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="Where guidance ends, on the way from noise (0) to the picture (1). 0.6 to 1.",
-            **rare,
-        ),
+        *interval_inputs("guidance", "0.6 to 1"),
         io.Int.Input("smoothing", default=0, min=0, max=64, tooltip="Points around the estimate whose gradients are averaged; 0 to 8.", **rare),
         io.Float.Input(
             "radius", default=0.3, min=0.0, max=2.0, step=0.05, tooltip="Their distance, in posterior standard deviations. 0.1 to 1.", **rare
@@ -119,15 +128,7 @@ def tuning_inputs() -> list[io.Input]:
             tooltip="Take a new reward gradient every so many times the sampler asks the model. 1 to 4: more is faster and weaker.",
             **rare,
         ),
-        io.Combo.Input(
-            "decoder",
-            options=list(DECODERS),
-            tooltip="How estimates become pixels. auto: taesd if its file is in models/vae_approx, else the vae, else latent_rgb.",
-            **rare,
-        ),
-        io.Int.Input("frames", default=3, min=1, max=64, tooltip="Video: how many evenly spaced frames are scored. 1 to 8.", **rare),
-        io.Vae.Input("vae", optional=True, tooltip="The model's VAE, for the decoder 'vae', which 'auto' takes where there is no taesd."),
-        held_out_input(),
+        *judging_inputs(),
     ]
 
 

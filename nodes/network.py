@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..guidance.errors import GuidanceError
 from ..guidance.files import load_network, save_network
-from .guidance import sampler_inputs
+from .guidance import interval_inputs, sampler_inputs
 from .runtime import LoadedNetwork, NetworkGuidance, base_of, manage_network, tilt
 from .sampling import Sampling, sampled, samples_of
 
@@ -30,15 +30,6 @@ def strength_input() -> io.Input:
         step=0.05,
         tooltip="How closely to follow what the network learned. 0 is off, 1 the temperature it was trained at, 4 about a quarter of it; 0.5 to 5.",
     )
-
-
-def interval_inputs(what: str) -> list[io.Input]:
-    common = {"min": 0.0, "max": 1.0, "step": 0.01, "advanced": True}
-    way = "on the way from noise (0) to the picture (1)"
-    return [
-        io.Float.Input("start_percent", default=0.0, tooltip=f"Where {what} starts, {way}. 0 to 0.3.", **common),
-        io.Float.Input("end_percent", default=1.0, tooltip=f"Where {what} ends, {way}. 0.7 to 1.", **common),
-    ]
 
 
 def noise_steps_input(name: str = "noise_steps", **options) -> io.Input:
@@ -136,7 +127,7 @@ class ApplyNetwork(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model, of the family that the network was trained for."),
                 NETWORK.Input("network", tooltip="A network that tilts data."),
                 strength_input(),
-                *interval_inputs("guidance"),
+                *interval_inputs("guidance", "0.7 to 1"),
             ],
             outputs=[io.Model.Output(tooltip="The model, guided by the network.")],
         )
@@ -213,7 +204,7 @@ class NetworkKSampler(io.ComfyNode):
                 NETWORK.Input("network", tooltip="The guidance network."),
                 *sampler_inputs(),
                 strength_input(),
-                *interval_inputs("guidance on the way"),
+                *interval_inputs("guidance on the way", "0.7 to 1"),
                 noise_steps_input(advanced=True),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latent.")],

@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from ..guidance.errors import GuidanceError
 from ..guidance.particles import Population, ranked
 from ..guidance.randomness import generator
-from .decoders import DECODERS, make_decoder
-from .guidance import HIDDEN, held_out_input, sampler_inputs
+from .decoders import make_decoder
+from .guidance import HIDDEN, judging_inputs, sampler_inputs
 from .reporting import Reporter
 from .rewards import REWARD
 from .runtime import LatentReward, LoadedReward, Progress, RewardBeside, rewards_of
@@ -235,15 +235,7 @@ class ParticlesKSampler(io.ComfyNode):
                     tooltip="How many particles the model sees at once, 1 to 16; 0 is all. Lower it if memory runs out.",
                     **rare,
                 ),
-                io.Combo.Input(
-                    "decoder",
-                    options=list(DECODERS),
-                    tooltip="How estimates become pixels. auto: taesd if its file is in models/vae_approx, else the vae, else latent_rgb.",
-                    **rare,
-                ),
-                io.Int.Input("frames", default=3, min=1, max=64, tooltip="Video: how many evenly spaced frames are scored. 1 to 8.", **rare),
-                io.Vae.Input("vae", optional=True, tooltip="The model's VAE, for the decoder 'vae', which 'auto' takes where there is no taesd."),
-                held_out_input(),
+                *judging_inputs(),
             ],
             outputs=[
                 io.Latent.Output(display_name="latents", tooltip="The particles kept, best first, latent by latent of the batch."),

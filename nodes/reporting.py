@@ -44,10 +44,7 @@ class Reporter:
         self.history: list[dict] = []
         self.run: Any = None
 
-    def __call__(self, progress: Progress) -> None:
-        self.tell(progress)
-
-    def tell(self, progress: Progress) -> bool:
+    def __call__(self, progress: Progress) -> bool:
         """Whether the page was told of this step: of a long run it hears of some."""
         if not self.history or progress.run != self.run:
             self.begin(progress.run)

@@ -249,12 +249,10 @@ def require_order(start: float, end: float) -> None:
         raise GuidanceError(f"Guidance starts at {start} and ends at {end}: the start must not lie after the end.")
 
 
-def refuse_empty(noise: Tensor) -> None:
+def require_samples(noise: Tensor, latent_shapes: Sequence | None) -> None:
+    """Raise GuidanceError where there is nothing to guide, or more than one stream of it."""
     if 0 in noise.shape:
         raise GuidanceError(f"The latent is empty, of shape {tuple(noise.shape)}: there is nothing to sample.")
-
-
-def refuse_streams(latent_shapes: Sequence | None) -> None:
     if latent_shapes is not None and len(latent_shapes) > 1:
         raise GuidanceError("Reward guidance cannot score latents that hold several streams, such as video with audio.")
 
@@ -268,7 +266,7 @@ class RewardGuidance:
     settings: Settings
     start: float = 0.0
     end: float = 1.0
-    report: Callable[[Step], None] = lambda step: None
+    report: Callable[[Step], object] = lambda step: None
     held_out: LatentReward | None = None
     """Reported, not followed."""
     runs: "WeakKeyDictionary[object, Run]" = field(default_factory=WeakKeyDictionary)
@@ -299,8 +297,7 @@ class RewardGuidance:
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, latent_shapes=None, **kwargs):
         """Begin with clean state and forget it at the end, however the run ends."""
-        refuse_empty(noise)
-        refuse_streams(latent_shapes)
+        require_samples(noise, latent_shapes)
         guider = executor.class_obj
         self.runs.pop(guider, None)
         try:
@@ -484,9 +481,9 @@ class NetworkGuidance:
         patched.set_additional_models(key, [self.loaded.patcher])
         return patched
 
-    def outer_sample(self, executor, *args, latent_shapes=None, **kwargs):
-        refuse_streams(latent_shapes)
-        return executor(*args, latent_shapes=latent_shapes, **kwargs)
+    def outer_sample(self, executor, noise, *args, latent_shapes=None, **kwargs):
+        require_samples(noise, latent_shapes)
+        return executor(noise, *args, latent_shapes=latent_shapes, **kwargs)
 
     def predict_noise(self, executor, x, timestep, model_options=None, seed=None):
         """D -> D_q for one model call."""

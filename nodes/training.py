@@ -88,7 +88,7 @@ class Watch:
         """Whether it was told: of a long training not every step is."""
         steps, effective = self.fitting.training.task.plan.steps, self.fitting.health.effective
         check = {} if progress.check is None else {"loss/held-out": [progress.check]}
-        if not self.report.tell(Step(step=progress.step, steps=steps, series={"loss": [loss]} | check, effective=effective)):
+        if not self.report(Step(step=progress.step, steps=steps, series={"loss": [loss]} | check, effective=effective)):
             return False
         best = self.fitting.best()
         held_out = "" if best is None else f" · held-out {self.fitting.training.curve[-1][1]:.4f}, at best {best[1]:.4f}"
