@@ -10,7 +10,6 @@ usage: python tests/bench/selection.py [MODELS_DIR] [--network FILE]
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -18,7 +17,6 @@ from harness.inprocess import load_comfyui
 
 load_comfyui()
 
-import comfy.sample
 import comfy.samplers
 import torch
 from bench.shapesworld import BatchReward, Bench, Pictures, World
@@ -30,6 +28,7 @@ from reward_guidance.guidance.particles import Population, ranked
 from reward_guidance.guidance.randomness import generator
 from reward_guidance.nodes.particles import ParticleSampler
 from reward_guidance.nodes.runtime import NetworkGuidance, RewardGuidance, manage_network
+from reward_guidance.nodes.sampling import Sampling
 from reward_guidance.tests.harness.models import shapesworld
 from torch import Tensor
 
@@ -47,12 +46,12 @@ class Contest:
         row = self.bench.add(name, pictures, str(calls))
         self.curves[method].append((calls, row["heldout"]))
 
-    def best_of(self, method: str, model: ModelPatcher, counts: tuple[int, ...], names: Callable[[int], str]) -> None:
+    def best_of(self, method: str, model: ModelPatcher, counts: tuple[int, ...]) -> None:
         """Of as many seeds by the same model."""
         seeds = range(max(counts))
         drawn = [Pictures.of(self.world, self.world.sample(model, self.bench.per_prompt, seed)) for seed in seeds]
         for n in counts:
-            self.add(method, names(n), Pictures.best(drawn[:n]), n)
+            self.add(method, f"{method}, best of {n}" if n > 1 else method, Pictures.best(drawn[:n]), n)
 
     def particles(self, n: int) -> None:
         """One picture from each of as many populations as there are pictures."""
@@ -69,18 +68,13 @@ class Contest:
             sampler.sampler_function, BatchReward(world, n), Population(n, self.bench.temperature, generator(seed)), every=4
         )
         sampler.sampler_function = particles
-        sigmas = comfy.samplers.KSampler(model, world.steps, "cpu", world.sampler, "simple", model_options=model.model_options).sigmas
-        empty = torch.zeros(len(prompts), 16, 8, 8)
+        sampling = Sampling(model, world.steps, world.cfg, world.sampler, "simple", *pipeline.conditions(prompts), 1.0)
+        seeds = range(seed * len(prompts), (seed + 1) * len(prompts))
         with torch.inference_mode():
-            noise, conditions = comfy.sample.prepare_noise(empty, seed), pipeline.conditions(prompts)
-            out = comfy.sample.sample_custom(model, noise, world.cfg, sampler, sigmas, *conditions, empty, disable_pbar=True, seed=seed)
+            out = sampling.run(sampler, {"samples": torch.zeros(1, 16, 8, 8)}, seeds, lambda *_: None)
         groups = zip(particles.rows.view(-1, n) % n, particles.rewards.view(-1, n).tolist(), strict=True)
         first = torch.tensor([ranked(rows, rewards)[0] for rows, rewards in groups])
         return model.model.process_latent_in(out).unflatten(0, (-1, n))[torch.arange(len(first)), first]
-
-
-def best_of(method: str) -> Callable[[int], str]:
-    return lambda n: f"{method}, best of {n}" if n > 1 else method
 
 
 def main() -> None:
@@ -96,14 +90,14 @@ def main() -> None:
     bench = Bench(world, arguments.per_prompt, arguments.pool, arguments.temperature, candidates=0)
     bench.references()
     contest, model = Contest(bench), world.pipeline.model
-    contest.best_of("best of N", model, tuple(n for n in (1, 2, 4, 8, 16) if n <= arguments.most), lambda n: f"best of {n}" if n > 1 else "unguided")
+    contest.best_of("unguided", model, tuple(n for n in (1, 2, 4, 8, 16) if n <= arguments.most))
     for n in (4, 16):
         if n <= arguments.most:
             contest.particles(n)
     guidance = RewardGuidance(BatchReward(world, bench.per_prompt), "shift", Settings(temperature=bench.temperature))
-    contest.best_of("guidance", guidance.attach(model), (1, 2, 4), best_of("guidance"))
+    contest.best_of("guidance", guidance.attach(model), (1, 2, 4))
     if arguments.network:
-        contest.best_of("network", NetworkGuidance(manage_network(*load_network(arguments.network))).attach(model), (1, 2, 4), best_of("network"))
+        contest.best_of("network", NetworkGuidance(manage_network(*load_network(arguments.network))).attach(model), (1, 2, 4))
     PICTURE.parent.mkdir(exist_ok=True)
     draw_chart("Held-out reward against cost", "model calls per step", contest.curves, logarithmic=True).save(PICTURE)
     print(f"\n{PICTURE.name} is drawn.")
