@@ -1,6 +1,5 @@
 """Tabs on every frontend and renderer. Without a browser these tests are skipped, but never on GitHub."""
 
-import json
 import os
 from collections.abc import Iterator
 
@@ -33,9 +32,7 @@ def frontend(request) -> str:
 @pytest.fixture(scope="session")
 def server(frontend) -> Iterator[comfy.Server]:
     base = environment.cache() / "work" / f"browser-{frontend}"
-    models.link_models(base / "models", models.format_standins(), models.shapesworld())
-    for path in (environment.CHECKOUT / "workflows").glob("*.json"):
-        models.hold_places(base / "models", json.loads(path.read_text()))
+    models.link_every(base / "models")
     options = [] if frontend == "pinned" else ["--front-end-root", str(needed(browser.newest_frontend))]
     with comfy.serve(base, options, variables={"OMP_NUM_THREADS": "1"}) as running:
         yield running

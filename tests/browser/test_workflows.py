@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from reward_guidance.tests.harness import models
+from reward_guidance.tests.harness.client import Result
 from reward_guidance.tests.harness.environment import CHECKOUT
 from reward_guidance.tests.harness.graphs import SMALL
 from reward_guidance.tests.standins.shapesworld.expand import CHECKPOINT
@@ -45,7 +46,7 @@ def new_samples(server):
 def pictures(client):
     """Of the last run."""
     (run,) = client.get("/history?max_items=1").values()
-    return [file for output in run["outputs"].values() for file in output.get("images", []) if file["type"] == "output"]
+    return Result(run["outputs"]).saved
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

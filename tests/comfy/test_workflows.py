@@ -1,10 +1,8 @@
 """UI workflows become the prompts that the page would queue."""
 
-import io
 import json
 import re
 import shutil
-import urllib.parse
 
 import av
 import pytest
@@ -102,13 +100,10 @@ def run(client, object_info, server):
 
     def of(name):
         prompt = ui_to_api(json.loads((CHECKOUT / "workflows" / f"{name}.json").read_text()), object_info)
-        return client.run({node: small(stood_in(content)) for node, content in prompt.items()}, extra_pnginfo={}).check()
+        stood = {node: stood_in(content) for node, content in prompt.items()}
+        return client.run(graphs.changed(stood, graphs.SMALL), extra_pnginfo={}).check()
 
     return of
-
-
-def small(content):
-    return content | {"inputs": content["inputs"] | {name: value for name, value in graphs.SMALL.items() if name in content["inputs"]}}
 
 
 TEXT = {"flux": "stable_diffusion", "lumina2": "stable_diffusion", "wan": "sd3"}
@@ -128,16 +123,8 @@ def stood_in(content):
     return content
 
 
-def saved(result):
-    return [file for output in result.outputs.values() for file in output.get("images", []) if file["type"] == "output"]
-
-
-def opened(client, file):
-    return io.BytesIO(client.fetch("/view?" + urllib.parse.urlencode(file)))
-
-
 def sizes(client, result):
-    return [client.image(file).size for file in saved(result)]
+    return [client.image(file).size for file in result.saved]
 
 
 def series(result):
@@ -167,17 +154,17 @@ def test_pictures_are_guided(run, client, name):
 
 def test_a_video_is_guided(run, client):
     result = run("video_guidance_wan")
-    for file in saved(result):
-        with av.open(opened(client, file)) as video:
+    for file in result.saved:
+        with av.open(client.open(file)) as video:
             assert [(frame.width, frame.height) for frame in video.decode(video=0)] == [SIZE] * graphs.SMALL["length"] * BATCH
-    assert len(saved(result)) == 1
+    assert len(result.saved) == 1
     assert series(result) == [{"reward"}] * STEPS
 
 
 def test_the_best_are_saved_with_their_scores(run, client):
-    files = saved(run("score_and_select_sd35"))
+    files = run("score_and_select_sd35").saved
     for file in files:
-        records = json.loads(Image.open(opened(client, file)).text["reward_guidance"]).values()
+        records = json.loads(Image.open(client.open(file)).text["reward_guidance"]).values()
         candidates, chosen = sorted((record["scores"] for record in records), key=len, reverse=True)
         assert len(candidates) == BATCH
         assert chosen == pytest.approx(sorted(candidates, reverse=True)[: len(files)], abs=1e-4)

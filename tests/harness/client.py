@@ -36,6 +36,11 @@ class Result:
         return [data for name, data in self.events if name == kind]
 
     @property
+    def saved(self) -> list[dict]:
+        """The pictures and videos that went into the output folder."""
+        return [file for output in self.outputs.values() for file in output.get("images", []) if file["type"] == "output"]
+
+    @property
     def model_calls(self) -> int:
         """Of a model that went through a ProbeModelCalls node."""
         return len(self.of("probe.model_call"))
@@ -97,7 +102,11 @@ class Client:
         return [self.image(file) for output in chosen for file in output.get("images", [])]
 
     def image(self, file: dict) -> Image.Image:
-        return Image.open(io.BytesIO(self.fetch("/view?" + urllib.parse.urlencode(file)))).convert("RGB")
+        return Image.open(self.open(file)).convert("RGB")
+
+    def open(self, file: dict) -> io.BytesIO:
+        """A file that a node shows."""
+        return io.BytesIO(self.fetch("/view?" + urllib.parse.urlencode(file)))
 
 
 async def follow(socket, prompt_id: str, on_event: Callable[[str, dict], None]) -> tuple[list[Event], dict[str, float]]:

@@ -119,6 +119,16 @@ def nodes_of(prompt: Prompt, kind: str) -> list[str]:
     return [node for node, content in prompt.items() if content["class_type"] == kind]
 
 
+def changed(prompt: Prompt, values: dict) -> Prompt:
+    """The prompt with these values of every input of such a name, and of every node of such a class."""
+
+    def inputs(content: dict) -> dict:
+        new = {name: value for name, value in values.items() if name in content["inputs"]}
+        return content["inputs"] | new | values.get(content["class_type"], {})
+
+    return {node: content | {"inputs": inputs(content)} for node, content in prompt.items()}
+
+
 SMALL = {"width": 64, "height": 64, "length": 5, "batch_size": 3, "steps": 4, "count": 12, "levels": 2, "batch": 4, "size": "small", "particles": 4}
 """Values of widgets that make a shipped workflow quick."""
 

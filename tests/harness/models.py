@@ -1,6 +1,7 @@
 """Models folders in the cache: the stand-ins of every format, and ShapesWorld."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -49,6 +50,13 @@ def link_models(target: Path, *sources: Path) -> None:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
             os.symlink(file, link)
+
+
+def link_every(target: Path) -> None:
+    """All stand-ins, and places held for the other models that the shipped workflows name."""
+    link_models(target, format_standins(), shapesworld())
+    for path in (CHECKOUT / "workflows").glob("*.json"):
+        hold_places(target, json.loads(path.read_text()))
 
 
 def asked_for(folder: Path, workflow: dict) -> list[Path]:

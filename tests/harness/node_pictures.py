@@ -1,7 +1,6 @@
 """Photographs every node of the pack between the nodes it is usually wired to, for the help pages: `make pictures`."""
 
 import io
-import json
 
 from PIL import Image
 
@@ -86,9 +85,7 @@ def photograph(tab: browser.Tab, kind: str) -> Image.Image:
 
 def main() -> None:
     base = environment.cache() / "work" / "pictures"
-    models.link_models(base / "models", models.format_standins(), models.shapesworld())
-    for path in (environment.CHECKOUT / "workflows").glob("*.json"):
-        models.hold_places(base / "models", json.loads(path.read_text()))
+    models.link_every(base / "models")
     for name in ("models/guidance_networks/likes_blue.safetensors", "output/guidance_data/likes_blue/collection.json"):
         (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).touch()

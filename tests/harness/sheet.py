@@ -43,5 +43,7 @@ def strip(pictures: Tensor) -> Image.Image:
     return image
 
 
-def write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, colour: tuple[int, int, int] = INK) -> None:
-    draw.multiline_text(place, text, fill=colour, font=ImageFont.load_default(size), spacing=5)
+def write(
+    draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, colour: tuple[int, int, int] = INK, anchor: str | None = None
+) -> None:
+    draw.text(place, text, colour, ImageFont.load_default(size), anchor, spacing=5)

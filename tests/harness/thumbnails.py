@@ -3,22 +3,21 @@
 A workflow whose models ShapesWorld stands in for shows the pictures that it made there; any other shows its own graph.
 """
 
-import io
 import json
 import shutil
 import sys
-import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..standins.shapesworld.world import SIDE as PICTURE
 from . import comfy, environment, models
-from .client import Client, Prompt, Result
+from .client import Client, Result
 from .environment import CHECKOUT, say
-from .graphs import COMMENTS, ui_to_api
+from .graphs import COMMENTS, changed, ui_to_api
+from .sheet import write
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
@@ -76,20 +75,11 @@ class Stage:
 
     def pictures(self, result: Result) -> list[Image.Image]:
         """Those that were saved, with their metadata."""
-        files = [file for output in result.outputs.values() for file in output.get("images", []) if file["type"] == "output"]
-        return [Image.open(io.BytesIO(self.client.fetch("/view?" + urllib.parse.urlencode(file)))) for file in files]
+        return [Image.open(self.client.open(file)) for file in result.saved]
 
 
 def read(name: str) -> dict:
     return json.loads((WORKFLOWS / f"{name}.json").read_text())
-
-
-def changed(prompt: Prompt, values: dict) -> Prompt:
-    def inputs(content: dict) -> dict:
-        new = {name: value for name, value in values.items() if name in content["inputs"]}
-        return content["inputs"] | new | values.get(content["class_type"], {})
-
-    return {node: content | {"inputs": inputs(content)} for node, content in prompt.items()}
 
 
 def strengths(stage: Stage, name: str) -> Image.Image:
@@ -214,10 +204,6 @@ def blank() -> Image.Image:
 
 def enlarged(picture: Image.Image, side: int) -> Image.Image:
     return picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
-
-
-def write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, colour: Colour, anchor: str | None = None) -> None:
-    draw.text(place, text, colour, ImageFont.load_default(size), anchor=anchor)
 
 
 def entitled(sheet: Image.Image, name: str) -> Image.Image:
