@@ -1,10 +1,10 @@
 """What choosing among samples and steering them buys on ShapesWorld, against model calls; the two together too.
 
-As in shapesworld.py: 256 pictures of 32 prompts, judged by the reward, the held-out reward and the oracle. Everything has the nodes' default
-settings but the temperature, which is that of the truth. A method that keeps one of n samples keeps the one with the highest reward.
-Prints a markdown table and draws output/selection.png, held-out reward against model calls per step.
+As in shapesworld.py: 256 pictures of 32 prompts in each run, judged by the reward, the held-out reward and the oracle. Everything has the
+nodes' default settings but the temperature, which is that of the truth. A method that keeps one of n samples keeps the one with the highest
+reward. Prints a markdown table and draws output/selection.png, held-out reward against model calls per step.
 
-usage: python tests/bench/selection.py [MODELS_DIR] [--network FILE]
+usage: python tests/bench/selection.py [MODELS_DIR] [--runs 2] [--network FILE]
 """
 
 import argparse
@@ -38,26 +38,31 @@ PICTURE = Path(__file__).parents[2] / "output" / "selection.png"
 class Contest:
     """Methods and what they cost."""
 
-    def __init__(self, bench: Bench):
-        self.bench, self.world = bench, bench.world
+    def __init__(self, bench: Bench, runs: int):
+        self.bench, self.world, self.runs = bench, bench.world, range(runs)
         self.curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
 
-    def add(self, method: str, name: str, pictures: Pictures, calls: int) -> None:
-        row = self.bench.add(name, pictures, str(calls))
+    def add(self, method: str, name: str, runs: list[Pictures], calls: int) -> None:
+        row = self.bench.add(name, runs, str(calls))
         self.curves[method].append((calls, row["heldout"]))
 
     def best_of(self, method: str, model: ModelPatcher, counts: tuple[int, ...]) -> None:
         """Of as many seeds by the same model."""
-        seeds = range(max(counts))
-        drawn = [Pictures.of(self.world, self.world.sample(model, self.bench.per_prompt, seed)) for seed in seeds]
+        most = max(counts)
+        drawn = [[self.draw(model, run * most + i) for i in range(most)] for run in self.runs]
         for n in counts:
-            self.add(method, f"{method}, best of {n}" if n > 1 else method, Pictures.best(drawn[:n]), n)
+            self.add(method, f"{method}, best of {n}" if n > 1 else method, [Pictures.best(each[:n]) for each in drawn], n)
+
+    def draw(self, model: ModelPatcher, seed: int) -> Pictures:
+        return Pictures.of(self.world, self.world.sample(model, self.bench.per_prompt, seed))
 
     def particles(self, n: int) -> None:
         """One picture from each of as many populations as there are pictures."""
-        drawn = [Pictures.of(self.world, self.population(n, seed)) for seed in range(self.bench.per_prompt)]
-        together = Pictures(*(torch.cat([getattr(part, name) for part in drawn], 1) for name in Pictures.__annotations__))
-        self.add("particles", f"particles, {n}", together, n)
+        self.add("particles", f"particles, {n}", [self.populations(n, run * self.bench.per_prompt) for run in self.runs], n)
+
+    def populations(self, n: int, first_seed: int) -> Pictures:
+        drawn = [Pictures.of(self.world, self.population(n, first_seed + i)) for i in range(self.bench.per_prompt)]
+        return Pictures(*(torch.cat([getattr(part, name) for part in drawn], 1) for name in Pictures.__annotations__))
 
     def population(self, n: int, seed: int) -> Tensor:
         """The best of n particles for each prompt (prompts,16,8,8)."""
@@ -81,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
     parser.add_argument("--network", type=Path, help="a guidance network for the flow model")
+    parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--per-prompt", type=int, default=8)
     parser.add_argument("--pool", type=int, default=128)
     parser.add_argument("--most", type=int, default=16, help="samples to choose among, and particles")
@@ -89,7 +95,7 @@ def main() -> None:
     world = World(arguments.models or shapesworld(), cfg=1.0, steps=30, sampler="euler_ancestral")
     bench = Bench(world, arguments.per_prompt, arguments.pool, arguments.temperature, candidates=0)
     bench.references()
-    contest, model = Contest(bench), world.pipeline.model
+    contest, model = Contest(bench, arguments.runs), world.pipeline.model
     contest.best_of("unguided", model, tuple(n for n in (1, 2, 4, 8, 16) if n <= arguments.most))
     for n in (4, 16):
         if n <= arguments.most:

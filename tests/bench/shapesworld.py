@@ -1,13 +1,15 @@
 """Guidance on ShapesWorld, where everything can be checked: rewards, held-out reward, what is in the picture, distance to the truth.
 
 Samples 32 prompts through ComfyUI's own loader and sampler. The truth q(x|c) ∝ p(x|c)·exp(r/β) is a reweighted pool of unguided
-pictures; energy distances are taken per prompt in the held-out encoder's features and averaged. Prints markdown tables.
+pictures; energy distances are taken per prompt in the held-out encoder's features and averaged. Prints markdown tables: means over the runs,
+with standard errors, and what each setting has ahead of best-of-4 in the same run.
 
-usage: python tests/bench/shapesworld.py [MODELS_DIR] [--tables estimators,sweep,smoothing] [--per-prompt 8] [--pool 128]
+usage: python tests/bench/shapesworld.py [MODELS_DIR] [--tables estimators,sweep,smoothing] [--runs 4] [--per-prompt 8] [--pool 128]
 """
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -22,13 +24,15 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from reward_guidance.guidance.estimators import Settings, Smoothing
 from reward_guidance.guidance.rewards import evaluate, load_reward
-from reward_guidance.nodes.runtime import RewardGuidance
+from reward_guidance.nodes.runtime import NetworkGuidance, RewardGuidance
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.analytic import PlainReward
 from reward_guidance.tests.standins.shapesworld import oracle, world
 from reward_guidance.tests.standins.shapesworld.pipeline import Pipeline
 from torch import Tensor
 
+CHUNK = 64
+"""Pictures that are judged at once: caches hold no more."""
 REWARDS = "shapes_clip.safetensors", "shapes_heldout.safetensors"
 
 
@@ -57,7 +61,10 @@ class BatchReward(PlainReward):
         self.modules = [self.reward, self.pipeline.decoder]
 
     def __call__(self, latents: Tensor) -> Tensor:
-        return self.reward.standardize(evaluate(self.reward, self.pipeline.decode(latents), self.prompts))
+        return torch.cat([self.score(latents[i : i + CHUNK], self.prompts[i : i + CHUNK]) for i in range(0, len(latents), CHUNK)])
+
+    def score(self, latents: Tensor, prompts: list[str]) -> Tensor:
+        return self.reward.standardize(evaluate(self.reward, self.pipeline.decode(latents), prompts))
 
 
 @dataclass(frozen=True)
@@ -127,11 +134,14 @@ class Setting:
 
 
 class Bench:
-    def __init__(self, world_: World, per_prompt: int, pool: int, temperature: float, candidates: int = 8):
+    """Runs of every setting from the same seeds, and what was measured of them."""
+
+    def __init__(self, world_: World, per_prompt: int, pool: int, temperature: float, candidates: int = 8, runs: int = 1):
         self.world, self.per_prompt, self.temperature = world_, per_prompt, temperature
-        chunks = [self.unguided(32, 1000 + i) for i in range(pool // 32)]
+        chunks = [self.unguided(32, 100_000 + i) for i in range(pool // 32)]
         self.pool = Pictures(*(torch.cat([getattr(chunk, name) for chunk in chunks], 1) for name in Pictures.__annotations__))
-        self.candidates = [self.unguided(per_prompt, seed) for seed in range(candidates)]
+        self.seeds = [run * max(1, candidates) for run in range(runs)]
+        self.candidates = [[self.unguided(per_prompt, seed + i) for i in range(candidates)] for seed in self.seeds]
         self.rows: list[dict] = []
 
     def unguided(self, per_prompt: int, seed: int) -> Pictures:
@@ -145,11 +155,15 @@ class Bench:
             **setting.options,
         )
         reward = BatchReward(self.world, self.per_prompt)
-        model = RewardGuidance(reward, setting.estimator, settings, *setting.interval).attach(self.world.pipeline.model)
+        return self.sampled(setting.name, RewardGuidance(reward, setting.estimator, settings, *setting.interval), CALLS.get(setting.estimator, "1"))
+
+    def sampled(self, name: str, guidance: RewardGuidance | NetworkGuidance, calls: str = "1") -> dict:
+        """What the guided model makes of every seed."""
+        model = guidance.attach(self.world.pipeline.model)
         began = time.perf_counter()
-        latents = self.world.sample(model, self.per_prompt, seed=0)
-        seconds = time.perf_counter() - began
-        return self.add(setting.name, Pictures.of(self.world, latents), CALLS.get(setting.estimator, "1"), seconds)
+        latents = [self.world.sample(model, self.per_prompt, seed) for seed in self.seeds]
+        seconds = (time.perf_counter() - began) / len(self.seeds)
+        return self.add(name, [Pictures.of(self.world, each) for each in latents], calls, seconds)
 
     def references(self) -> None:
         """The truth, unguided pictures, and the best of n by reward."""
@@ -157,27 +171,49 @@ class Bench:
         ess = float((1 / weights.square().sum(1)).mean())
         print(f"Temperature {self.temperature}; effective sample size of the truth {ess:.1f} of {weights.shape[1]} pictures per prompt.\n")
         print(HEADER)
-        self.note("truth (reweighted pool)", "", {name: float((weights * getattr(self.pool, name)).sum(1).mean()) for name in SCORES})
+        self.note("truth (reweighted pool)", "", [{name: float((weights * getattr(self.pool, name)).sum(1).mean()) for name in SCORES}])
         n = 1
-        while n <= len(self.candidates):
-            self.add("unguided" if n == 1 else f"best of {n}", Pictures.best(self.candidates[:n]), str(n))
+        while n <= len(self.candidates[0]):
+            self.add("unguided" if n == 1 else f"best of {n}", [Pictures.best(drawn[:n]) for drawn in self.candidates], str(n))
             n *= 2
 
-    def add(self, name: str, pictures: Pictures, calls: str, seconds: float | None = None) -> dict:
-        scores = {name: float(getattr(pictures, name).mean()) for name in SCORES}
-        scores |= {"energy": energy_to_truth(pictures, self.pool, self.temperature), "diversity": pictures.diversity}
-        return self.note(name, calls, scores | ({} if seconds is None else {"seconds": seconds}))
+    def add(self, name: str, runs: list[Pictures], calls: str, seconds: float | None = None) -> dict:
+        return self.note(name, calls, [self.measure(pictures) for pictures in runs], {} if seconds is None else {"seconds": seconds})
 
-    def note(self, name: str, calls: str, scores: dict[str, float]) -> dict:
-        row = {"setting": name, "calls": calls, **scores}
+    def measure(self, pictures: Pictures) -> dict[str, float]:
+        scores = {name: float(getattr(pictures, name).mean()) for name in SCORES}
+        return scores | {"energy": energy_to_truth(pictures, self.pool, self.temperature), "diversity": pictures.diversity}
+
+    def note(self, name: str, calls: str, runs: list[dict[str, float]], more: dict[str, float] | None = None) -> dict:
+        row = {"setting": name, "calls": calls, "runs": runs} | {key: statistics.mean(run[key] for run in runs) for key in runs[0]} | (more or {})
         self.rows.append(row)
-        cells = [format(row[key], ".0f" if key == "seconds" else ".3f") if key in row else "" for key in COLUMNS]
-        print(f"| {name} | {calls} | {' | '.join(cells)} |", flush=True)
+        print(f"| {name} | {calls} | {' | '.join(cell(row, key) for key in COLUMNS)} |", flush=True)
         return row
+
+    def ahead(self, of: str) -> None:
+        """A table of what each setting that was run has ahead of another, run by run."""
+        other = next(row for row in self.rows if row["setting"] == of)
+        print(f"\n| ahead of {of} in | {' | '.join(SCORES.values())} |\n|---|{'---|' * len(SCORES)}")
+        for row in self.rows:
+            if "seconds" in row:
+                pairs = list(zip(row["runs"], other["runs"], strict=True))
+                print(f"| {row['setting']} | {' | '.join(with_error([mine[key] - its[key] for mine, its in pairs]) for key in SCORES)} |")
+
+
+def with_error(values: list[float]) -> str:
+    """Mean, and its standard error where there are several."""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{error}"
+
+
+def cell(row: dict, key: str) -> str:
+    if key == "seconds":
+        return format(row[key], ".0f") if key in row else ""
+    return with_error([run[key] for run in row["runs"]]) if key in row else ""
 
 
 CALLS = {"shift_two_pass": "2", "jacobian": "1 and a backward pass"}
-SCORES = "reward", "heldout", "right"
+SCORES = {"reward": "reward", "heldout": "held-out", "right": "oracle"}
 COLUMNS = *SCORES, "energy", "diversity", "seconds"
 HEADER = "| setting | model calls per step | reward | held-out | oracle | energy | diversity | seconds |\n|---|---|---|---|---|---|---|---|"
 
@@ -209,6 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
     parser.add_argument("--tables", default="estimators")
+    parser.add_argument("--runs", type=int, default=4)
     parser.add_argument("--per-prompt", type=int, default=8)
     parser.add_argument("--pool", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.05)
@@ -218,13 +255,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     models = arguments.models or shapesworld()
-    bench = Bench(
-        World(models, arguments.cfg, arguments.steps, sampler=arguments.sampler), arguments.per_prompt, arguments.pool, arguments.temperature
-    )
+    world_ = World(models, arguments.cfg, arguments.steps, sampler=arguments.sampler)
+    bench = Bench(world_, arguments.per_prompt, arguments.pool, arguments.temperature, runs=arguments.runs)
     bench.references()
     for table in arguments.tables.split(","):
         for setting in TABLES[table]:
             bench.run(setting)
+    bench.ahead(of="best of 4")
     if arguments.json:
         arguments.json.write_text(json.dumps(bench.rows, indent=1))
 

@@ -25,7 +25,7 @@ from reward_guidance.guidance.rewards import evaluate
 from reward_guidance.guidance.samples import Collection, Description, Sample, Samples, Texts, noise, percents, states
 from reward_guidance.guidance.training import label
 from reward_guidance.nodes.runtime import NetworkGuidance, base_of, manage_network, text_of_conditioning
-from reward_guidance.tests.bench.shapesworld import Bench, Pictures, World
+from reward_guidance.tests.bench.shapesworld import Bench, World
 from reward_guidance.tests.harness.environment import cache
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.shapesworld import expand, world
@@ -98,11 +98,7 @@ def compare(bench: Bench, collector: Collector, count: int, objective: str, chos
     print(f"{fitting.report()}\ntrained in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     loaded = manage_network(fitting.network(), fitting.card())
     for strength in chosen.strengths:
-        model = NetworkGuidance(loaded, strength).attach(bench.world.pipeline.model)
-        began = time.perf_counter()
-        latents = bench.world.sample(model, bench.per_prompt, seed=0)
-        seconds = time.perf_counter() - began
-        bench.add(f"`{objective}`, {count} samples, strength {strength:g}", Pictures.of(bench.world, latents), "1", seconds)
+        bench.sampled(f"`{objective}`, {count} samples, strength {strength:g}", NetworkGuidance(loaded, strength))
 
 
 def numbers(text: str) -> list[float]:
@@ -117,6 +113,7 @@ def main() -> None:
     parser.add_argument("--objectives", type=lambda text: text.split(","), default=["potential"])
     parser.add_argument("--steps", type=int, default=4000, help="of training")
     parser.add_argument("--size", default="small", help="of the network")
+    parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--per-prompt", type=int, default=8)
     parser.add_argument("--pool", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.1, help="of the truth, in units of the standardized reward")
@@ -125,7 +122,7 @@ def main() -> None:
     chosen = parser.parse_args()
     world_ = World(chosen.models or shapesworld(), cfg=1.0, steps=20, prompts=world.PROMPTS, kind="diffusion")
     collector = Collector.begin(world_, (chosen.work or cache() / "bench") / "network")
-    bench = Bench(world_, chosen.per_prompt, chosen.pool, chosen.temperature)
+    bench = Bench(world_, chosen.per_prompt, chosen.pool, chosen.temperature, runs=chosen.runs)
     bench.references()
     for count in map(int, chosen.samples):
         for objective in chosen.objectives:
