@@ -24,7 +24,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from reward_guidance.guidance.estimators import Settings, Smoothing
 from reward_guidance.guidance.rewards import evaluate, load_reward
-from reward_guidance.nodes.runtime import NetworkGuidance, RewardGuidance
+from reward_guidance.nodes.runtime import RewardGuidance
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.analytic import PlainReward
 from reward_guidance.tests.standins.shapesworld import oracle, world
@@ -154,12 +154,11 @@ class Bench:
             smoothing=Smoothing(setting.samples, setting.radius, setting.grid),
             **setting.options,
         )
-        reward = BatchReward(self.world, self.per_prompt)
-        return self.sampled(setting.name, RewardGuidance(reward, setting.estimator, settings, *setting.interval), CALLS.get(setting.estimator, "1"))
+        guidance = RewardGuidance(BatchReward(self.world, self.per_prompt), setting.estimator, settings, *setting.interval)
+        return self.sampled(setting.name, guidance.attach(self.world.pipeline.model), CALLS.get(setting.estimator, "1"))
 
-    def sampled(self, name: str, guidance: RewardGuidance | NetworkGuidance, calls: str = "1") -> dict:
-        """What the guided model makes of every seed."""
-        model = guidance.attach(self.world.pipeline.model)
+    def sampled(self, name: str, model: ModelPatcher, calls: str = "1") -> dict:
+        """What a guided model makes of every seed."""
         began = time.perf_counter()
         latents = [self.world.sample(model, self.per_prompt, seed) for seed in self.seeds]
         seconds = (time.perf_counter() - began) / len(self.seeds)

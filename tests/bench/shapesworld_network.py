@@ -2,7 +2,8 @@
 
 Collects samples of the benchmark's prompts with the guide reward, trains a network on the first N of them, and samples with it; the
 references are those of shapesworld.py. The networks are trained at a higher temperature than the truth has, where more samples count, and
-followed with as much more strength. Collections are kept and gone on with. Prints a markdown table.
+followed with as much more strength: alone, and beside a weak training-free guidance. Collections are kept and gone on with. Prints a
+markdown table.
 
 usage: python tests/bench/shapesworld_network.py [MODELS_DIR] [--samples 500,2000,5000] [--objectives potential,weighted] [--work DIR]
 """
@@ -19,13 +20,14 @@ from harness.inprocess import load_comfyui
 load_comfyui()
 
 import torch
+from reward_guidance.guidance.estimators import Settings
 from reward_guidance.guidance.fitting import Fitting, plan_for, prepare
 from reward_guidance.guidance.process import Diffusion
 from reward_guidance.guidance.rewards import evaluate
 from reward_guidance.guidance.samples import Collection, Description, Sample, Samples, Texts, noise, percents, states
 from reward_guidance.guidance.training import label
-from reward_guidance.nodes.runtime import NetworkGuidance, base_of, manage_network, text_of_conditioning
-from reward_guidance.tests.bench.shapesworld import Bench, World
+from reward_guidance.nodes.runtime import NetworkGuidance, RewardGuidance, base_of, manage_network, text_of_conditioning
+from reward_guidance.tests.bench.shapesworld import BatchReward, Bench, World
 from reward_guidance.tests.harness.environment import cache
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.shapesworld import expand, world
@@ -96,9 +98,17 @@ def compare(bench: Bench, collector: Collector, count: int, objective: str, chos
     began = time.perf_counter()
     fitting = train(first(collector.collection.load(), count), objective, chosen.training_temperature, chosen.steps, chosen.size)
     print(f"{fitting.report()}\ntrained in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-    loaded = manage_network(fitting.network(), fitting.card())
+    loaded, plain = manage_network(fitting.network(), fitting.card()), bench.world.pipeline.model
     for strength in chosen.strengths:
-        bench.sampled(f"`{objective}`, {count} samples, strength {strength:g}", NetworkGuidance(loaded, strength))
+        bench.sampled(f"`{objective}`, {count} samples, strength {strength:g}", NetworkGuidance(loaded, strength).attach(plain))
+    for strength in chosen.beside:
+        both = beside(bench, strength).attach(NetworkGuidance(loaded, chosen.strengths[-1]).attach(plain))
+        bench.sampled(f"`{objective}`, {count} samples, strength {chosen.strengths[-1]:g}, and `shift`, strength {strength:g}", both)
+
+
+def beside(bench: Bench, strength: float) -> RewardGuidance:
+    """The training-free guidance, at the temperature that the nodes begin with."""
+    return RewardGuidance(BatchReward(bench.world, bench.per_prompt), "shift", Settings(strength=strength, temperature=0.05))
 
 
 def numbers(text: str) -> list[float]:
@@ -109,7 +119,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
     parser.add_argument("--samples", type=numbers, default=[500, 2000, 5000])
-    parser.add_argument("--strengths", type=numbers, default=[1.0, 3.0, 4.0])
+    parser.add_argument("--strengths", type=numbers, default=[1.0, 4.0])
+    parser.add_argument("--beside", type=numbers, default=[0.5], help="strengths of training-free guidance alone, and beside the strongest network")
     parser.add_argument("--objectives", type=lambda text: text.split(","), default=["potential"])
     parser.add_argument("--steps", type=int, default=4000, help="of training")
     parser.add_argument("--size", default="small", help="of the network")
@@ -124,6 +135,8 @@ def main() -> None:
     collector = Collector.begin(world_, (chosen.work or cache() / "bench") / "network")
     bench = Bench(world_, chosen.per_prompt, chosen.pool, chosen.temperature, runs=chosen.runs)
     bench.references()
+    for strength in chosen.beside:
+        bench.sampled(f"`shift`, strength {strength:g}", beside(bench, strength).attach(world_.pipeline.model))
     for count in map(int, chosen.samples):
         for objective in chosen.objectives:
             compare(bench, collector, count, objective, chosen)
