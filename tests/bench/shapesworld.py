@@ -127,7 +127,7 @@ class Setting:
     estimator: str = "shift"
     strength: float = 1.0
     samples: int = 0
-    radius: float = 0.3
+    radius: float = 1.0
     grid: int = 4
     options: dict = field(default_factory=dict)
     interval: tuple[float, float] = (0.0, 1.0)
@@ -219,6 +219,7 @@ HEADER = "| setting | model calls per step | reward | held-out | oracle | energy
 
 ESTIMATORS = (
     Setting("`shift`"),
+    Setting("`shift`, 4 points, strength 2", strength=2.0, samples=4),
     Setting("`shift_two_pass`", "shift_two_pass"),
     Setting("`denoised`", "denoised"),
     Setting("`jacobian`", "jacobian"),
@@ -233,9 +234,9 @@ SWEEP = (
     Setting("`shift`, every 2", options={"every": 2}),
 )
 SMOOTHING = (
-    Setting("`shift`, 4 points, radius 0.3", samples=4),
-    Setting("`shift`, 4 points, radius 1", samples=4, radius=1.0),
-    Setting("`shift`, 4 points, white noise", samples=4, grid=0),
+    Setting("`shift`, 4 points, radius 0.3", samples=4, radius=0.3),
+    Setting("`shift`, 4 points, radius 1", samples=4),
+    Setting("`shift`, 4 points, radius 0.3, white noise", samples=4, radius=0.3, grid=0),
 )
 TABLES = {"estimators": ESTIMATORS, "sweep": SWEEP, "smoothing": SMOOTHING}
 
