@@ -32,7 +32,7 @@ ui: ## the same ComfyUI for a person
 	@$(ENVIRONMENT) && "$$python" tests/harness ui
 
 bench: ## the numbers in the README
-	@$(ENVIRONMENT) && for file in tests/bench/*.py; do echo "== $$file" && "$$python" "$$file" || exit 1; done
+	@$(ENVIRONMENT) && for file in tests/bench/*.py tests/bench/cost; do echo "== $$file" && "$$python" "$$file" || exit 1; done
 
 pictures: ## the pictures of the help pages
 	@$(ENVIRONMENT) && "$$python" tests/harness pictures && "$$python" tests/harness node_pictures

@@ -200,14 +200,14 @@ def wan() -> Shapes:
     )
 
 
-def kl(channels: int, quantised: bool = True) -> Shapes:
-    """A decoder of 32 instead of 128 channels; the encoder's 128 are fixed."""
+def kl(channels: int, quantised: bool = True, width: int = 32) -> Shapes:
+    """A decoder of 32 instead of the published 128 channels; the encoder's 128 are fixed."""
     from comfy.ldm.models.autoencoder import AutoencoderKL, AutoencodingEngine
 
     blocks = "comfy.ldm.modules.diffusionmodules.model."
     encoder = {"double_z": True, "z_channels": channels, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128}
     encoder |= {"ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
-    decoder = encoder | {"ch": 32}
+    decoder = encoder | {"ch": width}
     if quantised:
         return shapes(lambda: AutoencoderKL(ddconfig=encoder, embed_dim=channels, decoder_ddconfig=decoder))
     regularizer = {"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"}

@@ -2,7 +2,6 @@
 
 import re
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
@@ -12,43 +11,10 @@ import transformers
 from reward_guidance.guidance.rewards import AestheticReward, ClipReward, ImageReward, LoadOptions, aesthetic, loading
 from reward_guidance.guidance.rewards.clip import preprocess
 from reward_guidance.guidance.rewards.files import Weights
+from reward_guidance.tests.standins.published import PUBLISHED
 from reward_guidance.tests.standins.rewards import save_image_reward, tokens
 
-FIXTURE = Path(__file__).with_name("fixtures") / "published_weights.txt"
 PROMPTS = ["a large red circle on a blue ground", "two cats, 8k, masterpiece"]
-
-
-@dataclass
-class Published:
-    file_size: float
-    element_size: int
-    shapes: dict[str, list[int]]
-
-    def state(self):
-        """On the meta device, but for what is one number."""
-        dtype = torch.float16 if self.element_size == 2 else torch.float32
-        return {key: torch.ones(shape, dtype=dtype, device="meta" if len(shape) else "cpu") for key, shape in self.shapes.items()}
-
-
-def read_published():
-    found = {}
-    for line in FIXTURE.read_text().splitlines()[3:]:
-        if heading := re.fullmatch(r"\[(.+)\] (\S+) (\d)", line):
-            shapes = {}
-            found[heading[1]] = Published(float(heading[2]), int(heading[3]), shapes)
-        elif line and not line.startswith("#"):
-            pattern, shape = line.split()
-            shape = [] if shape == "scalar" else [int(side) for side in shape.split(",")]
-            shapes |= dict.fromkeys(expand(pattern), shape)
-    return found
-
-
-def expand(pattern):
-    numbers = re.search(r"{0-(\d+)}", pattern)
-    return [pattern.replace(numbers[0], str(i)) for i in range(int(numbers[1]) + 1)] if numbers else [pattern]
-
-
-PUBLISHED = read_published()
 
 
 def load(name, path, **weights):
