@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import comfy.latent_formats
+import comfy.model_management
 import comfy.sd
 import comfy.taesd.taehv
 import comfy.taesd.taesd
@@ -50,8 +51,8 @@ class LatentRGB(Decoder):
 
     def pixels(self, latents: Tensor) -> Tensor:
         latents = self.reshape(latents) if self.reshape is not None else latents
-        bias = None if self.bias is None else self.bias.to(latents)
-        return (F.linear(latents.movedim(1, -1), self.weight.to(latents), bias).movedim(-1, 1) + 1) / 2
+        bias = None if self.bias is None else self.bias.to(latents, non_blocking=True)
+        return (F.linear(latents.movedim(1, -1), self.weight.to(latents, non_blocking=True), bias).movedim(-1, 1) + 1) / 2
 
 
 class TAESD(Decoder):
@@ -80,7 +81,9 @@ class TAESD(Decoder):
 
 
 def _picture_taesd(path: str, channels: int) -> nn.Module:
-    return comfy.taesd.taesd.TAESD(None, path, channels)
+    """In the precision that ComfyUI decodes in on this device."""
+    dtype = comfy.model_management.vae_dtype(comfy.model_management.get_torch_device(), [torch.bfloat16, torch.float32])
+    return comfy.taesd.taesd.TAESD(None, path, channels).to(dtype)
 
 
 def _video_taesd(path: str, channels: int) -> nn.Module:

@@ -20,13 +20,13 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ..guidance.errors import GuidanceError
-from ..guidance.estimators import ESTIMATORS, Estimator, Jacobian, Settings
+from ..guidance.estimators import ESTIMATORS, Estimator, Jacobian, NotFiniteError, Settings
 from ..guidance.files import Base, Card
 from ..guidance.network import FORMS, GuidanceNetwork, Text, column
 from ..guidance.prior import tilted_noise
 from ..guidance.process import Diffusion, Flow, Process
 from ..guidance.randomness import generator
-from ..guidance.rewards import Reward, evaluate, require_prompt
+from ..guidance.rewards import Reward, evaluate, judge, require_prompt
 from .decoders import Decoder
 
 _serial = count()
@@ -34,7 +34,18 @@ GRADIENT_KEY = "reward_guidance.gradient."
 
 
 class GradientPatcher(comfy.model_patcher.ModelPatcher):
-    """A small module that gradients flow through: always wholly on its device or wholly off it."""
+    """A small module that gradients flow through: always wholly on its device or wholly off it.
+
+    It is moved outside inference mode, or every step would need other tensors in place of its weights.
+    """
+
+    @torch.inference_mode(False)
+    def load(self, *args, **kwargs):
+        return super().load(*args, **kwargs)
+
+    @torch.inference_mode(False)
+    def unpatch_model(self, *args, **kwargs):
+        return super().unpatch_model(*args, **kwargs)
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         return super().partially_load(device_to, 1e32, force_patch_weights)
@@ -162,15 +173,16 @@ class LatentReward:
         self.patchers = [*loaded.patchers, *map(manage, decoder.modules)]
 
     def __call__(self, latents: Tensor) -> Tensor:
-        return self.score(latents, [self.prompt])
+        # An estimator that takes the gradient looks at the end of its step whether all is finite.
+        return self.score(latents, [self.prompt], judge if latents.requires_grad else evaluate)
 
-    def score(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score(self, latents: Tensor, prompts: Sequence[str], by: Callable[[Reward, Tensor, Sequence[str]], Tensor] = evaluate) -> Tensor:
         """The same for a prompt of each sample's own."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         pictures = self.pictures(latents)
         pixels = self.decoder.pixels(pictures)
         told = prompts if len(prompts) == 1 else [prompt for prompt in prompts for _ in range(len(pictures) // len(latents))]
-        scores = self.loaded.reward.standardize(evaluate(self.loaded.reward, pixels, told))
+        scores = self.loaded.reward.standardize(by(self.loaded.reward, pixels, told))
         return scores.view(len(latents), -1).mean(1)
 
     def pictures(self, latents: Tensor) -> Tensor:
@@ -178,8 +190,8 @@ class LatentReward:
             return latents
         if latents.ndim != 5:
             raise GuidanceError(f"Reward guidance works on pictures and videos, not on latents of shape {tuple(latents.shape)}.")
-        chosen = torch.linspace(0, latents.shape[2] - 1, min(self.frames, latents.shape[2])).round().long()
-        return latents[:, :, chosen.to(latents.device)].transpose(1, 2).flatten(0, 1)
+        chosen = torch.linspace(0, latents.shape[2] - 1, min(self.frames, latents.shape[2])).round().long().tolist()
+        return torch.stack([latents[:, :, frame] for frame in chosen], 1).flatten(0, 1)
 
     def activation_bytes(self, shape: torch.Size) -> int:
         """Rough memory of decoding and scoring a batch of latents, forward and backward."""
@@ -234,7 +246,7 @@ class Run:
     estimator: Estimator
     first_sigma: float
     last_sigma: float
-    sigmas: Tensor
+    sigmas: list[float]
     serial: int = field(default_factory=lambda: next(_serial))
     model_calls: int = 0
     judged: Tensor | None = None
@@ -335,7 +347,7 @@ class RewardGuidance:
 
     def begin(self, model_sampling, model_options: dict, seed: int | None) -> Run:
         estimator = ESTIMATORS[self.estimator](process_of(model_sampling), self.reward, self.settings, generator(seed or 0))
-        sigmas = model_options.get("transformer_options", {}).get("sample_sigmas", torch.zeros(1))
+        sigmas = model_options.get("transformer_options", {}).get("sample_sigmas", torch.zeros(1)).tolist()
         return Run(estimator, model_sampling.percent_to_sigma(self.start), model_sampling.percent_to_sigma(self.end), sigmas)
 
     def guide(self, run: Run, denoise, x: Tensor, sigma: float, guider) -> Tensor:
@@ -345,8 +357,12 @@ class RewardGuidance:
             if self.needs_model_gradient:
                 control_models = [patcher.model for patcher in guider.loaded_models]
                 stack.enter_context(differentiable_model(guider.inner_model, *control_models))
-                return run.estimator(denoise, x.clone(), sigma)
-            return run.estimator(plain_denoise, x, sigma)
+                plain_denoise, x = denoise, x.clone()
+            try:
+                return run.estimator(plain_denoise, x, sigma)
+            except NotFiniteError:
+                self.reward(run.estimator.judged)  # names what is at fault
+                raise
 
     def record(self, run: Run, sigma: float) -> None:
         """Tell of a step that looked at the rewards; both of them judge the same estimate."""
@@ -356,7 +372,7 @@ class RewardGuidance:
         run.judged = estimator.judged
         steps = max(len(run.sigmas) - 1, 1)
         # Some samplers begin a little below the first sigma.
-        step = min(int((run.sigmas > sigma * (1 + 1e-3)).sum()) + 1, steps)
+        step = min(sum(level > sigma * (1 + 1e-3) for level in run.sigmas) + 1, steps)
         series = rewards_of(estimator.judged, estimator.rewards, self.held_out)
         self.report(Step(step=step, steps=steps, series=series, run=run.serial, sigma=sigma, model_calls=run.model_calls))
 

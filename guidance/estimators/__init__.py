@@ -1,4 +1,4 @@
-from .base import Denoiser, Estimator, LatentReward, Settings, reward_gradient, tilt_gradient
+from .base import Denoiser, Estimator, LatentReward, NotFiniteError, Settings, reward_gradient, tilt_gradient
 from .denoised import Denoised
 from .jacobian import Jacobian
 from .shift import Shift, ShiftTwoPass
@@ -18,6 +18,7 @@ __all__ = [
     "Estimator",
     "Jacobian",
     "LatentReward",
+    "NotFiniteError",
     "Settings",
     "Shift",
     "ShiftTwoPass",

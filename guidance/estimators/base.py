@@ -45,6 +45,10 @@ class Settings:
             raise GuidanceError(f"A new gradient can be taken every 1, 2, ... times the model is asked, not every {self.every}.")
 
 
+class NotFiniteError(GuidanceError):
+    """The reward has no usable gradient here."""
+
+
 class Estimator:
     """One estimate of D_q. Holds the state of one sampling run; make a new one for each run.
 
@@ -63,7 +67,9 @@ class Estimator:
         self.judged = torch.empty(0)
         """The estimate (B,...) at which the last gradient was taken."""
         self.rewards = torch.empty(0)
-        """Its rewards (B,)."""
+        """Its rewards (B,), on the CPU."""
+        self.told: Tensor | None = None
+        """What a look at the reward told of the current step (B+1,): the rewards, and 1 if their gradient is finite."""
         self.calls = 0
         self.moved = False
         """Whether any answer was tilted yet."""
@@ -73,7 +79,17 @@ class Estimator:
         step = self.watch if self.process.scale(sigma) < self.min_scale else self.guide
         tilted = step(denoise, x, sigma)
         self.calls += 1
+        self.listen()
         return tilted
+
+    def listen(self) -> None:
+        """Read what was told, the only wait of a step for a GPU. Raises NotFiniteError where it is of no use."""
+        if self.told is None:
+            return
+        told, self.told = self.told.cpu(), None
+        self.rewards = told[:-1]
+        if not (told.isfinite().all() and told[-1]):
+            raise NotFiniteError("The reward's gradient is not a finite number. Try another decoder, or load the reward in float32.")
 
     @property
     def due(self) -> bool:
@@ -91,11 +107,12 @@ class Estimator:
         raise NotImplementedError
 
     def refresh(self, denoised: Tensor, sigma: float) -> None:
-        """Update `gradient`, g = ∇_D log mean_k exp(r(D + radius·s·ξ_k)/β), `judged` and `rewards`, at the untilted D."""
+        """Update `gradient`, g = ∇_D log mean_k exp(r(D + radius·s·ξ_k)/β), `judged` and `told`, at the untilted D."""
         if self.due:
             std = self.process.posterior_variance(sigma, self.settings.variance) ** 0.5
             offsets = self.settings.smoothing.offsets(denoised, std, self.generator)
-            fresh, self.rewards = tilt_gradient(self.reward, denoised, offsets, self.settings.temperature)
+            fresh, rewards = tilt_gradient(self.reward, denoised, offsets, self.settings.temperature)
+            self.told = torch.cat([rewards, fresh.isfinite().all().to(rewards).view(1)])
             self.judged = denoised
             self.gradient = fresh if self.gradient is None else torch.lerp(fresh, self.gradient, self.settings.momentum)
 
@@ -120,13 +137,11 @@ def tilt_gradient(reward: LatentReward, denoised: Tensor, offsets: list[Tensor],
 
 
 def reward_gradient(reward: LatentReward, point: Tensor) -> tuple[Tensor, Tensor]:
-    """r (B,) and ∇r, shape of point. Raises GuidanceError where there is no usable gradient."""
+    """r (B,) and ∇r, shape of point. Raises GuidanceError where there is no gradient."""
     point = point.detach().requires_grad_()
     with torch.enable_grad():
         scores = reward(point)
         if not scores.requires_grad:
             raise GuidanceError("This reward has no gradient to guide by. Use it to choose among pictures, or guide by another reward.")
         (gradient,) = torch.autograd.grad(scores.sum(), point)
-    if not torch.isfinite(gradient).all():
-        raise GuidanceError("The reward's gradient is not a finite number. Try another decoder, or load the reward in float32.")
     return scores.detach(), gradient

@@ -33,12 +33,12 @@ class Smoothing:
 
     def noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
         if not self.grid or like.ndim < 4 or max(like.shape[-2:]) <= self.grid:
-            return torch.randn(like.shape, generator=generator).to(like)
-        return low_pass_noise(like.shape, self.grid, generator).to(like)
+            return torch.randn(like.shape, generator=generator).to(like, non_blocking=True)
+        return low_pass_noise(like.shape, self.grid, generator, like.device).to(like)
 
 
-def low_pass_noise(shape: torch.Size, grid: int, generator: torch.Generator) -> Tensor:
+def low_pass_noise(shape: torch.Size, grid: int, generator: torch.Generator, device: torch.device | None = None) -> Tensor:
     """Gaussian noise of unit variance whose pattern is a grid×grid picture, bicubically upsampled to `shape` (B,C,...,H,W)."""
-    coarse = torch.randn((1, shape[:-2].numel(), grid, grid), generator=generator)
+    coarse = torch.randn((1, shape[:-2].numel(), grid, grid), generator=generator).to(device, non_blocking=True)
     fine = F.interpolate(coarse, size=shape[-2:], mode="bicubic", align_corners=False)
     return (fine / fine.std()).view(shape)

@@ -1,5 +1,5 @@
 from .aesthetic import AestheticReward
-from .base import Reward, RewardError, evaluate, require_prompt
+from .base import Reward, RewardError, evaluate, judge, require_prompt
 from .clip import CLIP_KINDS, ClipReward
 from .combine import CombinedReward, breakdown
 from .files import LoadOptions
@@ -25,6 +25,7 @@ __all__ = [
     "RewardError",
     "breakdown",
     "evaluate",
+    "judge",
     "load_reward",
     "require_prompt",
 ]

@@ -39,6 +39,10 @@ class Reward(nn.Module):
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         raise NotImplementedError
 
+    def at_fault(self, pixels: Tensor, prompts: Sequence[str]) -> str:
+        """The name of what returned a score that is not finite."""
+        return self.name
+
     def unread(self, prompt: str) -> str:
         """The end of a prompt that is too long to be read; empty for most."""
         return ""
@@ -89,6 +93,15 @@ def evaluate(reward: Reward, pixels: Tensor, prompts: str | Sequence[str]) -> Te
 
     One prompt serves a whole batch. Raises RewardError on bad pixels, a missing prompt, or scores that are not (B,) finite numbers.
     """
+    scores = judge(reward, pixels, prompts)
+    if not torch.isfinite(scores).all():
+        name = reward.at_fault(pixels, [prompts] if isinstance(prompts, str) else prompts)
+        raise RewardError(f"{name} returned a score that is not a finite number; the pictures or the reward's weights are damaged.")
+    return scores
+
+
+def judge(reward: Reward, pixels: Tensor, prompts: str | Sequence[str]) -> Tensor:
+    """The same without waiting for a GPU to know the scores: to refuse those that are not finite is left to the caller."""
     if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape:
         raise RewardError(f"{reward.name} scores pictures of shape (batch, 3, height, width), not {tuple(pixels.shape)}.")
     if not pixels.is_floating_point():
@@ -104,6 +117,4 @@ def evaluate(reward: Reward, pixels: Tensor, prompts: str | Sequence[str]) -> Te
         raise RewardError(
             f"{reward.name} returned scores of shape {tuple(scores.shape)}; it must return one number for each of {len(pixels)} pictures."
         )
-    if not torch.isfinite(scores).all():
-        raise RewardError(f"{reward.name} returned a score that is not a finite number; the pictures or the reward's weights are damaged.")
     return scores.float()

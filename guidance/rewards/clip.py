@@ -15,7 +15,7 @@ from torch import Tensor
 from .base import PromptMemory, Reward, RewardError, at_least_float32, warn_of_unread
 from .clip_checkpoint import build, has_image_tower, has_transformers_layout, image_embedding, image_part, prepare, text_embedding, text_part
 from .files import LoadOptions, Weights, find, read
-from .image import center_crop, fit_square, resize_shortest_side
+from .image import center_crop, constant, fit_square, resize_shortest_side
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def preprocess(pixels: Tensor, image_size: int, whole: bool = False) -> Tensor:
     overshoot at edges, which has no gradient).
     """
     square = fit_square(pixels, image_size) if whole else center_crop(resize_shortest_side(pixels, image_size), image_size)
-    return (square - square.new_tensor(_MEAN).view(3, 1, 1)) / square.new_tensor(_STD).view(3, 1, 1)
+    return (square - constant(_MEAN, square).view(3, 1, 1)) / constant(_STD, square).view(3, 1, 1)
 
 
 def embed(tower: Any, pixels: Tensor, image_size: int, whole: bool = False) -> Tensor:
@@ -97,7 +97,7 @@ class ClipReward(Reward):
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         pictures = self.image_features(pixels)
-        return self.scale * (pictures * self.text_features(prompts).to(pictures)).sum(1)
+        return self.scale * (pictures * self.text_features(prompts).to(pictures, non_blocking=True)).sum(1)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """(B,3,H,W) -> unit vectors (B,E)."""

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .base import Reward, RewardError, evaluate
+from .base import Reward, RewardError, evaluate, judge
 
 
 class CombinedReward(Reward):
@@ -35,7 +35,11 @@ class CombinedReward(Reward):
         return [(reward, evaluate(reward, pixels, prompts)) for reward in cast(Iterable[Reward], self.rewards)]
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.combine(self.parts(pixels, prompts))
+        return self.combine([(reward, judge(reward, pixels, prompts)) for reward in cast(Iterable[Reward], self.rewards)])
+
+    def at_fault(self, pixels: Tensor, prompts: Sequence[str]) -> str:
+        broken = (reward for reward in cast(Iterable[Reward], self.rewards) if not judge(reward, pixels, prompts).isfinite().all())
+        return next((reward.at_fault(pixels, prompts) for reward in broken), self.name)
 
     def combine(self, parts: Sequence[tuple[Reward, Tensor]]) -> Tensor:
         weighted = zip(self.weights, parts, strict=True)

@@ -1,5 +1,7 @@
 """Colour space and resizing on tensors, differentiable and defined for every real pixel value."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,9 +12,14 @@ _YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -
 _LONGEST = 16
 
 
+def constant(values: Sequence, like: Tensor) -> Tensor:
+    """A few numbers beside `like`. What is so small has left the host's memory when the call returns, and nobody waits for the GPU."""
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
 def ycbcr(pixels: Tensor) -> Tensor:
     """RGB (B,3,H,W) in [0,1] -> luma in [0,1] and two chroma planes in [-.5,.5], (B,3,H,W)."""
-    return torch.einsum("ij,bjhw->bihw", pixels.new_tensor(_YCBCR), pixels)
+    return torch.einsum("ij,bjhw->bihw", constant(_YCBCR, pixels), pixels)
 
 
 def luma(pixels: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class ImageReward(Reward):
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         prepared = preprocess(at_least_float32(pixels), self.visual_encoder.image_size)
         picture = self.visual_encoder(prepared.to(self.visual_encoder.cls_token.dtype))
-        tokens, mask = (tensor.to(picture.device) for tensor in self.tokenize(prompts))
+        tokens, mask = (tensor.to(picture.device, non_blocking=True) for tensor in self.tokenize(prompts))
         state = at_least_float32(self.text_encoder(tokens, mask, picture)[:, 0])
         return state @ self.weight.to(state) + self.bias.to(state)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Reward, RewardError, at_least_float32
-from .image import luma, resize_shortest_side, ycbcr
+from .image import constant, luma, resize_shortest_side, ycbcr
 
 _SHARPNESS_SIZE = 512
 _EPSILON = 1e-6
@@ -37,7 +37,7 @@ def saturation(pixels: Tensor) -> Tensor:
 def sharpness(pixels: Tensor) -> Tensor:
     """RMS of the finest detail of luma with the shortest side at 512 pixels, so that an enlarged small picture counts as blurred."""
     plane = luma(resize_shortest_side(pixels, _SHARPNESS_SIZE))
-    binomial = plane.new_tensor([0.25, 0.5, 0.25])
+    binomial = constant([0.25, 0.5, 0.25], plane)
     blurred = F.conv2d(F.pad(plane, (1, 1, 1, 1), mode="replicate"), torch.outer(binomial, binomial)[None, None])
     return ((plane - blurred).square().mean((1, 2, 3)) + _EPSILON).sqrt()
 

@@ -11,7 +11,7 @@ import torch
 from reward_guidance.guidance.estimators import Settings, Smoothing
 from reward_guidance.guidance.rewards import ImageStatistic
 from reward_guidance.nodes.decoders import LatentRGB
-from reward_guidance.nodes.runtime import LatentReward, LoadedReward, RewardGuidance
+from reward_guidance.nodes.runtime import LatentReward, LoadedReward, RewardGuidance, manage
 from reward_guidance.tests.harness import models
 from reward_guidance.tests.standins import formats
 from torch.profiler import ProfilerActivity, profile
@@ -66,3 +66,13 @@ def test_memory_of_the_jacobian_does(sizes):
     """So the measurement above sees a graph where there is one."""
     small, large = (additional(model, "jacobian") for model in sizes)
     assert large > 3 * small > 1_000_000
+
+
+def test_weights_that_are_moved_under_inference_mode_stay_fit_for_gradients():
+    """What moves as a node runs would else need an alias in every step."""
+    patcher = manage(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)))
+    with torch.inference_mode():
+        patcher.load(torch.device("meta"), full_load=True)
+    tensors = [*patcher.model.parameters(), *patcher.model.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert not any(tensor.is_inference() for tensor in tensors)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from reward_guidance.guidance.errors import GuidanceError
-from reward_guidance.guidance.estimators import ESTIMATORS, Settings, Smoothing, tilt_gradient
+from reward_guidance.guidance.estimators import ESTIMATORS, NotFiniteError, Settings, Smoothing, tilt_gradient
 from reward_guidance.guidance.process import Diffusion, Flow
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
 
@@ -244,3 +244,27 @@ def test_guidance_samples_the_reward_weighted_ring(seed):
     for name in ("shift", "jacobian"):
         guided = sample_ring(ring, seed, estimator(name, Flow(), ring_reward, **settings))
         assert energy_distance(guided, truth) < 0.03
+
+
+@pytest.mark.parametrize("samples", [0, 4])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_step_waits_for_the_device_only_at_its_end(name, samples):
+    """Of tensors on the meta device no number can be read, as none is from a GPU without waiting for it."""
+    told = []
+    watching = estimator(name, Flow(), lambda point: point.square().flatten(1).mean(1), smoothing=Smoothing(samples), momentum=0.5, cap=1.0)
+    watching.listen = lambda: told.append(watching.told)
+    for sigma in (0.9, 0.6):
+        assert watching(lambda point: 0.5 * point, torch.empty(2, 4, 8, 8, device="meta"), sigma).shape == (2, 4, 8, 8)
+    assert [(each.device.type, each.shape) for each in told] == [("meta", (3,))] * 2
+
+
+@pytest.mark.parametrize("slope", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_gradient_that_is_not_finite_is_refused_within_its_step(name, slope):
+    slopes = [1.0, slope]
+    watching = estimator(name, Flow(), lambda point: (slopes[0] * point).sum(1))
+    watching(lambda point: 0 * point, torch.zeros(2, 3), 0.9)
+    assert watching.rewards.tolist() == [0, 0]
+    slopes.pop(0)
+    with pytest.raises(NotFiniteError, match="not a finite number"):
+        watching(lambda point: 0 * point + 1, torch.zeros(2, 3), 0.8)

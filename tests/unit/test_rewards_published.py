@@ -8,7 +8,18 @@ import open_clip
 import pytest
 import torch
 import transformers
-from reward_guidance.guidance.rewards import AestheticReward, ClipReward, ImageReward, LoadOptions, aesthetic, loading
+from reward_guidance.guidance.rewards import (
+    AestheticReward,
+    ClipReward,
+    CombinedReward,
+    ImageReward,
+    ImageStatistic,
+    LoadOptions,
+    aesthetic,
+    evaluate,
+    judge,
+    loading,
+)
 from reward_guidance.guidance.rewards.clip import preprocess
 from reward_guidance.guidance.rewards.files import Weights
 from reward_guidance.tests.standins.published import PUBLISHED
@@ -60,6 +71,21 @@ def test_image_reward(tmp_path):
     assert reward.visual_encoder.image_size == 224
     assert reward.visual_encoder.blocks[0].attn.heads == 16
     assert reward.text_encoder.encoder.layer[0].crossattention.heads == 12
+
+
+@pytest.mark.parametrize("name", ["HPS", "PickScore", "ImageReward"])
+def test_no_score_waits_for_the_device(tmp_path, monkeypatch, name):
+    """Of tensors on the meta device no number can be read, as none is from a GPU without waiting for it."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(30522 - 5))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    reward = load(name, tmp_path / f"{name}.pt", wrapper=("state_dict",) if name == "HPS" else ())
+    monkeypatch.setattr(ClipReward, "text_features", lambda self, prompts: torch.zeros(len(prompts), 1024))
+    pixels = torch.empty(2, 3, 96, 64, device="meta", requires_grad=True)
+    scores = judge(CombinedReward([reward, ImageStatistic("sharpness"), ImageStatistic("saturation")], [1, 1, 1]), pixels, PROMPTS)
+    (gradient,) = torch.autograd.grad(scores.sum(), pixels)
+    assert gradient.shape == pixels.shape
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        evaluate(reward, pixels, PROMPTS)
 
 
 def test_aesthetic_head_on_openais_tower(monkeypatch):

@@ -12,7 +12,7 @@ from reward_guidance.nodes.runtime import RewardBeside
 
 from .clock import by_turns, seconds
 from .report import Report
-from .steps import Variant, measure, sampled
+from .steps import Variant, sampled, typical
 from .world import World
 
 TABLE = "How the cost grows"
@@ -33,8 +33,9 @@ def rows(report: Report, world: World, of: Sizes) -> None:
     small = of.sides[0]
 
     def stepwise(side: int, batch: int, smoothing: int = 0) -> tuple[float, float]:
-        (found,) = measure(world, side, batch, [Variant("PickScore", "taesd", smoothing)], 2)
-        return found.plain.mean, found.guided.mean
+        variants = {"plain": None, "guided": Variant("PickScore", "taesd", smoothing)}
+        runs = {name: partial(sampled, world, side, batch, variant) for name, variant in variants.items()}
+        return fastest([{name: typical(steps) for name, steps in turn.items()} for turn in by_turns(runs, REPEATS)])
 
     grow(report, world, "batch", of.batches, lambda batch: stepwise(small, batch))
     grow(report, world, "pixels", of.sides, lambda side: stepwise(side, 1))
@@ -60,12 +61,16 @@ def grow(report: Report, world: World, along: str, places, at) -> None:
 def whole(world: World, side: int, steps: int) -> tuple[float, float]:
     """Seconds of an image, plain and guided."""
     runs = {name: partial(sampled, world, side, 1, variant, steps) for name, variant in VARIANTS.items()}
-    turn = by_turns({name: partial(seconds, run) for name, run in runs.items()}, 2)
-    plain, guided = (min(each[name] for each in turn) for name in VARIANTS)
-    return plain, guided
+    return fastest(by_turns({name: partial(seconds, run) for name, run in runs.items()}, REPEATS))
 
 
 VARIANTS = {"plain": None, "guided": Variant("PickScore", "taesd")}
+REPEATS = 3
+
+
+def fastest(turns: list[dict[str, float]]) -> tuple[float, float]:
+    """Of the plain and of the guided runs; what else a machine does only adds."""
+    return min(turn["plain"] for turn in turns), min(turn["guided"] for turn in turns)
 
 
 def population(world: World, side: int, particles: int, steps: int = 8) -> tuple[float, float]:
@@ -81,5 +86,4 @@ def population(world: World, side: int, particles: int, steps: int = 8) -> tuple
             model = RewardBeside(reward).attach(model)
         world.sample(world.noise(side, particles), steps, model, sampler)
 
-    turn = by_turns({"plain": partial(seconds, partial(run, False)), "guided": partial(seconds, partial(run, True))}, 2)
-    return min(each["plain"] for each in turn), min(each["guided"] for each in turn)
+    return fastest(by_turns({"plain": partial(seconds, partial(run, False)), "guided": partial(seconds, partial(run, True))}, REPEATS))
