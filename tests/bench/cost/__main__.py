@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path[:1] = [str(Path(__file__).parents[2])]
@@ -26,12 +25,11 @@ from harness.inprocess import load_comfyui
 load_comfyui()
 
 import comfy.model_management
-import torch
 from bench.cost import alternatives, scaling, steps, training
 from bench.cost.clock import GPU
 from bench.cost.report import Report
 from bench.cost.steps import Variant
-from bench.cost.world import World, managed
+from bench.cost.world import World
 
 TABLE = "A guided step beside the plain one"
 DECODERS = ("latent_rgb", "taesd", "vae")
@@ -57,9 +55,9 @@ class Profile:
 
 PROFILES = {
     "cpu": Profile(
-        True, (64, 128), (1, 2), 64, 3, 900,
-        alternatives.Sizes(["SD1.5"], 64, steps=4, iterations=4, repeats=2),
-        scaling.Sizes("SD1.5", (1, 2, 4), (64, 128, 256), (2, 4, 8), (0, 1, 2, 4), (1, 2, 4)), 20,
+        True, (48, 64), (1, 2), 64, 3, 600,
+        alternatives.Sizes(["SD1.5"], 64, steps=4, iterations=50, repeats=1),
+        scaling.Sizes("SD1.5", (1, 2, 4), (64, 96, 128), (2, 4, 8), (0, 1, 2, 4), (1, 2, 4)), 60,
     ),
     "gpu": Profile(
         False, (512, 1024), (1, 4), 480, 3, 540,

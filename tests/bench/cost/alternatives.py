@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 from bench.peers.best_of_n import best_of_n
-from bench.peers.gradient_guidance import dps, fk_steering, flowchef
+from bench.peers.fk_steering import fk_steering
+from bench.peers.gradient_guidance import dps, flowchef
 from bench.peers.noise_optimisation import noise_optimisation
 from bench.peers.problem import PlainVAE, Problem
 from reward_guidance.guidance.files import Card

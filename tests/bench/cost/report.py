@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .clock import GPU, Spread
+from .clock import GPU
 
 Row = dict[str, Any]
 
