@@ -30,6 +30,7 @@ from bench.cost.clock import GPU
 from bench.cost.report import Report
 from bench.cost.steps import Variant
 from bench.cost.world import World
+from reward_guidance.guidance.errors import GuidanceError
 
 TABLE = "A guided step beside the plain one"
 DECODERS = ("latent_rgb", "taesd", "vae")
@@ -60,8 +61,8 @@ PROFILES = {
         scaling.Sizes("SD1.5", (1, 2, 4), (64, 96, 128), (2, 4, 8), (0, 1, 2, 4), (1, 2, 4)), 60,
     ),
     "gpu": Profile(
-        False, (512, 1024), (1, 4), 480, 3, 540,
-        alternatives.Sizes(["SDXL"], 1024, steps=20, iterations=50, repeats=1),
+        False, (512, 1024), (1, 4), 480, 3, 480,
+        alternatives.Sizes(["SDXL"], 512, steps=20, iterations=50, repeats=1),
         scaling.Sizes("SDXL", (1, 2, 4, 8), (512, 768, 1024, 1536), (5, 10, 20, 40), (0, 1, 2, 4, 8), (1, 2, 4, 8)), 200,
     ),
 }  # fmt: skip
@@ -91,6 +92,8 @@ class Bench:
             measure()
         except comfy.model_management.OOM_EXCEPTION:
             self.report.leave_out(f"{what}, for lack of memory")
+        except GuidanceError as error:
+            self.report.leave_out(f"{what}: {error}")
 
     def steps(self, name: str, batch: int, side: int, variants: list[Variant], table: str = TABLE) -> None:
         what = f"{table}: {name} at {side} pixels, batch {batch}"

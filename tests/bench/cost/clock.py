@@ -166,17 +166,17 @@ def synchronisations(run: Callable[[], object]) -> int | None:
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean over repeats, and their standard deviation."""
+    """The median of repeats, and their standard deviation."""
 
-    mean: float
+    middle: float
     std: float
 
     @staticmethod
     def of(values: list[float]) -> "Spread":
-        return Spread(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+        return Spread(statistics.median(values), statistics.stdev(values) if len(values) > 1 else 0.0)
 
     def __str__(self) -> str:
-        return f"{self.mean:.3g} ± {self.std:.1g}" if self.std else f"{self.mean:.3g}"
+        return f"{self.middle:.3g} ± {self.std:.1g}" if self.std else f"{self.middle:.3g}"
 
 
 def by_turns(runs: Mapping[str, Callable[[], T]], repeats: int) -> list[dict[str, T]]:

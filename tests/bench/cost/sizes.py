@@ -142,14 +142,14 @@ def model(family: Family, reduced: bool) -> comfy.model_patcher.ModelPatcher:
 
 @torch.no_grad()
 def randomise(module: nn.Module) -> None:
-    """Numbers that keep activations near 1; what is one-dimensional is a scale or a bias."""
+    """Numbers that keep activations from growing through many layers; what is one-dimensional is a scale or a bias."""
     for name, tensor in (*module.named_parameters(), *((name, buffer) for name, buffer in module.named_buffers() if name.endswith("pos_embed"))):
         fill(name, tensor)
 
 
 def fill(name: str, tensor: Tensor) -> Tensor:
     if tensor.ndim > 1:
-        return tensor.normal_(0, tensor[0].numel() ** -0.5)
+        return tensor.normal_(0, 0.5 * tensor[0].numel() ** -0.5)
     return tensor.fill_(1 if name.endswith(("weight", "scale", "gamma", "g")) or tensor.ndim == 0 else 0)
 
 

@@ -67,7 +67,7 @@ def measure(world: World, side: int, batch: int, variants: list[Variant], repeat
         steps = [turn[str(variant)] for turn in turns]
         guided = [typical(each) for each in steps]
         names = {part for each in steps for step in each for part in step}
-        parts = {part: statistics.mean(typical(each, part) for each in steps) / statistics.mean(guided) for part in names}
+        parts = {part: statistics.median(typical(each, part) for each in steps) / statistics.median(guided) for part in names}
         return Measured(Spread.of(plain), Spread.of(guided), Spread.of([g / p for g, p in zip(guided, plain, strict=True)]), parts)
 
     return [of(variant) for variant in variants]
@@ -82,6 +82,7 @@ def rows(report: Report, table: str, world: World, side: int, batch: int, varian
         peak = peak_bytes(once) - plain_peak
         backward = found.parts.get("decode backward", 0)
         waits = synchronisations(once)
+        plain_waits = synchronisations(partial(sampled, world, side, batch, None, 1))
         report.add(
             table,
             {
@@ -92,8 +93,8 @@ def rows(report: Report, table: str, world: World, side: int, batch: int, varian
                 "decoder": variant.decoder,
                 **({"smoothing": variant.smoothing} if variant.smoothing else {}),
                 **({"every": variant.every} if variant.every > 1 else {}),
-                "plain step, ms": found.plain.mean * 1000,
-                "guided step, ms": found.guided.mean * 1000,
+                "plain step, ms": found.plain.middle * 1000,
+                "guided step, ms": found.guided.middle * 1000,
                 "guided / plain": found.ratio,
                 "decode": share(found.parts.get("decode", 0) + backward),
                 "reward forward": share(found.parts.get("reward", 0)),
@@ -101,7 +102,7 @@ def rows(report: Report, table: str, world: World, side: int, batch: int, varian
                 "ours": share(found.parts.get("ours", 0)),
                 "peak over plain, MB": round(peak / MEGABYTE),
                 "weights, MB": round(weights(reward.loaded.reward, *reward.decoder.modules) / MEGABYTE),
-                **({} if waits is None else {"waits of 2 steps": waits}),
+                **({} if waits is None or plain_waits is None else {"waits over plain, 2 steps": waits - plain_waits}),
             },
         )
 

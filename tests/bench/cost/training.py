@@ -33,7 +33,7 @@ def collecting(report: Report, world: World, side: int, steps: int = 20, levels:
             world.sample(world.noise(side, 1), 1)
 
     found = Spread.of([turn["one"] for turn in by_turns({"one": partial(seconds, one)}, 1)])
-    row = {"what": "collecting", "of": world.name, "pixels": side, "processes": 1, "samples per second": 1 / found.mean}
+    row = {"what": "collecting", "of": world.name, "pixels": side, "processes": 1, "samples per second": 1 / found.middle}
     report.add("Training", row)
 
 
