@@ -58,7 +58,7 @@ PROFILES = {
     "cpu": Profile(
         True, (48, 64), (1, 2), 64, 3, 600,
         alternatives.Sizes(["SD1.5"], 64, steps=4, iterations=50, repeats=1),
-        scaling.Sizes("SD1.5", (1, 2, 4), (64, 96, 128), (2, 4, 8), (0, 1, 2, 4), (1, 2, 4)), 60,
+        scaling.Sizes("SD1.5", (1, 2, 4), (64, 96, 128), (2, 4, 8), (0, 1, 2, 4), (1, 2, 4)), 100,
     ),
     "gpu": Profile(
         False, (512, 1024), (1, 4), 480, 3, 480,

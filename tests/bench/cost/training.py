@@ -1,6 +1,7 @@
 """Samples per second of what a guidance network learns from, and of learning from them in one process and in two."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -38,13 +39,12 @@ def collecting(report: Report, world: World, side: int, steps: int = 20, levels:
 
 
 def fitting(report: Report, steps: int, reduced: bool) -> None:
-    """By the command line, as on a cluster: two trainings of different length, whose difference is free of what starting takes."""
+    """By the command line, as on a cluster."""
     shape = (4, 16, 16) if reduced else (16, 128, 128)
     with tempfile.TemporaryDirectory() as folder:
         collect(Path(folder, "data"), shape)
         for processes in (1, 2) if not GPU or torch.cuda.device_count() > 1 else (1,):
-            short, long = (trained(Path(folder), processes, count) for count in (steps, 3 * steps))
-            rate = 2 * steps * BATCH / (long - short)
+            rate = BATCH * trained(Path(folder), processes, steps)
             report.add("Training", {"what": "fitting", "of": f"latents {shape}", "pixels": "", "processes": processes, "samples per second": rate})
 
 
@@ -61,10 +61,15 @@ def sample(shape: tuple[int, ...]) -> Sample:
 
 
 def trained(folder: Path, processes: int, steps: int) -> float:
-    """Seconds."""
+    """Steps per second, from the first that is told of to the last."""
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     options = ["--steps", str(steps), "--batch", str(BATCH), "--size", "small", "--out", str(folder / "net.safetensors")]
     command = [sys.executable, *launch, "-m", "guidance", str(folder / "data"), *options]
-    start = time.monotonic()
-    subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True, env={"OMP_NUM_THREADS": "1", **os.environ})
-    return time.monotonic() - start
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ}
+    told = []
+    with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as process:
+        for line in process.stdout or ():
+            if step := re.match(r"step (\d+):", line):
+                told.append((int(step[1]), time.monotonic()))
+    (first, start), (last, end) = told[0], told[-1]
+    return (last - first) / (end - start)
