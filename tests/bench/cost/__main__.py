@@ -6,9 +6,9 @@
 Weights are random: time and memory do not depend on them. The models are ComfyUI's own classes, the rewards are in the published layouts.
 Ratios are of runs that took turns. Prints markdown tables; writes them to output/cost/cost_PROFILE.json, and curves beside it.
 
-A machine needs this checkout, ComfyUI's folder (COMFYUI_DIR), and of Python packages: torch, torchvision, numpy, safetensors, transformers,
-tokenizers, einops, Pillow, psutil, tqdm, open_clip_torch with ftfy and wcwidth, torchsde with trampoline and boltons, and what ComfyUI's
-comfy/sd.py imports (sentencepiece, av, comfy-kitchen, comfy-aimdo, and others: its requirements.txt).
+A machine needs this checkout, ComfyUI's folder (COMFYUI_DIR), and of Python packages torch, torchvision, numpy, safetensors, transformers,
+einops, scipy, Pillow, psutil, tqdm, aiohttp, yarl, PyYAML, torchsde, open_clip_torch, comfy-kitchen and comfy-aimdo with what these require.
+Without the rest of ComfyUI's requirements only the row of particles is missing.
 """
 
 import argparse
@@ -92,7 +92,7 @@ class Bench:
             measure()
         except comfy.model_management.OOM_EXCEPTION:
             self.report.leave_out(f"{what}, for lack of memory")
-        except GuidanceError as error:
+        except (GuidanceError, ModuleNotFoundError) as error:
             self.report.leave_out(f"{what}: {error}")
 
     def steps(self, name: str, batch: int, side: int, variants: list[Variant], table: str = TABLE) -> None:
@@ -109,6 +109,7 @@ class Bench:
         for name in profile.images.families:
             self.part(f"alternatives with {name}", lambda name=name: alternatives.rows(self.report, self.of(name), profile.images))
         self.part("growth", lambda: scaling.rows(self.report, self.of(profile.growth.family), profile.growth))
+        self.part("particles", lambda: scaling.crowds(self.report, self.of(profile.growth.family), profile.growth))
         self.part("collecting", lambda: training.collecting(self.report, self.of("SDXL"), side))
         self.part("fitting", lambda: training.fitting(self.report, profile.fit_steps, profile.reduced))
         self.steps("Wan 1.3B", small, profile.video, TARGETS)

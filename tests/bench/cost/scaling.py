@@ -7,7 +7,6 @@ import comfy.samplers
 import torch
 from harness.chart import draw_chart
 from reward_guidance.guidance.particles import Population
-from reward_guidance.nodes.particles import ParticleSampler
 from reward_guidance.nodes.runtime import RewardBeside
 
 from .clock import by_turns, seconds
@@ -41,7 +40,11 @@ def rows(report: Report, world: World, of: Sizes) -> None:
     grow(report, world, "pixels", of.sides, lambda side: stepwise(side, 1))
     grow(report, world, "smoothing k", of.smoothing, lambda k: stepwise(small, 1, k))
     grow(report, world, "steps of an image", of.steps, lambda steps: whole(world, small, steps))
-    grow(report, world, "particles of an image", of.particles, lambda particles: population(world, small, particles))
+
+
+def crowds(report: Report, world: World, of: Sizes) -> None:
+    """The same for reward particles."""
+    grow(report, world, "particles of an image", of.particles, lambda particles: population(world, of.sides[0], particles))
 
 
 def grow(report: Report, world: World, along: str, places, at) -> None:
@@ -75,6 +78,8 @@ def fastest(turns: list[dict[str, float]]) -> tuple[float, float]:
 
 def population(world: World, side: int, particles: int, steps: int = 8) -> tuple[float, float]:
     """Seconds for so many samples, without and with a look at their rewards every fourth step."""
+    from reward_guidance.nodes.particles import ParticleSampler  # a node, for which ComfyUI wants more packages
+
     reward = world.reward("PickScore", "taesd")
 
     @torch.inference_mode()
