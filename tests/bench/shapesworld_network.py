@@ -43,12 +43,12 @@ class Collector:
     collection: Collection
 
     @staticmethod
-    def begin(world_: World, folder: Path) -> "Collector":
+    def begin(world_: World, folder: Path, levels: int = LEVELS) -> "Collector":
         pipeline, reward = world_.pipeline, world_.reward
         description = Description(
             base=base_of(pipeline.model),
             shape=(16, 8, 8),
-            levels=LEVELS,
+            levels=levels,
             prompts=tuple(world_.prompts),
             rewards=(reward.name,),
             reward_means=(float(reward.reference_mean),),
@@ -73,7 +73,7 @@ class Collector:
         clean = pipeline.latents(prompts, 0, self.world.cfg, self.world.steps, noise=start).half().float()
         scores = evaluate(self.world.reward, pipeline.pictures(clean), prompts)[:, None]
         sampling = pipeline.model.get_model_object("model_sampling")
-        shares = torch.stack([percents(seed, LEVELS) for seed in seeds])
+        shares = torch.stack([percents(seed, description.levels) for seed in seeds])
         sigmas = sampling.sigma((1 - shares) * (len(sampling.sigmas) - 1))
         return states(clean, scores, seeds, sigmas, Diffusion(), lambda x, sigma: pipeline.denoised(x, sigma, prompts, self.world.cfg))
 
@@ -82,10 +82,14 @@ def first(samples: Samples, count: int) -> Samples:
     return samples.rows(torch.arange(min(count, len(samples.clean))))
 
 
-def train(samples: Samples, objective: str, temperature: float, steps: int, size: str) -> Fitting:
+def prepared(samples: Samples, objective: str, temperature: float, steps: int, size: str) -> Fitting:
     """temperature: in units of the standardized reward, as the truth has it; plans count in spreads within a prompt."""
     _, health = label(samples.rewards(), samples.prompts, 1.0)
-    fitting = prepare(samples, plan_for(samples.description, objective, temperature=temperature / health.std, steps=steps), size)
+    return prepare(samples, plan_for(samples.description, objective, temperature=temperature / health.std, steps=steps), size)
+
+
+def train(samples: Samples, objective: str, temperature: float, steps: int, size: str) -> Fitting:
+    fitting = prepared(samples, objective, temperature, steps, size)
     for progress in fitting.training:
         if progress.check is not None:
             print(f"step {progress.step}: loss {progress.loss:.4f}, on held-out samples {progress.check:.4f}", file=sys.stderr, flush=True)
