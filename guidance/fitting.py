@@ -15,7 +15,7 @@ from .errors import GuidanceError
 from .files import Card
 from .network import FORMS, Architecture, GuidanceNetwork
 from .process import process_named
-from .samples import Collection, Description, Samples, StoredPairs
+from .samples import Collection, Description, FreshPairs, Samples, StoredPairs
 from .training import Batch, Health, Plan, Source, Task, Training, label
 
 WIDTHS = {"small": 24, "medium": 48, "large": 64}
@@ -159,7 +159,7 @@ def prepare(
         chosen = samples.rows(rows)
         if noise:
             return prior.NoisePairs(chosen.clean, weights[rows], chosen.text, chosen.prompts, device)
-        return StoredPairs(chosen, weights[rows], process, device, denoise)
+        return (FreshPairs if plan.fresh else StoredPairs)(chosen, weights[rows], process, device, denoise)
 
     in_spreads = reward and (lambda latents, batch: reward(latents, batch) / health.std)
     own, held_out = samples.split(HELD_OUT)

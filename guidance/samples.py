@@ -360,6 +360,23 @@ class StoredPairs:
         return Batch(clean, x, sigma, denoised, weights, samples.text[prompts].to(self.device), denoise, prompts)
 
 
+@dataclass(frozen=True)
+class FreshPairs(StoredPairs):
+    """Fresh noise for every batch, at any noise level of the collection. In place of D stands the clean latent, whose mean D is."""
+
+    def batch(self, size: int, key: tuple[int, ...], part: slice = slice(None)) -> Batch:
+        rng = generator(*key)
+        samples, levels = self.samples, self.samples.sigma.flatten()
+        rows = torch.randint(len(samples.clean), (size,), generator=rng)[part]
+        sigma = levels[torch.randint(len(levels), (size,), generator=rng)[part]]
+        drawn = torch.randn(size, *samples.clean.shape[1:], generator=rng)[part]
+        clean = samples.clean[rows].float()
+        x = self.process.add_noise(clean, drawn, column(sigma, clean))
+        prompts = samples.prompts[rows]
+        clean, x, sigma, weights = (value.to(self.device, torch.float32) for value in (clean, x, sigma, self.weights[rows]))
+        return Batch(clean, x, sigma, clean, weights, samples.text[prompts].to(self.device), prompts=prompts)
+
+
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write_whole(path, lambda partial: save_file(dict(tensors), partial))
 

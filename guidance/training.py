@@ -175,6 +175,8 @@ class Plan:
     """β in standard deviations of the reward within a prompt; labels have it in their weights."""
     answers: float = 1.0
     """How much a potential learns to answer as the model does, which needs no labels and teaches it what is in a picture."""
+    fresh: bool = False
+    """Whether a potential sees fresh noise in every batch, and clean latents in place of the model's D, instead of the collected states."""
     seed: int = 0
 
     def __post_init__(self):
@@ -182,6 +184,8 @@ class Plan:
             raise GuidanceError(f"Known objectives are {', '.join(OBJECTIVES)}; known forms {', '.join(FORMS)}.")
         if self.objective.startswith("potential") != (self.form == "potential"):
             raise GuidanceError(f"The objective {self.objective} does not train the form {self.form}.")
+        if self.fresh and self.objective != "potential":
+            raise GuidanceError(f"The objective {self.objective} needs the model's answers at the collected states: it cannot have fresh noise.")
         if min(self.steps, self.batch, self.check_every) < 1 or not 0 < self.learning_rate < math.inf:
             raise GuidanceError(
                 f"A training needs at least 1 step, a batch of at least 1 and a learning rate above 0, not {self.steps}, {self.batch} and "

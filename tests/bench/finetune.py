@@ -28,12 +28,15 @@ import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter
+from reward_guidance.guidance.network import Architecture
 from reward_guidance.guidance.process import Diffusion
 from reward_guidance.guidance.randomness import generator
 from reward_guidance.guidance.rewards import evaluate
-from reward_guidance.nodes.runtime import NetworkGuidance, differentiable_model, manage_network
-from reward_guidance.tests.bench.shapesworld import Bench, Pictures, World
-from reward_guidance.tests.bench.shapesworld_network import Collector, first, numbers, prepared
+from reward_guidance.guidance.samples import SHARD
+from reward_guidance.nodes.runtime import LoadedNetwork, NetworkGuidance, differentiable_model, manage_network
+from reward_guidance.tests.bench import passes
+from reward_guidance.tests.bench.shapesworld import SCORES, Bench, Pictures, World, energy_to_truth
+from reward_guidance.tests.bench.shapesworld_network import LEVELS, Collector, first, numbers, prepared
 from reward_guidance.tests.harness.environment import cache
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.shapesworld import world
@@ -50,8 +53,8 @@ class Tally(Counter):
     """Passes of pictures through modules, by the module's name, and CPU seconds under `seconds`."""
 
     @contextmanager
-    def counting(self, **modules: nn.Module) -> Iterator[None]:
-        hooks = [module.register_forward_hook(self.counter(name.rstrip("_"))) for name, module in modules.items()]
+    def counting(self, modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
+        hooks = [module.register_forward_hook(self.counter(name)) for name, module in modules]
         began = time.process_time()
         yield
         self["seconds"] += time.process_time() - began
@@ -78,8 +81,12 @@ class Tally(Counter):
         return sum(count * prices[name] for name, count in self.items() if name != "seconds")
 
 
-def parts(world_: World) -> dict[str, nn.Module]:
-    return {"model": world_.pipeline.model.model.diffusion_model, "decoder": world_.pipeline.decoder, "reward": world_.reward}
+def parts(world_: World) -> list[tuple[str, nn.Module]]:
+    return [("model", world_.pipeline.model.model.diffusion_model), ("decoder", world_.pipeline.decoder), ("reward", world_.reward)]
+
+
+def say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
 
 
 # --- judging
@@ -107,14 +114,15 @@ class Recipe:
 
     last: int = 1
     """Calls of the model with a graph, K of DRaFT-K; 0 is ReFL: one call, anywhere in the last half, whose D is judged."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     penalty: float = 0.0
     """Weight of ((D - D of the model as it was)/s)², s the posterior's standard deviation: the KL divergence of a step, by element."""
     rank: int = 8
     batch: int = 32
+    sampling_steps: int = 20
     steps: int = 120
     check_every: int = 10
-    patience: int = 4
+    patience: int = 3
     """Checks without a better held-out reward after which it stops."""
     seed: int = 0
 
@@ -127,12 +135,11 @@ class Recipe:
 
 
 RECIPES = {
-    "draft1": Recipe(),
-    "draft1-kl": Recipe(penalty=1.0),
-    "draft2": Recipe(last=2),
-    "draft4": Recipe(last=4),
-    "refl": Recipe(last=0),
-    "refl-kl": Recipe(last=0, penalty=1.0),
+    "DRaFT-1": Recipe(),
+    "DRaFT-2": Recipe(last=2),
+    "ReFL": Recipe(last=0),
+    "ReFL with penalty": Recipe(last=0, penalty=1.0),
+    "ReFL, 10 steps": Recipe(last=0, sampling_steps=10),
 }
 
 
@@ -144,6 +151,11 @@ class Check:
     spent: Tally
     reward: float
     heldout: float
+    weights: dict[str, Tensor]
+
+
+def best(checks: Sequence[Check]) -> Check:
+    return max(checks, key=lambda check: check.heldout)
 
 
 class Finetune:
@@ -159,35 +171,38 @@ class Finetune:
                 if isinstance(layer, nn.Linear) and "blocks" in name:
                     self.adapters.append(LoRAAdapter.create_train(layer.weight, recipe.rank, float(recipe.rank)))
                     self.model.add_weight_wrapper(f"diffusion_model.{name}.weight", self.adapters[-1])
-        for module in parts(world_).values():
+        for _, module in parts(world_):
             module.requires_grad_(False)
         self.trained = [parameter for parameter in self.adapters.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, recipe.learning_rate, weight_decay=0.0)
 
     def run(self, judge: Judge) -> list[Check]:
-        """Train until the held-out reward rises no more; leaves the model as it was at its best."""
-        checks = [Check(0, Tally(), *judge(self.model))]
-        best, kept = checks[0], copy.deepcopy(self.adapters.state_dict())
+        """Train until the held-out reward rises no more."""
+        checks = [self.check(0, judge)]
         for step in range(1, self.recipe.steps + 1):
             self.climb(step)
-            if step % self.recipe.check_every:
-                continue
-            checks.append(Check(step, Tally(self.tally), *judge(self.model)))
-            print(f"step {step}: reward {checks[-1].reward:.3f}, held out {checks[-1].heldout:.3f}, {self.tally['seconds']:.0f} s", file=sys.stderr, flush=True)
-            if checks[-1].heldout > best.heldout:
-                best, kept = checks[-1], copy.deepcopy(self.adapters.state_dict())
-            if step - best.step >= self.recipe.patience * self.recipe.check_every:
+            if step % self.recipe.check_every == 0:
+                checks.append(self.check(step, judge))
+                say(f"step {step}: reward {checks[-1].reward:.3f}, held out {checks[-1].heldout:.3f}, {self.tally['seconds']:.0f} s")
+            if step - best(checks).step >= self.recipe.patience * self.recipe.check_every:
                 break
-        self.adapters.load_state_dict(kept)
         return checks
+
+    def check(self, step: int, judge: Judge) -> Check:
+        return Check(step, Tally(self.tally), *judge(self.model), copy.deepcopy(self.adapters.state_dict()))
+
+    def at(self, check: Check) -> ModelPatcher:
+        """The model as it was there."""
+        self.adapters.load_state_dict(check.weights)
+        return self.model
 
     def climb(self, step: int) -> None:
         rng = generator(self.recipe.seed, step)
         order = torch.randperm(len(self.world.prompts), generator=rng)
         prompts = [self.world.prompts[i] for i in order.repeat(-(-self.recipe.batch // len(order)))[: self.recipe.batch]]
         noise = torch.randn(self.recipe.batch, *SHAPE, generator=rng)
-        with self.tally.counting(**parts(self.world)), differentiable_model(self.model.model):
-            latents, penalty = self.sample(prompts, noise, self.recipe.calls(self.world.steps, rng))
+        with self.tally.counting(parts(self.world)), differentiable_model(self.model.model):
+            latents, penalty = self.sample(prompts, noise, self.recipe.calls(self.recipe.sampling_steps, rng))
             pixels = self.world.pipeline.decode(latents).clamp(0, 1)
             reward = self.world.reward.standardize(evaluate(self.world.reward, pixels, prompts)).mean()
             (self.recipe.penalty * penalty - reward).backward()
@@ -214,7 +229,7 @@ class Finetune:
             return x.detach()
 
         sampling = self.model.get_model_object("model_sampling")
-        sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", self.world.steps)
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", self.recipe.sampling_steps)
         conditions = [normal(condition) for condition in self.world.pipeline.conditions(prompts)]
         comfy.sample.sample_custom(
             self.model, noise, self.world.cfg, comfy.samplers.KSAMPLER(sampler), sigmas, *conditions, torch.zeros_like(noise), disable_pbar=True
@@ -235,3 +250,170 @@ def normal(conditioning: list) -> list:
     """Of tensors that autograd may save."""
     [[context, extra]] = conditioning
     return [[context.clone(), {name: value.clone() for name, value in extra.items()}]]
+
+
+# --- the guidance network
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How to come by a guidance network."""
+
+    samples: int
+    steps: int = 600
+    levels: int = 8
+    sampling_steps: int = 20
+    size: str = "small"
+    temperature: float = 0.3
+    """In units of the standardized reward."""
+    fresh: bool = False
+
+    def collector(self, world_: World, work: Path) -> Collector:
+        sampled = copy.copy(world_)
+        sampled.steps = self.sampling_steps
+        standard = self.sampling_steps == world_.steps and self.levels == LEVELS
+        return Collector.begin(sampled, work / ("network" if standard else f"network_{self.sampling_steps}_{self.levels}"), self.levels)
+
+
+LESSONS = {
+    "500 samples": Lesson(500, 600),
+    "500 samples, cheap": Lesson(500, 300, levels=2, sampling_steps=10),
+    "2000 samples": Lesson(2000, 1500),
+}
+
+
+@dataclass(frozen=True)
+class Learned:
+    loaded: LoadedNetwork
+    sampling: Tally
+    """Samples of the model, and their noised states."""
+    labels: Tally
+    """Decoded and judged."""
+    training: Tally
+    architecture: Architecture
+
+
+def learn(world_: World, lesson: Lesson, work: Path) -> Learned:
+    collector = lesson.collector(world_, work)
+    collector.fill(lesson.samples)
+    sampling, labels = (tally.times(lesson.samples) for tally in cost_of_a_sample(collector))
+    fitting = prepared(first(collector.collection.load(), lesson.samples), "potential", lesson.temperature, lesson.steps, lesson.size, lesson.fresh)
+    training, tally = fitting.training, Tally()
+    with tally.counting([("network", training.network), ("network", training.average.module)]):
+        for progress in training:
+            if progress.check is not None:
+                say(f"step {progress.step}: loss {progress.loss:.4f}, on held-out samples {progress.check:.4f}")
+    return Learned(manage_network(fitting.network(), fitting.card()), sampling, labels, tally, training.architecture)
+
+
+def cost_of_a_sample(collector: Collector, shards: int = 2) -> tuple[Tally, Tally]:
+    """Of sampling one and asking the model at its noised states, and of judging it; measured, whatever has been collected before."""
+    whole, judging, world_ = Tally(), Tally(), collector.world
+    for _ in range(shards):
+        with whole.counting(parts(world_)):
+            collector.samples(range(SHARD))
+    prompts = [world_.prompts[collector.collection.description.prompt_of(number)] for number in range(SHARD)]
+    with judging.counting(parts(world_)), torch.no_grad():
+        evaluate(world_.reward, world_.pipeline.pictures(torch.zeros(SHARD, *SHAPE)), prompts)
+    whole, judging = whole.times(1 / SHARD / shards), judging.times(1 / SHARD)
+    return Tally({name: whole[name] - judging[name] for name in whole}), judging
+
+
+# --- the comparison
+
+
+class Comparison:
+    def __init__(self, bench: Bench, judge: Judge, work: Path, strengths: Sequence[float]):
+        self.bench, self.judge, self.world, self.work, self.strengths = bench, judge, bench.world, work, strengths
+        self.finetunes: dict[str, tuple[Finetune, list[Check]]] = {}
+        self.costs: list[list[str]] = []
+        self.prices = {"here": passes.shapesworld(self.world), **{name: passes.published(name) for name in passes.SIDES}}
+
+    def finetune(self, name: str, recipe: Recipe) -> None:
+        say(f"finetune {name}: {recipe}")
+        made = Finetune(self.world, recipe)
+        self.finetunes[name] = made, made.run(self.judge)
+        self.judged(f"{name}, at its best", made, best(self.finetunes[name][1]))
+
+    def judged(self, name: str, made: Finetune, check: Check) -> None:
+        self.pictures(f"{name}, step {check.step}", made.at(check), check.heldout)
+
+    def pictures(self, name: str, model: ModelPatcher, validated: float) -> None:
+        """A row of the pictures for the test."""
+        found = Pictures.of(self.world, self.world.sample(model, self.bench.per_prompt, TEST_SEED))
+        plain = self.bench.candidates[TEST_SEED]
+        gained = [float((getattr(found, what) - getattr(plain, what)).mean()) for what in ("reward", "heldout")]
+        energy = energy_to_truth(found, self.bench.pool, self.bench.temperature)
+        values = [validated, *(float(getattr(found, what).mean()) for what in SCORES), gained[0] - gained[1], energy, found.diversity]
+        print(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |", flush=True)
+
+    def cheapest(self, heldout: float) -> tuple[str, Check] | None:
+        """The finetune that came to this held-out reward by the fewest FLOPs."""
+        reached = [(name, check) for name, (_, checks) in self.finetunes.items() for check in checks if check.heldout >= heldout]
+        return min(reached, key=lambda each: each[1].spent.flops(self.prices["here"]), default=None)
+
+    def network(self, name: str, lesson: Lesson) -> None:
+        say(f"network {name}: {lesson}")
+        learned = learn(self.world, lesson, self.work)
+        attach = lambda strength: NetworkGuidance(learned.loaded, strength).attach(self.world.pipeline.model)  # noqa: E731
+        judged = {strength: self.judge(attach(strength))[1] for strength in self.strengths}
+        say(f"held out by strength: {judged}")
+        strength = max(judged, key=lambda strength: judged[strength])
+        self.pictures(f"network, {name}, strength {strength:g}", attach(strength), judged[strength])
+        if (found := self.cheapest(judged[strength])) is None:
+            self.costs.append([f"network, {name}: no finetune came to its {judged[strength]:.3f}"])
+            return
+        recipe, check = found
+        self.judged(f"{recipe}, as good as that", self.finetunes[recipe][0], check)
+        self.cost(f"{recipe} to {judged[strength]:.3f}, step {check.step}", check.spent, check.spent, learned)
+        fit = learned.labels.plus(learned.training)
+        self.cost(f"network, {name}", learned.sampling.plus(fit), check.spent, learned)
+        self.cost("its samples alone", learned.sampling, check.spent, learned)
+        self.cost("another reward, the same samples", fit, check.spent, learned)
+        self.cost("another temperature", learned.training, check.spent, learned)
+
+    def cost(self, name: str, tally: Tally, against: Tally, learned: Learned) -> None:
+        text = self.world.pipeline.conditions([""])[0][0]
+        own = passes.network(learned.architecture, SHAPE, text[0].shape[1])
+        prices = {where: found | own if where == "here" else found for where, found in self.prices.items()}
+        counts = [f"{tally[what]:.0f}" for what in COUNTED]
+        shares = [f"{tally.flops(each) / against.flops(each):.0%}" for each in prices.values()]
+        self.costs.append([name, *counts, f"{tally.flops(prices['here']) / 1e12:.2f}", f"{tally['seconds']:.0f}", *shares])
+
+    def table(self) -> None:
+        columns = ["way", *COUNTED, "TFLOPs", "CPU s", *(f"of the finetune's FLOPs, {name}" for name in self.prices)]
+        print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+        for row in self.costs:
+            print(f"| {' | '.join(row)} |", flush=True)
+
+
+COUNTED = [f"{what}{way}" for what in ("model", "decoder", "reward", "network") for way in ("", " backward")]
+HEADER = "| way | held-out, validation | reward | held-out | oracle | reward's gain less held-out's | energy | diversity |\n|---|---|---|---|---|---|---|---|"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
+    parser.add_argument("--recipes", type=lambda text: text.split(","), default=list(RECIPES))
+    parser.add_argument("--networks", type=lambda text: text.split(","), default=list(LESSONS))
+    parser.add_argument("--strengths", type=numbers, default=[3.0, 4.0, 6.0])
+    parser.add_argument("--per-prompt", type=int, default=8)
+    parser.add_argument("--pool", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.1, help="of the truth, in units of the standardized reward")
+    parser.add_argument("--work", type=Path, default=None, help="where collections are kept; the cache if left out")
+    chosen = parser.parse_args()
+    world_ = World(chosen.models or shapesworld(), cfg=1.0, steps=20, prompts=world.PROMPTS, kind="diffusion")
+    bench = Bench(world_, chosen.per_prompt, chosen.pool, chosen.temperature, candidates=1)
+    judge = Judge(world_, chosen.per_prompt)
+    comparison = Comparison(bench, judge, chosen.work or cache() / "bench", chosen.strengths)
+    print(HEADER)
+    comparison.pictures("unguided", world_.pipeline.model, judge(world_.pipeline.model)[1])
+    for name in chosen.recipes:
+        comparison.finetune(name, RECIPES[name])
+    for name in chosen.networks:
+        comparison.network(name, LESSONS[name])
+    comparison.table()
+
+
+if __name__ == "__main__":
+    main()

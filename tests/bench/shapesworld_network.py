@@ -82,10 +82,11 @@ def first(samples: Samples, count: int) -> Samples:
     return samples.rows(torch.arange(min(count, len(samples.clean))))
 
 
-def prepared(samples: Samples, objective: str, temperature: float, steps: int, size: str) -> Fitting:
+def prepared(samples: Samples, objective: str, temperature: float, steps: int, size: str, fresh: bool = False) -> Fitting:
     """temperature: in units of the standardized reward, as the truth has it; plans count in spreads within a prompt."""
     _, health = label(samples.rewards(), samples.prompts, 1.0)
-    return prepare(samples, plan_for(samples.description, objective, temperature=temperature / health.std, steps=steps), size)
+    plan = plan_for(samples.description, objective, temperature=temperature / health.std, steps=steps, fresh=fresh)
+    return prepare(samples, plan, size)
 
 
 def train(samples: Samples, objective: str, temperature: float, steps: int, size: str) -> Fitting:

@@ -13,10 +13,10 @@ from reward_guidance.guidance import samples
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.files import Base
 from reward_guidance.guidance.fitting import overview
-from reward_guidance.guidance.network import Architecture, Text
+from reward_guidance.guidance.network import Architecture, Text, column
 from reward_guidance.guidance.process import Flow
 from reward_guidance.guidance.rewards import CombinedReward, Reward
-from reward_guidance.guidance.samples import SHARD, Collection, Description, Sample, StoredPairs, change
+from reward_guidance.guidance.samples import SHARD, Collection, Description, FreshPairs, Sample, StoredPairs, change
 from reward_guidance.guidance.training import Plan, Task, Training, fit, label
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -212,6 +212,16 @@ def test_stored_states_are_noised_as_they_were_when_collected(tmp_path):
         assert torch.equal(batch.text.tokens[i], loaded.text.tokens[row % 3].float())
 
 
+def test_fresh_noise_is_new_in_every_batch_at_levels_of_the_collection(tmp_path):
+    loaded = collect(tmp_path, 6).load()
+    pairs = FreshPairs(loaded, torch.ones(6), Flow())
+    first, second = (pairs.batch(16, (3, step)) for step in range(2))
+    drawn = [(batch.x - (1 - column(batch.sigma, batch.x)) * batch.clean) / column(batch.sigma, batch.x) for batch in (first, second)]
+    assert torch.cdist(drawn[0].flatten(1), drawn[1].flatten(1)).min() > 10
+    assert set(first.sigma.tolist()) <= set(loaded.sigma.flatten().tolist())
+    assert torch.equal(first.denoised, first.clean)
+
+
 def test_states_are_noised_from_the_precision_they_are_stored_in(tmp_path):
     """What the model was asked about is what training shows the network."""
     asked, scores, seeds = [], torch.randn(6, 2), [DESCRIPTION.seed_of(i) for i in range(6)]
@@ -256,8 +266,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     assert float(done.stdout) < 24
 
 
-def test_parts_of_a_batch_make_the_batch(tmp_path):
-    pairs = StoredPairs(collect(tmp_path, 6).load(), torch.ones(6), Flow())
+@pytest.mark.parametrize("kind", [StoredPairs, FreshPairs])
+def test_parts_of_a_batch_make_the_batch(tmp_path, kind):
+    pairs = kind(collect(tmp_path, 6).load(), torch.ones(6), Flow())
     whole, parts = pairs.batch(8, (1,)), [pairs.batch(8, (1,), slice(rank, None, 2)) for rank in range(2)]
     assert torch.equal(whole.x[0::2], parts[0].x) and torch.equal(whole.x[1::2], parts[1].x)
 

@@ -1,0 +1,102 @@
+"""FLOPs of one pass of a picture through each part of a training, forward and backward: of ShapesWorld, and of published sizes.
+
+Models of published sizes live on the meta device, which computes shapes and nothing else.
+"""
+
+from collections.abc import Callable, Sequence
+
+import comfy.sd
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from comfy.ldm.modules.diffusionmodules.model import AttnBlock, pytorch_attention
+from reward_guidance.guidance.fitting import WIDTHS
+from reward_guidance.guidance.network import Architecture, GuidanceNetwork, Text
+from reward_guidance.tests.bench.cost import sizes
+from reward_guidance.tests.bench.shapesworld import World
+from reward_guidance.tests.standins.shapesworld import text
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+ROWS = 4
+PICKSCORE = CLIPVisionConfig(
+    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, image_size=224, patch_size=14, projection_dim=1024
+)
+SIDES = {"SD1.5": 512, "SDXL": 1024}
+
+Prices = dict[str, float]
+
+
+def flops(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
+
+
+def price(name: str, call: Callable[[Tensor], Tensor], into: Tensor) -> Prices:
+    """A pass of one row, and its way back to what went in and to all weights that want a gradient."""
+    with torch.no_grad():
+        forward = flops(lambda: call(into))
+    both = flops(lambda: call(into.clone().requires_grad_()).sum().backward())
+    return {name: forward / len(into), f"{name} backward": (both - forward) / len(into)}
+
+
+def network(architecture: Architecture, shape: Sequence[int], tokens: int) -> Prices:
+    """Of a training step, and of what a sampling step takes."""
+    with torch.device("meta"):
+        made = GuidanceNetwork(architecture.fitted(shape))
+        latents, angle = torch.empty(ROWS, *shape), torch.empty(ROWS)
+        words = Text(torch.empty(ROWS, tokens, architecture.tokens), torch.empty(ROWS, architecture.pooled))
+
+    def learn(x: Tensor) -> Tensor:
+        value, answer = made((x,), angle, words, answers=True)
+        return value.sum() + answer.sum()
+
+    prices = price("network", learn, latents)
+    made.requires_grad_(False)
+    return prices | {"guided step": sum(price("", lambda x: made((x,), angle, words), latents).values())}
+
+
+def shapesworld(world: World) -> Prices:
+    pipeline, prompts = world.pipeline, world.prompts[:ROWS]
+    [[context, extra]] = pipeline.conditions(prompts)[0]
+    context, pooled = context.clone(), extra["pooled_output"].clone()
+    options = {"optimized_attention_override": text.weighted_attention}
+    unet = pipeline.model.model.diffusion_model
+    latents, pixels = torch.randn(ROWS, 16, 8, 8), torch.rand(ROWS, 3, 64, 64)
+    return {
+        **price("model", lambda x: unet(x, torch.ones(ROWS), context=context, y=pooled, transformer_options=options), latents),
+        **price("decoder", pipeline.decode, latents),
+        **price("reward", lambda x: world.reward(x, prompts), pixels),
+    }
+
+
+def decoder(family: sizes.Family) -> nn.Module:
+    """With an attention that does not ask how much memory is free."""
+    made = comfy.sd.VAE(sd={key: torch.zeros(shape) for key, shape in family.vae(False).items()}).first_stage_model
+    for layer in made.modules():
+        if isinstance(layer, AttnBlock):
+            layer.optimized_attention = pytorch_attention
+    return made.float().requires_grad_(False)
+
+
+def published(name: str, size: str = "small") -> Prices:
+    """PickScore without its tower of texts, which sees each prompt once."""
+    family, side = sizes.FAMILIES[name], SIDES[name]
+    meta = torch.device("meta")
+    unet = sizes.base_model(family, False, meta).diffusion_model.requires_grad_(False)
+    vae = decoder(family).to(meta)
+    with meta:
+        judge = CLIPVisionModelWithProjection(PICKSCORE).requires_grad_(False)
+        latents, pixels = torch.empty(family.shape(side, ROWS)), torch.empty(ROWS, 3, 224, 224)
+        times, context = torch.empty(ROWS), torch.empty(ROWS, *family.tokens)
+        extra = {"y": torch.empty(ROWS, family.unet["adm_in_channels"])} if family.unet["adm_in_channels"] else {}
+    options = {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
+    architecture = Architecture(family.channels, 1, tokens=family.tokens[1], pooled=family.pooled, width=WIDTHS[size], scalar=True)
+    return {
+        **price("model", lambda x: unet(x, times, context=context, transformer_options=options, **extra), latents),
+        **price("decoder", vae.decode, latents),
+        **price("reward", lambda x: judge(x).image_embeds, pixels),
+        **network(architecture, latents.shape[1:], family.tokens[0]),
+    }
