@@ -5,7 +5,7 @@ climbs the reward (DRaFT, arXiv 2309.17400; ReFL, arXiv 2304.05977); it stops at
 Passes are counted by hooks, one for each picture that goes through; FLOPs are those of one pass, measured, times the count. Seconds are of
 one CPU core. Prints markdown tables.
 
-usage: python tests/bench/finetune.py [MODELS_DIR] [--recipes draft1,draft1-kl,draft2,refl] [--networks 500,2000] [--work DIR]
+usage: python tests/bench/finetune.py [MODELS_DIR] [--recipes refl,refl-10] [--networks 500-lean,500] [--work DIR]
 """
 
 import argparse
@@ -135,11 +135,13 @@ class Recipe:
 
 
 RECIPES = {
-    "DRaFT-1": Recipe(),
-    "DRaFT-2": Recipe(last=2),
-    "ReFL": Recipe(last=0),
-    "ReFL with penalty": Recipe(last=0, penalty=1.0),
-    "ReFL, 10 steps": Recipe(last=0, sampling_steps=10),
+    "refl": Recipe(last=0, steps=90),
+    "refl-10": Recipe(last=0, sampling_steps=10, steps=60),
+    "refl-fast": Recipe(last=0, learning_rate=1e-2, steps=30),
+    "refl-slow": Recipe(last=0, learning_rate=1e-3),
+    "refl-kl": Recipe(last=0, penalty=1.0),
+    "draft-1": Recipe(),
+    "draft-2": Recipe(last=2),
 }
 
 
@@ -156,6 +158,14 @@ class Check:
 
 def best(checks: Sequence[Check]) -> Check:
     return max(checks, key=lambda check: check.heldout)
+
+
+def reached(checks: Sequence[Check], heldout: float) -> tuple[Check, Tally]:
+    """The first check at or above a held-out reward, and what had been spent, on the line from the check before, when it was reached."""
+    i = next(i for i, check in enumerate(checks) if check.heldout >= heldout)
+    after, before = checks[i], checks[max(i - 1, 0)]
+    share = (heldout - before.heldout) / (after.heldout - before.heldout) if i else 1.0
+    return after, before.spent.times(1 - share).plus(after.spent.times(share))
 
 
 class Finetune:
@@ -267,6 +277,7 @@ class Lesson:
     temperature: float = 0.3
     """In units of the standardized reward."""
     fresh: bool = False
+    """Whether the noise is new in every batch: one noised state of a sample is then enough, for its level."""
 
     def collector(self, world_: World, work: Path) -> Collector:
         sampled = copy.copy(world_)
@@ -276,9 +287,10 @@ class Lesson:
 
 
 LESSONS = {
-    "500 samples": Lesson(500, 600),
-    "500 samples, cheap": Lesson(500, 300, levels=2, sampling_steps=10),
-    "2000 samples": Lesson(2000, 1500),
+    "500-lean": Lesson(500, levels=1, sampling_steps=10, fresh=True),
+    "500": Lesson(500),
+    "500-fresh": Lesson(500, levels=1, fresh=True),
+    "2000-lean": Lesson(2000, 1000, levels=1, sampling_steps=10, fresh=True),
 }
 
 
@@ -326,7 +338,6 @@ class Comparison:
     def __init__(self, bench: Bench, judge: Judge, work: Path, strengths: Sequence[float]):
         self.bench, self.judge, self.world, self.work, self.strengths = bench, judge, bench.world, work, strengths
         self.finetunes: dict[str, tuple[Finetune, list[Check]]] = {}
-        self.costs: list[list[str]] = []
         self.prices = {"here": passes.shapesworld(self.world), **{name: passes.published(name) for name in passes.SIDES}}
 
     def finetune(self, name: str, recipe: Recipe) -> None:
@@ -347,10 +358,10 @@ class Comparison:
         values = [validated, *(float(getattr(found, what).mean()) for what in SCORES), gained[0] - gained[1], energy, found.diversity]
         print(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |", flush=True)
 
-    def cheapest(self, heldout: float) -> tuple[str, Check] | None:
-        """The finetune that came to this held-out reward by the fewest FLOPs."""
-        reached = [(name, check) for name, (_, checks) in self.finetunes.items() for check in checks if check.heldout >= heldout]
-        return min(reached, key=lambda each: each[1].spent.flops(self.prices["here"]), default=None)
+    def reaching(self, heldout: float) -> dict[str, tuple[Check, Tally]]:
+        """The finetunes that came to this held-out reward, where, and what they had spent by then; the fewest FLOPs first."""
+        found = {name: reached(checks, heldout) for name, (_, checks) in self.finetunes.items() if checks[0].heldout < heldout <= best(checks).heldout}
+        return dict(sorted(found.items(), key=lambda each: each[1][1].flops(self.prices["here"])))
 
     def network(self, name: str, lesson: Lesson) -> None:
         say(f"network {name}: {lesson}")
@@ -360,17 +371,21 @@ class Comparison:
         say(f"held out by strength: {judged}")
         strength = max(judged, key=lambda strength: judged[strength])
         self.pictures(f"network, {name}, strength {strength:g}", attach(strength), judged[strength])
-        if (found := self.cheapest(judged[strength])) is None:
-            self.costs.append([f"network, {name}: no finetune came to its {judged[strength]:.3f}"])
+        finetunes = self.reaching(judged[strength])
+        if not finetunes:
+            print(f"\nNo finetune comes from less to {judged[strength]:.3f}.\n\n{HEADER}")
             return
-        recipe, check = found
-        self.judged(f"{recipe}, as good as that", self.finetunes[recipe][0], check)
-        self.cost(f"{recipe} to {judged[strength]:.3f}, step {check.step}", check.spent, check.spent, learned)
+        cheapest, (check, against) = next(iter(finetunes.items()))
+        self.judged(f"{cheapest}, as good as that", self.finetunes[cheapest][0], check)
+        columns = ["way", *COUNTED, "TFLOPs", "CPU s", *(f"of {cheapest}'s FLOPs, {where}" for where in self.prices)]
+        print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+        for finetune, (_, spent) in finetunes.items():
+            self.cost(f"{finetune}, to {judged[strength]:.3f}", spent, against, learned)
         fit = learned.labels.plus(learned.training)
-        self.cost(f"network, {name}", learned.sampling.plus(fit), check.spent, learned)
-        self.cost("its samples alone", learned.sampling, check.spent, learned)
-        self.cost("another reward, the same samples", fit, check.spent, learned)
-        self.cost("another temperature", learned.training, check.spent, learned)
+        self.cost(f"network, {name}", learned.sampling.plus(fit), against, learned)
+        self.cost("another reward, the same samples", fit, against, learned)
+        self.cost("another temperature, the same labels", learned.training, against, learned)
+        print(f"\n{HEADER}")
 
     def cost(self, name: str, tally: Tally, against: Tally, learned: Learned) -> None:
         text = self.world.pipeline.conditions([""])[0][0]
@@ -378,13 +393,8 @@ class Comparison:
         prices = {where: found | own if where == "here" else found for where, found in self.prices.items()}
         counts = [f"{tally[what]:.0f}" for what in COUNTED]
         shares = [f"{tally.flops(each) / against.flops(each):.0%}" for each in prices.values()]
-        self.costs.append([name, *counts, f"{tally.flops(prices['here']) / 1e12:.2f}", f"{tally['seconds']:.0f}", *shares])
-
-    def table(self) -> None:
-        columns = ["way", *COUNTED, "TFLOPs", "CPU s", *(f"of the finetune's FLOPs, {name}" for name in self.prices)]
-        print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-        for row in self.costs:
-            print(f"| {' | '.join(row)} |", flush=True)
+        cells = [name, *counts, f"{tally.flops(prices['here']) / 1e12:.2f}", f"{tally['seconds']:.0f}", *shares]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 COUNTED = [f"{what}{way}" for what in ("model", "decoder", "reward", "network") for way in ("", " backward")]
@@ -412,7 +422,6 @@ def main() -> None:
         comparison.finetune(name, RECIPES[name])
     for name in chosen.networks:
         comparison.network(name, LESSONS[name])
-    comparison.table()
 
 
 if __name__ == "__main__":
