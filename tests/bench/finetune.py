@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -360,7 +360,8 @@ class Comparison:
 
     def reaching(self, heldout: float) -> dict[str, tuple[Check, Tally]]:
         """The finetunes that came to this held-out reward, where, and what they had spent by then; the fewest FLOPs first."""
-        found = {name: reached(checks, heldout) for name, (_, checks) in self.finetunes.items() if checks[0].heldout < heldout <= best(checks).heldout}
+        through = {name: checks for name, (_, checks) in self.finetunes.items() if checks[0].heldout < heldout <= best(checks).heldout}
+        found = {name: reached(checks, heldout) for name, checks in through.items()}
         return dict(sorted(found.items(), key=lambda each: each[1][1].flops(self.prices["here"])))
 
     def network(self, name: str, lesson: Lesson) -> None:
@@ -398,17 +399,18 @@ class Comparison:
 
 
 COUNTED = [f"{what}{way}" for what in ("model", "decoder", "reward", "network") for way in ("", " backward")]
-HEADER = "| way | held-out, validation | reward | held-out | oracle | reward's gain less held-out's | energy | diversity |\n|---|---|---|---|---|---|---|---|"
+COLUMNS = "way", "held-out, validation", "reward", "held-out", "oracle", "reward's gain less held-out's", "energy", "diversity"
+HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
-    parser.add_argument("--recipes", type=lambda text: text.split(","), default=list(RECIPES))
-    parser.add_argument("--networks", type=lambda text: text.split(","), default=list(LESSONS))
-    parser.add_argument("--strengths", type=numbers, default=[3.0, 4.0, 6.0])
+    parser.add_argument("--recipes", type=lambda text: text.split(","), default=["refl", "refl-10"], help=", ".join(RECIPES))
+    parser.add_argument("--networks", type=lambda text: text.split(","), default=["500-lean", "500"], help=", ".join(LESSONS))
+    parser.add_argument("--strengths", type=numbers, default=[4.0, 6.0])
     parser.add_argument("--per-prompt", type=int, default=8)
-    parser.add_argument("--pool", type=int, default=128)
+    parser.add_argument("--pool", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.1, help="of the truth, in units of the standardized reward")
     parser.add_argument("--work", type=Path, default=None, help="where collections are kept; the cache if left out")
     chosen = parser.parse_args()

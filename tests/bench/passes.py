@@ -1,9 +1,16 @@
 """FLOPs of one pass of a picture through each part of a training, forward and backward: of ShapesWorld, and of published sizes.
 
-Models of published sizes live on the meta device, which computes shapes and nothing else.
+Models of published sizes live on the meta device, which computes shapes and nothing else. Prints a markdown table.
 """
 
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness.inprocess import load_comfyui
+
+load_comfyui()
 
 import comfy.sd
 import torch
@@ -13,6 +20,7 @@ from reward_guidance.guidance.fitting import WIDTHS
 from reward_guidance.guidance.network import Architecture, GuidanceNetwork, Text
 from reward_guidance.tests.bench.cost import sizes
 from reward_guidance.tests.bench.shapesworld import World
+from reward_guidance.tests.harness.models import shapesworld as models
 from reward_guidance.tests.standins.shapesworld import text
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -100,3 +108,14 @@ def published(name: str, size: str = "small") -> Prices:
         **price("reward", lambda x: judge(x).image_embeds, pixels),
         **network(architecture, latents.shape[1:], family.tokens[0]),
     }
+
+
+def main() -> None:
+    found = {"ShapesWorld": shapesworld(World(models(), cfg=1.0, steps=20, kind="diffusion")), **{name: published(name) for name in SIDES}}
+    print(f"| GFLOPs | {' | '.join(found)} |\n|---{'|---' * len(found)}|")
+    for name in found["SDXL"]:
+        print(f"| {name} | {' | '.join(f'{prices[name] / 1e9:.3g}' if name in prices else '' for prices in found.values())} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.files import Base, load_network
 from reward_guidance.guidance.fitting import WIDTHS, overview, plan_for, prepare, weights_from
 from reward_guidance.guidance.network import Architecture, GuidanceNetwork, Text
-from reward_guidance.guidance.samples import SHARD, Collection, Description, Sample
+from reward_guidance.guidance.samples import SHARD, Collection, Description, Rows, Sample
 from reward_guidance.guidance.training import Plan, fit, label
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -155,6 +155,19 @@ def test_a_pause_keeps_what_was_reached_since_the_last_look(tmp_path, folder):
     assert "stopped at step 7 of 10" in fitting.report()
     again = prepare(Collection.open(folder).load(), quick(check_every=200), "small", checkpoints=tmp_path)
     assert again.training.step == 7
+
+
+def test_with_fresh_noise_the_models_answers_do_not_matter(folder):
+    samples = Collection.open(folder).load()
+    others = dataclasses.replace(samples, denoised=Rows.of([torch.ones(COUNT, *samples.denoised.shape[1:])]))
+    values = [fit(prepare(each, quick(fresh=True), "small").training).state_dict() for each in (samples, others)]
+    assert any(value.any() for name, value in values[0].items() if name.startswith("value.last"))
+    assert all(torch.equal(one, other) for one, other in zip(*(state.values() for state in values), strict=True))
+
+
+def test_fresh_noise_is_for_potentials():
+    with pytest.raises(GuidanceError, match="weighted needs the model's answers"):
+        quick(objective="weighted", fresh=True)
 
 
 def test_the_form_that_asks_the_model_needs_it(folder):
