@@ -1,4 +1,4 @@
-"""Guidance networks on ShapesWorld's diffusion model: what N labelled samples are worth, at the model calls of unguided sampling.
+"""Guidance networks on ShapesWorld: what N labelled samples are worth, at the model calls of unguided sampling.
 
 Collects samples of the benchmark's prompts with the guide reward, trains a network on the first N of them, and samples with it; the
 references are those of shapesworld.py. The networks are trained at a higher temperature than the truth has, where more samples count, and
@@ -21,16 +21,16 @@ load_comfyui()
 
 import torch
 from reward_guidance.guidance.estimators import Settings
+from reward_guidance.guidance.files import save_network
 from reward_guidance.guidance.fitting import Fitting, plan_for, prepare
-from reward_guidance.guidance.process import Diffusion
 from reward_guidance.guidance.rewards import evaluate
 from reward_guidance.guidance.samples import Collection, Description, Sample, Samples, Texts, noise, percents, states
 from reward_guidance.guidance.training import label
-from reward_guidance.nodes.runtime import NetworkGuidance, RewardGuidance, base_of, manage_network, text_of_conditioning
+from reward_guidance.nodes.runtime import NetworkGuidance, RewardGuidance, base_of, manage_network, process_of, text_of_conditioning
 from reward_guidance.tests.bench.shapesworld import BatchReward, Bench, World
 from reward_guidance.tests.harness.environment import cache
 from reward_guidance.tests.harness.models import shapesworld
-from reward_guidance.tests.standins.shapesworld import expand, world
+from reward_guidance.tests.standins.shapesworld import expand
 
 LEVELS, FIRST_SEED = 8, 1_000_000
 
@@ -74,8 +74,8 @@ class Collector:
         scores = evaluate(self.world.reward, pipeline.pictures(clean), prompts)[:, None]
         sampling = pipeline.model.get_model_object("model_sampling")
         shares = torch.stack([percents(seed, description.levels) for seed in seeds])
-        sigmas = sampling.sigma((1 - shares) * (len(sampling.sigmas) - 1))
-        return states(clean, scores, seeds, sigmas, Diffusion(), lambda x, sigma: pipeline.denoised(x, sigma, prompts, self.world.cfg))
+        sigmas = torch.tensor([[float(sampling.percent_to_sigma(share)) for share in row] for row in shares.tolist()])
+        return states(clean, scores, seeds, sigmas, process_of(sampling), lambda x, sigma: pipeline.denoised(x, sigma, prompts, self.world.cfg))
 
 
 def first(samples: Samples, count: int) -> Samples:
@@ -89,8 +89,8 @@ def prepared(samples: Samples, objective: str, temperature: float, steps: int, s
     return prepare(samples, plan, size)
 
 
-def train(samples: Samples, objective: str, temperature: float, steps: int, size: str) -> Fitting:
-    fitting = prepared(samples, objective, temperature, steps, size)
+def train(samples: Samples, objective: str, chosen: argparse.Namespace) -> Fitting:
+    fitting = prepared(samples, objective, chosen.training_temperature, chosen.training_steps, chosen.size, chosen.fresh)
     for progress in fitting.training:
         if progress.check is not None:
             print(f"step {progress.step}: loss {progress.loss:.4f}, on held-out samples {progress.check:.4f}", file=sys.stderr, flush=True)
@@ -101,8 +101,10 @@ def compare(bench: Bench, collector: Collector, count: int, objective: str, chos
     """One network, followed at every strength."""
     collector.fill(count)
     began = time.perf_counter()
-    fitting = train(first(collector.collection.load(), count), objective, chosen.training_temperature, chosen.steps, chosen.size)
+    fitting = train(first(collector.collection.load(), count), objective, chosen)
     print(f"{fitting.report()}\ntrained in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    if chosen.save:
+        save_network(chosen.save / f"{objective}-{count}.safetensors", fitting.network(), fitting.card())
     loaded, plain = manage_network(fitting.network(), fitting.card()), bench.world.pipeline.model
     for strength in chosen.strengths:
         bench.sampled(f"`{objective}`, {count} samples, strength {strength:g}", NetworkGuidance(loaded, strength).attach(plain))
@@ -127,17 +129,22 @@ def main() -> None:
     parser.add_argument("--strengths", type=numbers, default=[1.0, 4.0])
     parser.add_argument("--beside", type=numbers, default=[0.5], help="strengths of training-free guidance alone, and beside the strongest network")
     parser.add_argument("--objectives", type=lambda text: text.split(","), default=["potential"])
-    parser.add_argument("--steps", type=int, default=4000, help="of training")
+    parser.add_argument("--fresh", action="store_true", help="new noise in every batch")
+    parser.add_argument("--training-steps", type=int, default=2000)
     parser.add_argument("--size", default="small", help="of the network")
+    parser.add_argument("--kind", default="diffusion", choices=("diffusion", "flow"))
+    parser.add_argument("--sampler", default="euler")
+    parser.add_argument("--steps", type=int, default=20, help="of sampling")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--per-prompt", type=int, default=8)
     parser.add_argument("--pool", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.1, help="of the truth, in units of the standardized reward")
     parser.add_argument("--training-temperature", type=float, default=0.3, help="of the networks, in the same units")
     parser.add_argument("--work", type=Path, default=None, help="where collections are kept; the cache if left out")
+    parser.add_argument("--save", type=Path, default=None, help="a folder for the networks")
     chosen = parser.parse_args()
-    world_ = World(chosen.models or shapesworld(), cfg=1.0, steps=20, prompts=world.PROMPTS, kind="diffusion")
-    collector = Collector.begin(world_, (chosen.work or cache() / "bench") / "network")
+    world_ = World(chosen.models or shapesworld(), cfg=1.0, steps=chosen.steps, kind=chosen.kind, sampler=chosen.sampler)
+    collector = Collector.begin(world_, (chosen.work or cache() / "bench") / f"network-{chosen.kind}-{chosen.sampler}")
     bench = Bench(world_, chosen.per_prompt, chosen.pool, chosen.temperature, runs=chosen.runs)
     bench.references()
     for strength in chosen.beside:
