@@ -110,9 +110,17 @@ def tuning_inputs() -> list[io.Input]:
             **rare,
         ),
         *interval_inputs("guidance", "0.6 to 1"),
-        io.Int.Input("smoothing", default=0, min=0, max=64, tooltip="Points around the estimate whose gradients are averaged; 0 to 8.", **rare),
+        io.Int.Input(
+            "smoothing",
+            default=0,
+            min=0,
+            max=64,
+            tooltip="Points around the estimate whose gradients are averaged; each costs a look at the reward. With 4 of them, strength may be 2. "
+            "0 to 8.",
+            **rare,
+        ),
         io.Float.Input(
-            "radius", default=0.3, min=0.0, max=2.0, step=0.05, tooltip="Their distance, in posterior standard deviations. 0.1 to 1.", **rare
+            "radius", default=1.0, min=0.0, max=2.0, step=0.05, tooltip="Their distance, in posterior standard deviations. 0.3 to 1.", **rare
         ),
         io.Float.Input(
             "momentum", default=0.5, min=0.0, max=0.95, step=0.05, tooltip="Share of the previous gradient that is kept. 0 to 0.7.", **rare

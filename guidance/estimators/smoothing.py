@@ -18,7 +18,7 @@ class Smoothing:
     """
 
     samples: int = 0
-    radius: float = 0.3
+    radius: float = 1.0
     grid: int = 4
 
     def __post_init__(self):
