@@ -1,6 +1,7 @@
-"""FLOPs of one pass of a picture through each part of a training, forward and backward: of ShapesWorld, and of published sizes.
+"""FLOPs of one pass of a picture through each part, forward and backward, of ShapesWorld and of published sizes; and what they make of a step.
 
-Models of published sizes live on the meta device, which computes shapes and nothing else. Prints a markdown table.
+The floor of a guided step is that of the plain one, and a pass through the decoder and the reward and back: what no implementation can do
+without. Models of published sizes live on the meta device, which computes shapes and nothing else. Prints markdown tables.
 """
 
 import sys
@@ -13,11 +14,13 @@ from harness.inprocess import load_comfyui
 load_comfyui()
 
 import comfy.sd
+import comfy.supported_models
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.ldm.modules.diffusionmodules.model import AttnBlock, pytorch_attention
 from reward_guidance.guidance.fitting import WIDTHS
 from reward_guidance.guidance.network import Architecture, GuidanceNetwork, Text
+from reward_guidance.nodes.decoders import TAESD
 from reward_guidance.tests.bench.cost import sizes
 from reward_guidance.tests.bench.shapesworld import World
 from reward_guidance.tests.harness.models import shapesworld as models
@@ -31,7 +34,10 @@ ROWS = 4
 PICKSCORE = CLIPVisionConfig(
     hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, image_size=224, patch_size=14, projection_dim=1024
 )
-SIDES = {"SD1.5": 512, "SDXL": 1024}
+SIDES = {"SD1.5": 512, "SDXL": 1024, "SD3.5-medium": 1024, "Flux-dev": 1024}
+FINETUNED = "SD1.5", "SDXL"
+"""Models whose way back has a price too."""
+TINY = "decoder, taesd"
 
 Prices = dict[str, float]
 
@@ -44,10 +50,14 @@ def flops(run: Callable[[], object]) -> int:
 
 def price(name: str, call: Callable[[Tensor], Tensor], into: Tensor) -> Prices:
     """A pass of one row, and its way back to what went in and to all weights that want a gradient."""
-    with torch.no_grad():
-        forward = flops(lambda: call(into))
-    both = flops(lambda: call(into.clone().requires_grad_()).sum().backward())
-    return {name: forward / len(into), f"{name} backward": (both - forward) / len(into)}
+    there = forward(call, into)
+    both = flops(lambda: call(into.clone().requires_grad_()).sum().backward()) / len(into)
+    return {name: there, f"{name} backward": both - there}
+
+
+@torch.no_grad()
+def forward(call: Callable[[Tensor], Tensor], into: Tensor) -> float:
+    return flops(lambda: call(into)) / len(into)
 
 
 def network(architecture: Architecture, shape: Sequence[int], tokens: int) -> Prices:
@@ -89,32 +99,67 @@ def decoder(family: sizes.Family) -> nn.Module:
     return made.float().requires_grad_(False)
 
 
+def tiny_decoder(family: sizes.Family) -> TAESD:
+    made = sizes.decoder("taesd", family, False, getattr(comfy.supported_models, family.config).latent_format())
+    made.module.to("meta", torch.float32)
+    return made
+
+
+def told(family: sizes.Family) -> dict[str, Tensor]:
+    """What a model asks for beside latents, noise levels and tokens."""
+    pooled = family.unet.get("adm_in_channels") or family.pooled
+    guidance = {"guidance": torch.empty(ROWS)} if family.config == "Flux" else {}
+    return guidance | ({"y": torch.empty(ROWS, pooled)} if pooled else {})
+
+
 def published(name: str, size: str = "small") -> Prices:
     """PickScore without its tower of texts, which sees each prompt once."""
     family, side = sizes.FAMILIES[name], SIDES[name]
     meta = torch.device("meta")
     unet = sizes.base_model(family, False, meta).diffusion_model.requires_grad_(False)
-    vae = decoder(family).to(meta)
+    vae, tiny = decoder(family).to(meta), tiny_decoder(family)
     with meta:
         judge = CLIPVisionModelWithProjection(PICKSCORE).requires_grad_(False)
         latents, pixels = torch.empty(family.shape(side, ROWS)), torch.empty(ROWS, 3, 224, 224)
-        times, context = torch.empty(ROWS), torch.empty(ROWS, *family.tokens)
-        extra = {"y": torch.empty(ROWS, family.unet["adm_in_channels"])} if family.unet["adm_in_channels"] else {}
+        times, context, more = torch.empty(ROWS), torch.empty(ROWS, *family.tokens), told(family)
     options = {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
     architecture = Architecture(family.channels, 1, tokens=family.tokens[1], pooled=family.pooled, width=WIDTHS[size], scalar=True)
+    ask = lambda x: unet(x, times, context=context, transformer_options=options, **more)  # noqa: E731
     return {
-        **price("model", lambda x: unet(x, times, context=context, transformer_options=options, **extra), latents),
+        **(price("model", ask, latents) if name in FINETUNED else {"model": forward(ask, latents)}),
         **price("decoder", vae.decode, latents),
+        **price(TINY, tiny.pixels, latents),
         **price("reward", lambda x: judge(x).image_embeds, pixels),
         **network(architecture, latents.shape[1:], family.tokens[0]),
     }
 
 
+def floor(name: str, prices: Prices) -> dict[str, float]:
+    """FLOPs of guided steps by those of the plain one, which asks the model twice where it has classifier-free guidance."""
+    plain = prices["model"] * (1 if sizes.FAMILIES[name].cfg == 1 else 2)
+
+    def step(*passes: str) -> float:
+        return 1 + sum(prices[each] + prices[f"{each} backward"] for each in passes) / plain
+
+    return {
+        "latent_rgb": step("reward"),
+        "taesd": step("reward", TINY),
+        "vae": step("reward", "decoder"),
+        "guidance network": 1 + prices["guided step"] / plain,
+    }
+
+
+def table(head: str, columns: dict[str, dict[str, float]], form: str) -> None:
+    print(f"\n| {head} | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
+    for name in dict.fromkeys(name for values in columns.values() for name in values):
+        print(f"| {name} | {' | '.join(format(values[name], form) if name in values else '' for values in columns.values())} |")
+
+
 def main() -> None:
-    found = {"ShapesWorld": shapesworld(World(models(), cfg=1.0, steps=20, kind="diffusion")), **{name: published(name) for name in SIDES}}
-    print(f"| GFLOPs | {' | '.join(found)} |\n|---{'|---' * len(found)}|")
-    for name in found["SDXL"]:
-        print(f"| {name} | {' | '.join(f'{prices[name] / 1e9:.3g}' if name in prices else '' for prices in found.values())} |")
+    found = {name: published(name) for name in SIDES}
+    own = {"ShapesWorld": shapesworld(World(models(), cfg=1.0, steps=20, kind="diffusion"))}
+    table("FLOPs", own | found, ".2e")
+    table("guided / plain step", {name: floor(name, prices) for name, prices in found.items()}, ".3f")
 
 
 if __name__ == "__main__":
