@@ -86,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
     parser.add_argument("--network", type=Path, help="a guidance network for the flow model")
+    parser.add_argument("--network-strength", type=float, default=4.0)
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--per-prompt", type=int, default=8)
     parser.add_argument("--pool", type=int, default=128)
@@ -103,7 +104,9 @@ def main() -> None:
     guidance = RewardGuidance(BatchReward(world, bench.per_prompt), "shift", Settings(temperature=bench.temperature))
     contest.best_of("guidance", guidance.attach(model), (1, 2, 4))
     if arguments.network:
-        contest.best_of("network", NetworkGuidance(manage_network(*load_network(arguments.network))).attach(model), (1, 2, 4))
+        network = NetworkGuidance(manage_network(*load_network(arguments.network)), arguments.network_strength).attach(model)
+        contest.best_of("network", network, (1, 2, 4))
+        contest.best_of("network and guidance", guidance.attach(network), (1, 2))
     PICTURE.parent.mkdir(exist_ok=True)
     draw_chart("Held-out reward against cost", "model calls per step", contest.curves, logarithmic=True).save(PICTURE)
     print(f"\n{PICTURE.name} is drawn.")

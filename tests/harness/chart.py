@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 
 from PIL import Image, ImageDraw
 
 from .sheet import FAINT, PAPER, write
 
-COLOURS = ((0, 90, 181), (220, 50, 32), (0, 128, 96), (128, 64, 160))
+COLOURS = ((0, 90, 181), (220, 50, 32), (0, 128, 96), (128, 64, 160), (180, 110, 0))
 SIZE, LEFT, TOP, RIGHT, BOTTOM = (1100, 640), 110, 90, 220, 70
 TICKS = 5
 
@@ -35,7 +36,7 @@ def draw_chart(
     for y in evenly(ys):
         write(draw, (left - 64, int(y_of(y)) - 9), f"{y:.3g}", 14, FAINT)
         draw.line([(left, y_of(y)), (right, y_of(y))], fill=(232, 234, 238))
-    for colour, (name, points) in zip(COLOURS, curves.items(), strict=False):
+    for colour, (name, points) in zip(cycle(COLOURS), curves.items(), strict=False):
         places = [(along(place(x)), y_of(y)) for x, y in points]
         draw.line(places, fill=colour, width=3, joint="curve")
         for x, y in places if logarithmic else ():
