@@ -101,6 +101,12 @@ class Studio:
         """D (N,...) of states x (N,...) at noise levels (N,), in the model's space and as the guider asks for it, with CFG."""
         return self.together(prompts, lambda sampling, chosen: asked(sampling, self.latent, x[chosen], sigma[chosen]))
 
+    def judge(self, clip: Tensor, prompt: str) -> Tensor:
+        """Raw scores (R,) of a picture or video (T,H,W,C), the mean over its frames."""
+        scored = score_parts(clip, self.reward, prompt)
+        parts = scored[1:] if isinstance(scored[0][0], CombinedReward) else scored
+        return torch.stack([scores.mean() for _, scores in parts])
+
     def text(self) -> Texts:
         """What the model is told with each prompt, as networks read it."""
         texts = [text_of_conditioning(self.encode(prompt)) for prompt in self.prompts]
@@ -184,8 +190,10 @@ class Collector:
         scores, refusals = torch.full((len(numbers), len(description.rewards)), math.nan), []
         for i, (number, clip) in enumerate(zip(numbers, clips, strict=True)):
             prompt = self.studio.prompts[description.prompt_of(number)]
+            if self.keep_images:
+                self.keep(number, clip)
             try:
-                scores[i] = self.judge(number, clip, prompt)
+                scores[i] = self.studio.judge(clip, prompt)
             except RewardError as error:
                 refusals.append(RewardError(f"{error} It was seed {description.seed_of(number)} of the prompt {prompt[:60]!r}."))
         if len(refusals) == len(numbers):
@@ -193,14 +201,6 @@ class Collector:
         for refusal in refusals:
             log.warning("%s It is left out.", refusal)
         return scores
-
-    def judge(self, number: int, clip: Tensor, prompt: str) -> Tensor:
-        """Raw scores (R,) of a picture or video (T,H,W,C), the mean over its frames."""
-        if self.keep_images:
-            self.keep(number, clip)
-        scored = score_parts(clip, self.studio.reward, prompt)
-        parts = scored[1:] if isinstance(scored[0][0], CombinedReward) else scored
-        return torch.stack([scores.mean() for _, scores in parts])
 
     @property
     def process(self) -> Process:

@@ -8,6 +8,7 @@ from statistics import fmean
 
 import comfy.model_management
 import comfy.utils
+import torch
 from comfy.model_management import InterruptProcessingException as Interrupt
 from comfy_api.v0_0_2 import io, ui
 from PIL import Image
@@ -25,6 +26,8 @@ from .reporting import Reporter
 from .runtime import LatentReward, as_nodes_run, differentiable_clone, loaded_reward, manage_network, room_for, trainable
 from .selection import decode
 
+PREVIEWED = 4
+"""Samples in a preview."""
 _stopped: Counter[str] = Counter()
 """Node -> how often it was interrupted and returned what it had. Queued again, it goes on instead of being taken from ComfyUI's cache."""
 
@@ -54,13 +57,20 @@ class Step(runtime.Progress):
     """The share of the samples that count."""
 
 
+@dataclass(frozen=True)
+class Preview:
+    picture: Image.Image
+    """Of all, side by side."""
+    rewards: list[float]
+
+
 @dataclass
 class Watch:
     """Runs a training, tells the page how it goes, and ends it early where it is interrupted."""
 
     fitting: Fitting
     report: Reporter
-    preview: Callable[[Fitting], Image.Image] | None
+    preview: Callable[[Fitting], Preview] | None
     preview_every: int
 
     def run(self) -> None:
@@ -73,22 +83,26 @@ class Watch:
                 # This takes the interrupt back, so that what comes after this node runs.
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 losses.append(progress.loss)
-                if self.tell(progress, fmean(losses)):
+                preview = self.look(progress.step)
+                if self.tell(progress, fmean(losses), preview):
                     losses.clear()
-                    bar.update_absolute(progress.step, steps)
-                if self.preview and training.curve and progress.step % self.preview_every == 0:
-                    bar.update_absolute(progress.step, steps, ("JPEG", self.preview(self.fitting), None))
+                    bar.update_absolute(progress.step, steps, preview and ("JPEG", preview.picture, None))
         except Interrupt:
             with suppress(Interrupt):  # who is impatient gets what was the best at the last look
                 training.pause()
             if not training.curve:
                 raise
 
-    def tell(self, progress: Progress, loss: float) -> bool:
+    def look(self, step: int) -> Preview | None:
+        """At samples that the best network so far guides, where it is time for it."""
+        return self.preview(self.fitting) if self.preview and self.fitting.training.curve and step % self.preview_every == 0 else None
+
+    def tell(self, progress: Progress, loss: float, preview: Preview | None) -> bool:
         """Whether it was told: of a long training not every step is."""
         steps, effective = self.fitting.training.task.plan.steps, self.fitting.health.effective
         check = {} if progress.check is None else {"loss/held-out": [progress.check]}
-        if not self.report(Step(step=progress.step, steps=steps, series={"loss": [loss]} | check, effective=effective)):
+        rewards = {} if preview is None else {"reward": preview.rewards}
+        if not self.report(Step(step=progress.step, steps=steps, series={"loss": [loss]} | check | rewards, effective=effective)):
             return False
         best = self.fitting.best()
         held_out = "" if best is None else f" · held-out {self.fitting.training.curve[-1][1]:.4f}, at best {best[1]:.4f}"
@@ -97,15 +111,18 @@ class Watch:
         return True
 
 
-def first_picture(data: GuidanceData) -> Callable[[Fitting], Image.Image]:
-    """The first sample of a collection, as the best network so far would guide it."""
+def first_pictures(data: GuidanceData) -> Callable[[Fitting], Preview]:
+    """The first samples of a collection, as the best network so far would guide them."""
     studio, description = data.ask("A preview"), data.collection.description
+    prompts, seeds = zip(*[(description.prompt_of(number), description.seed_of(number)) for number in range(PREVIEWED)], strict=True)
 
-    def draw(fitting: Fitting) -> Image.Image:
+    def draw(fitting: Fitting) -> Preview:
         network = manage_network(fitting.network(), fitting.card())
         with as_nodes_run():
-            latent = studio.sample([0], [description.seed_of(0)], lambda *_: None, lambda sampling: followed(sampling, network))
-            return picture(decode(studio.vae, latent)[0, 0])
+            latents = studio.sample(prompts, seeds, lambda *_: None, lambda sampling: followed(sampling, network))
+            clips = decode(studio.vae, latents)
+            scores = torch.stack([studio.judge(clip, studio.prompts[prompt]) for clip, prompt in zip(clips, prompts, strict=True)])
+        return Preview(picture(torch.cat(list(clips[:, 0]), 1)), description.combined(scores, fitting.reward_weights).tolist())
 
     return draw
 
@@ -206,7 +223,8 @@ class TrainNetwork(io.ComfyNode):
                     default=0,
                     min=0,
                     max=1_000_000,
-                    tooltip="Steps between two previews, the first sample as the best network so far guides it; 0 shows none. 200 to 1,000.",
+                    tooltip="Steps between two previews: the first 4 samples as the best network so far guides them, whose rewards join "
+                    "the curve; 0 shows none. 200 to 1,000.",
                     **rare,
                 ),
                 io.Boolean.Input(
@@ -246,7 +264,7 @@ class TrainNetwork(io.ComfyNode):
         device = room_for(bytes_for(description, plan, size))
         with trainable(), assistants(data, plan, weights) as asked:
             fitting = prepare(data.collection.load(), plan, size, weights, device, folder, **asked)
-            Watch(fitting, Reporter(cls.hidden), first_picture(data) if preview_every else None, preview_every).run()
+            Watch(fitting, Reporter(cls.hidden), first_pictures(data) if preview_every else None, preview_every).run()
             network = manage_network(fitting.network(), fitting.card())
         leave_off(fitting, cls.hidden.unique_id)
         report = fitting.report()

@@ -170,7 +170,8 @@ class Curve {
   /** The step and the mean of each series there. */
   drawLegend(point) {
     const title = document.createElement("span");
-    title.textContent = `step ${point.step}/${point.steps}` + (point.sigma === undefined ? "" : ` · σ ${format(point.sigma)}`);
+    title.textContent = `step ${point.step}/${point.steps}` + (point.sigma === undefined ? "" : ` · σ ${format(point.sigma)}`)
+      + (point.effective === undefined ? "" : ` · ESS ${Math.round(100 * point.effective)}%`);
     const entries = this.names.filter((name) => numbers(point.series[name]).length).map((name) => {
       const entry = document.createElement("b");
       entry.style.color = this.colour(name);

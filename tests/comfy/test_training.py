@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 
@@ -282,6 +283,8 @@ def test_previews_show_what_has_been_learned(bench, networks):
     seed = next(SEEDS)
     told = [train(bench, "flux", build=from_model("flux"), steps=12, seed=seed, preview_every=every).check() for every in (5, 0)]
     assert [len(result.of("preview")) for result in told] == [1, 0], "there is one only after the first look"
+    rewards = [[event["series"]["reward"] for event in result.of("reward_guidance.step") if "reward" in event["series"]] for result in told]
+    assert [len(each) for each in rewards] == [1, 0] and len(rewards[0][0]) == 4 and all(map(math.isfinite, rewards[0][0]))
     assert report(told[0]) == report(told[1])
 
 
