@@ -203,11 +203,11 @@ class ParticlesKSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "temperature",
-                    default=1.0,
+                    default=0.05,
                     min=0.001,
                     max=100.0,
-                    step=0.01,
-                    tooltip="β in exp(reward/β), in units of the reward's typical spread. Lower values copy the best particles more. 0.1 to 2.",
+                    step=0.005,
+                    tooltip="β in exp(reward/β), in units of the reward's typical spread. Lower values copy the best particles more. 0.03 to 1.",
                 ),
                 io.Int.Input(
                     "keep",
