@@ -34,7 +34,8 @@ DATA_FORMS = ("correction", "shift")
 def plan_for(description: Description, objective: str = "auto", form: str = "correction", **options: Any) -> Plan:
     """A plan that fits what was collected: noise has a form of its own, and so has a potential. `options` are those of Plan.
 
-    auto is potential, which makes the most of few samples, but for noise, and for the form shift, weighted.
+    auto is potential, which makes the most of few samples, but for noise, and for the form shift, weighted. A potential sees fresh noise in
+    every batch, which keeps it from learning few samples by heart.
 
     A short training is looked at more often, and its average forgets the beginning sooner.
     """
@@ -50,7 +51,7 @@ def plan_for(description: Description, objective: str = "auto", form: str = "cor
         form = "noise" if noise else "potential"
     steps = options.get("steps", Plan.steps)
     pace = {"check_every": min(Plan.check_every, max(10, steps // 20)), "ema": min(Plan.ema, 1 - 10 / max(20, steps))}
-    return Plan(**{"objective": objective, "form": form, "batch": BATCH, **pace} | options)
+    return Plan(**{"objective": objective, "form": form, "batch": BATCH, "fresh": objective == "potential", **pace} | options)
 
 
 def weights_from(text: str) -> tuple[float, ...]:

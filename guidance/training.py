@@ -236,12 +236,13 @@ def reward_gradient(network: nn.Module, task: Task, batch: Batch) -> Tensor:
 
 
 def potential(loss: Callable[[Tensor, Tensor], Tensor]) -> Objective:
-    """A scalar network f(x) and the weights -> the loss per sample, to which that of its guess of D is added."""
+    """A scalar network f(x) and the weights -> the loss per sample, to which that of its guess of D is added while it learns."""
 
     def objective(network: nn.Module, task: Task, batch: Batch) -> Tensor:
         unit = task.process.unit(batch.x, column(batch.sigma, batch.x))
         value, answer = network((unit,), task.process.angle(batch.sigma), batch.text, answers=True)
-        return loss(value, batch.weights).mean() + task.plan.answers * (answer - batch.denoised).square().mean()
+        lost = loss(value, batch.weights).mean()
+        return lost + task.plan.answers * (answer - batch.denoised).square().mean() if torch.is_grad_enabled() else lost
 
     return objective
 

@@ -82,7 +82,7 @@ def first(samples: Samples, count: int) -> Samples:
     return samples.rows(torch.arange(min(count, len(samples.clean))))
 
 
-def prepared(samples: Samples, objective: str, temperature: float, steps: int, size: str, fresh: bool = False) -> Fitting:
+def prepared(samples: Samples, objective: str, temperature: float, steps: int, size: str, fresh: bool) -> Fitting:
     """temperature: in units of the standardized reward, as the truth has it; plans count in spreads within a prompt."""
     _, health = label(samples.rewards(), samples.prompts, 1.0)
     plan = plan_for(samples.description, objective, temperature=temperature / health.std, steps=steps, fresh=fresh)
@@ -90,7 +90,8 @@ def prepared(samples: Samples, objective: str, temperature: float, steps: int, s
 
 
 def train(samples: Samples, objective: str, chosen: argparse.Namespace) -> Fitting:
-    fitting = prepared(samples, objective, chosen.training_temperature, chosen.training_steps, chosen.size, chosen.fresh)
+    fresh = objective == "potential" and not chosen.stored
+    fitting = prepared(samples, objective, chosen.training_temperature, chosen.training_steps, chosen.size, fresh)
     for progress in fitting.training:
         if progress.check is not None:
             print(f"step {progress.step}: loss {progress.loss:.4f}, on held-out samples {progress.check:.4f}", file=sys.stderr, flush=True)
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--strengths", type=numbers, default=[1.0, 4.0])
     parser.add_argument("--beside", type=numbers, default=[0.5], help="strengths of training-free guidance alone, and beside the strongest network")
     parser.add_argument("--objectives", type=lambda text: text.split(","), default=["potential"])
-    parser.add_argument("--fresh", action="store_true", help="new noise in every batch")
+    parser.add_argument("--stored", action="store_true", help="train on the noised states that were collected, not on new noise in every batch")
     parser.add_argument("--training-steps", type=int, default=2000)
     parser.add_argument("--size", default="small", help="of the network")
     parser.add_argument("--kind", default="diffusion", choices=("diffusion", "flow"))
