@@ -12,6 +12,7 @@ import comfy.utils
 import folder_paths
 import torch
 from reward_guidance.guidance.errors import GuidanceError
+from reward_guidance.guidance.rewards import evaluate, load_reward
 from reward_guidance.nodes.decoders import FullVAE, make_decoder
 from reward_guidance.nodes.runtime import gradients
 
@@ -64,21 +65,26 @@ def test_gradients_are_those_of_finite_differences(standins, name, choice):
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
-def test_a_tiny_autoencoder_in_bfloat16_points_where_that_in_float32_does(standins, name):
-    """GPUs decode in bfloat16, whose 8 bits are good to half a percent per layer."""
+def test_a_tiny_autoencoder_in_bfloat16_leads_where_that_in_float32_does(standins, name):
+    """GPUs decode in bfloat16. Its rounding by up to 2^-9 moves pixels by one percent of their spread after thirty layers.
+
+    It also flips the ReLUs that are almost zero: two percent of the gradient of random weights is lost with them.
+    """
     latent_format = FORMATS[name][0]()
+    reward = load_reward(standins / "reward_models" / "HPS_v2.1_compressed.pt").float()
     point, pictures, slopes = latents(latent_format, size=16), [], []
     for dtype in (torch.float32, torch.bfloat16):
         decoder = make_decoder("taesd", latent_format, None)
         decoder.module.to(dtype)
-        with gradients(*decoder.modules), torch.enable_grad():
+        with gradients(reward, *decoder.modules), torch.enable_grad():
             variable = point.clone().requires_grad_()
             pictures.append(decoder.pixels(variable))
-            target = torch.rand(pictures[-1].shape, generator=torch.Generator().manual_seed(1))
-            slopes += torch.autograd.grad((pictures[-1] * target).sum(), variable)
+            slopes += torch.autograd.grad(evaluate(reward, pictures[-1], "a red circle").sum(), variable)
     assert pictures[0].dtype == pictures[1].dtype == slopes[1].dtype == torch.float32
-    assert (pictures[0] - pictures[1]).abs().mean() < 0.01 * pictures[0].std()
-    assert torch.cosine_similarity(*(slope.flatten(1) for slope in slopes)).min() > 0.98
+    assert (pictures[0] - pictures[1]).abs().mean() < 0.02 * pictures[0].std()
+    exact, rounded = (slope.flatten(1) for slope in slopes)
+    assert torch.cosine_similarity(exact, rounded).min() > 0.97
+    torch.testing.assert_close(rounded.norm(dim=1), exact.norm(dim=1), rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("name", FORMATS)
