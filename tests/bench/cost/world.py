@@ -80,5 +80,3 @@ class World:
 def weights(*modules: torch.nn.Module) -> int:
     """Bytes."""
     return sum(tensor.numel() * tensor.element_size() for module in modules for tensor in module.parameters())
-
-

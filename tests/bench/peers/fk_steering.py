@@ -1,10 +1,10 @@
 import torch
-from bench.peers.problem import Problem, scores
+from bench.peers.problem import Problem
 from torch import Tensor
 
 
 def fk_steering(problem: Problem, particles: int = 4, strength: float = 10.0, looks: int = 4) -> Tensor:
-    """FK steering (arXiv 2501.06848): particles of a stochastic sampler, redrawn by exp(λ·Δr) at 20, 40, 60 and 80%, scored through the full VAE.
+    """FK steering (arXiv 2501.06848): particles of a stochastic sampler, redrawn by exp(λ·Δr(D)) at 20, 40, 60 and 80%.
 
     The best of the last is kept.
     """
@@ -16,11 +16,11 @@ def fk_steering(problem: Problem, particles: int = 4, strength: float = 10.0, lo
             denoised = model(x, sigma * x.new_ones(len(x)), **(extra_args or {}))
             noise = process.noise(x, denoised, sigma)
             if i in at:
-                now = scores(problem, denoised)
+                now = problem.scores(denoised)
                 chosen = torch.multinomial((strength * (now - before)).softmax(0), len(x), replacement=True)
                 denoised, noise, before = denoised[chosen], noise[chosen], now[chosen]
             fresh = 0.5**0.5 * (noise + torch.randn_like(noise))
             x = process.add_noise(denoised, fresh, following)
-        return x[scores(problem, x).argmax()][None]
+        return x[problem.scores(x).argmax()][None]
 
     return problem.sample(particles, function=sampler)

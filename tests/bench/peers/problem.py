@@ -1,20 +1,23 @@
-"""What a peer is given: a model to ask through any sampler of ComfyUI, and a reward of its latents through the full VAE."""
+"""What a peer is given: a model to ask through any sampler of ComfyUI, and a reward of its latents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import comfy.samplers
 import torch
-from bench.cost.world import World
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from reward_guidance.guidance.process import Process
 from reward_guidance.nodes.decoders import Decoder
-from reward_guidance.nodes.runtime import LatentReward, differentiable_model, process_of
-from torch import Tensor
+from reward_guidance.nodes.runtime import LatentReward, differentiable_model, gradients, process_of
+from torch import Tensor, nn
 
 Denoise = Callable[[Tensor], Tensor]
 Change = Callable[[Denoise, Tensor, float], Tensor]
 """(denoise, x, σ) -> the denoised estimate that the sampler goes on with."""
+Draw = Callable[[ModelPatcher, comfy.samplers.KSAMPLER | None, int], Tensor]
+"""(model, sampler or the usual one, number) -> latents, so many for each picture."""
 
 
 class PlainVAE(Decoder):
@@ -33,30 +36,35 @@ class PlainVAE(Decoder):
 
 @dataclass(frozen=True)
 class Problem:
-    world: World
-    side: int
-    steps: int
+    model: ModelPatcher
     reward: LatentReward
+    draw: Draw
 
     @property
     def process(self) -> Process:
-        return process_of(self.world.model.get_model_object("model_sampling"))
+        return process_of(self.model.get_model_object("model_sampling"))
 
-    def sample(self, count: int = 1, steps: int | None = None, change: Change | None = None, function: Callable | None = None, cfg=None) -> Tensor:
-        """Latents (count,...) of so many images."""
-        model = self.world.model.clone()
+    def sample(self, count: int = 1, change: Change | None = None, function: Callable | None = None) -> Tensor:
+        """Latents; of each picture so many. `function` samples in place of the usual sampler's."""
+        model = self.model.clone()
         if change is not None:
             model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "peer", changed(change))
-        sampler = comfy.samplers.KSAMPLER(function) if function else None
-        return self.world.sample(self.world.noise(self.side, count), steps or self.steps, model, sampler, cfg)
+        return self.draw(model, comfy.samplers.KSAMPLER(function) if function else None, count)
+
+    @contextmanager
+    def gradient(self, *through: nn.Module) -> Iterator[None]:
+        """Inside, gradients flow through the reward, and through these models."""
+        with gradients(*self.reward.modules), differentiable_model(*through), torch.enable_grad():
+            yield
 
     def with_gradient(self, denoise: Denoise, x: Tensor) -> tuple[Tensor, Tensor]:
-        """D(x) and r(D(x)), with a graph back to x through the model, which must be within `through_model`."""
+        """D(x) and r(D(x)), with a graph back to x through the model, which must be within `gradient`."""
         denoised = denoise(x)
         return denoised, self.reward(denoised)
 
-    def through_model(self):
-        return differentiable_model(self.world.model.model)
+    def scores(self, latents: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.reward(latents.to(self.model.load_device))
 
 
 def changed(change: Change) -> Callable:
@@ -66,6 +74,6 @@ def changed(change: Change) -> Callable:
     return wrapper
 
 
-def scores(problem: Problem, latents: Tensor) -> Tensor:
-    with torch.no_grad():
-        return problem.reward(latents)
+def norm(samples: Tensor) -> Tensor:
+    """Of each sample (B,...), as (B,1,...)."""
+    return torch.linalg.vector_norm(samples, dim=tuple(range(1, samples.ndim)), keepdim=True)
