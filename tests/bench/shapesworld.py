@@ -164,13 +164,21 @@ class Bench:
         seconds = (time.perf_counter() - began) / len(self.seeds)
         return self.add(name, [Pictures.of(self.world, each) for each in latents], calls, seconds)
 
+    @property
+    def weights(self) -> Tensor:
+        """Of the pool, for the truth (prompts,n)."""
+        return (self.pool.reward / self.temperature).softmax(1)
+
+    @property
+    def truth(self) -> dict[str, float]:
+        return {name: float((self.weights * getattr(self.pool, name)).sum(1).mean()) for name in SCORES}
+
     def references(self) -> None:
         """The truth, unguided pictures, and the best of n by reward."""
-        weights = (self.pool.reward / self.temperature).softmax(1)
-        ess = float((1 / weights.square().sum(1)).mean())
-        print(f"Temperature {self.temperature}; effective sample size of the truth {ess:.1f} of {weights.shape[1]} pictures per prompt.\n")
+        ess = float((1 / self.weights.square().sum(1)).mean())
+        print(f"Temperature {self.temperature}; effective sample size of the truth {ess:.1f} of {self.weights.shape[1]} pictures per prompt.\n")
         print(HEADER)
-        self.note("truth (reweighted pool)", "", [{name: float((weights * getattr(self.pool, name)).sum(1).mean()) for name in SCORES}])
+        self.note("truth (reweighted pool)", "", [self.truth])
         n = 1
         while n <= len(self.candidates[0]):
             self.add("unguided" if n == 1 else f"best of {n}", [Pictures.best(drawn[:n]) for drawn in self.candidates], str(n))

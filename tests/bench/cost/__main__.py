@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[3] / "output" / "cost")
     arguments = parser.parse_args()
     started = time.monotonic()
-    Bench(PROFILES[arguments.profile], Report(arguments.out, arguments.profile)).run()
+    Bench(PROFILES[arguments.profile], Report(arguments.out, f"cost_{arguments.profile}")).run()
     print(f"\n{time.monotonic() - started:.0f} s")
 
 

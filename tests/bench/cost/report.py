@@ -19,7 +19,7 @@ class Report:
     """Tables by their name; written after every row, so that nothing is lost of a run that is stopped."""
 
     folder: Path
-    profile: str
+    name: str
     tables: dict[str, list[Row]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
@@ -38,8 +38,8 @@ class Report:
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        content = {"profile": self.profile, "machine": machine(), "tables": self.tables, "left out": self.left_out}
-        (self.folder / f"cost_{self.profile}.json").write_text(json.dumps(content, indent=1, default=vars) + "\n")
+        content = {"name": self.name, "machine": machine(), "tables": self.tables, "left out": self.left_out}
+        (self.folder / f"{self.name}.json").write_text(json.dumps(content, indent=1, default=vars) + "\n")
 
 
 def machine() -> dict[str, str]:
@@ -59,5 +59,3 @@ def shown(value: object) -> str:
 
 def share(part: float) -> str:
     return f"{part:.1%}"
-
-

@@ -58,7 +58,7 @@ def grow(report: Report, world: World, along: str, places, at) -> None:
         ratio = {"guided / plain": guided / plain}
         report.add(TABLE, {"model": world.name, "along": along, "at": place} | dict(zip(names, values, strict=True)) | ratio)
     picture = draw_chart(f"{world.name}: milliseconds", along, curves, logarithmic=places[0] > 0 and places[-1] <= 64)
-    picture.save(report.folder / f"growth_{report.profile}_{along.split()[0]}.png")
+    picture.save(report.folder / f"{report.name}_{along.split()[0]}.png")
 
 
 def whole(world: World, side: int, steps: int) -> tuple[float, float]:

@@ -1,0 +1,317 @@
+"""Everything that follows a reward without training, on one figure: what is reached, against what it costs.
+
+On ShapesWorld, as in shapesworld.py, and on the ring of ring.py, with the samplers of those. Peers follow their papers (peers/), over a range
+of strengths; ours have the nodes' default settings, smoothed and not. A method that keeps one of n samples keeps the one with the highest
+reward. Cost is in calls of the model for a picture, and in CPU time of sampling and choosing; judging is not counted. A call that is
+followed by a pass back through the model counts once. Prints markdown tables, writes output/frontier/frontier.json and frontier.png.
+
+usage: OMP_NUM_THREADS=1 python tests/bench/frontier.py [MODELS_DIR] [--runs 2] [--only ring] [--methods shift,best]
+"""
+
+import argparse
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness.inprocess import load_comfyui
+
+load_comfyui()
+
+import torch
+from bench import particles, ring
+from bench.cost.report import Report, Row
+from bench.peers.gradient_guidance import dps, flowchef
+from bench.peers.noise_optimisation import noise_optimisation
+from bench.peers.problem import Problem
+from bench.selection import Contest
+from bench.shapesworld import SCORES, BatchReward, Bench, Pictures, World, with_error
+from comfy.model_patcher import ModelPatcher
+from harness.chart import draw_chart, in_rows
+from reward_guidance.guidance.estimators import Settings, Smoothing
+from reward_guidance.guidance.process import Flow
+from reward_guidance.nodes.runtime import RewardGuidance
+from reward_guidance.tests.harness.models import shapesworld
+from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
+from reward_guidance.tests.standins.mixture import energy_distance
+from reward_guidance.tests.standins.ring import RING, ring_reward, truth
+from torch import Tensor
+
+COSTS = ("model calls", "CPU ms")
+STRENGTHS = (0.25, 0.5, 1.0, 2.0)
+ITERATIONS = (10, 25, 50)
+
+
+@dataclass(frozen=True)
+class Values:
+    """One of each run."""
+
+    runs: list[float]
+
+    @property
+    def mean(self) -> float:
+        return mean(self.runs)
+
+    def __str__(self) -> str:
+        return with_error(self.runs)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, and a way to sample as many pictures by it as are judged at once."""
+
+    model: ModelPatcher
+    steps: int
+    reward: PlainReward
+    sample: Callable[[ModelPatcher, int], Tensor]
+    """(the model or a patched clone, seed) -> latents (B,...)"""
+
+    def problem(self, seed: int) -> Problem:
+        return Problem(self.model, self.reward, lambda model, *_: self.sample(model, seed))
+
+
+class Arena(ABC):
+    """Where methods meet."""
+
+    name: str
+    runs: range
+    pictures: int
+    """Judged in each run."""
+    measures: dict[str, str]
+    source: Source
+    one_step: Source | None = None
+
+    @abstractmethod
+    def guided(self, estimator: str, smoothing: int) -> ModelPatcher:
+        """By our estimators."""
+
+    @abstractmethod
+    def population(self, n: int, run: int) -> Tensor:
+        """Latents (B,...), each of one of n particles."""
+
+    @abstractmethod
+    def judge(self, latents: Tensor, run: int) -> dict[str, float]:
+        """Every measure."""
+
+    @abstractmethod
+    def truth(self) -> dict[str, float]:
+        """The same of q."""
+
+
+class Shapes(Arena):
+    name, measures = "ShapesWorld", SCORES | {"energy": "energy"}
+
+    def __init__(self, models: Path, per_prompt: int, pool: int, temperature: float, steps: int, runs: int):
+        world = World(models, cfg=1.0, steps=steps, sampler="euler_ancestral")
+        self.bench = Bench(world, per_prompt, pool, temperature, candidates=0)
+        self.runs, self.pictures = range(runs), per_prompt * len(world.prompts)
+        self.source = self.of(world)
+        self.one_step = self.of(World(models, cfg=1.0, steps=1, kind="one_step"))
+        self.contest = Contest(self.bench, runs)
+
+    def of(self, world: World) -> Source:
+        per_prompt = self.bench.per_prompt
+        return Source(world.pipeline.model, world.steps, BatchReward(world, per_prompt), lambda model, seed: world.sample(model, per_prompt, seed))
+
+    def guided(self, estimator: str, smoothing: int) -> ModelPatcher:
+        settings = Settings(temperature=self.bench.temperature, smoothing=Smoothing(smoothing))
+        return RewardGuidance(self.source.reward, estimator, settings).attach(self.source.model)
+
+    def population(self, n: int, run: int) -> Tensor:
+        first = run * self.bench.per_prompt
+        return torch.stack([self.contest.population(n, first + i) for i in range(self.bench.per_prompt)], 1).flatten(0, 1)
+
+    def judge(self, latents: Tensor, run: int) -> dict[str, float]:
+        return self.bench.measure(Pictures.of(self.bench.world, latents))
+
+    def truth(self) -> dict[str, float]:
+        return self.bench.truth | {"energy": 0.0}
+
+
+class Ring(Arena):
+    """Particles need noise on the way and have another sampler than the rest; of each population, one is kept at random."""
+
+    name, measures = "ring", {"reward": "reward", "energy": "energy"}
+
+    def __init__(self, count: int, steps: int, runs: int):
+        self.runs, self.pictures = range(runs), count
+        model = analytic_model(RING, Flow(), flow=True, shift=3.0)
+        self.source = Source(model, steps, PlainReward(ring_reward), lambda model, seed: ring.sample(model, seed, count, steps))
+        self.crowd = particles.Bench("euler_ancestral", steps, count)
+        self.drawn = [truth(run, count) for run in self.runs]
+
+    def guided(self, estimator: str, smoothing: int) -> ModelPatcher:
+        return ring.by_reward(self.source.model, estimator, smoothing)
+
+    def population(self, n: int, run: int) -> Tensor:
+        return self.crowd.particles(n, run)
+
+    def judge(self, latents: Tensor, run: int) -> dict[str, float]:
+        return {"reward": float(ring_reward(latents).mean()), "energy": energy_distance(latents, self.drawn[run])}
+
+    def truth(self) -> dict[str, float]:
+        return {"reward": mean(float(ring_reward(samples).mean()) for samples in self.drawn), "energy": 0.0}
+
+
+# --- methods
+
+
+@dataclass(frozen=True)
+class Method:
+    curve: str
+    """To which it belongs in the figure."""
+    setting: str
+    calls: int
+    """Of the model for a picture."""
+    draw: Callable[[int], tuple[Tensor, float]]
+    """Run -> latents, and the CPU seconds they took."""
+    backward: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.curve}, {self.setting}" if self.setting else self.curve
+
+
+def timed(draw: Callable[[int], Tensor]) -> Callable[[int], tuple[Tensor, float]]:
+    def run(seed: int) -> tuple[Tensor, float]:
+        began = time.process_time()
+        return draw(seed), time.process_time() - began
+
+    return run
+
+
+class BestOf:
+    """Of each picture the candidate with the highest reward. Candidates are drawn once, and paid for by each who looks at them."""
+
+    def __init__(self, source: Source, most: int):
+        self.source, self.most = source, most
+        self.candidate = cache(timed(self.drawn))
+
+    def drawn(self, seed: int) -> tuple[Tensor, Tensor]:
+        latents = self.source.sample(self.source.model, seed)
+        return latents, self.source.problem(seed).scores(latents)
+
+    def of(self, n: int, run: int) -> tuple[Tensor, float]:
+        drawn, seconds = zip(*[self.candidate(run * self.most + i) for i in range(n)], strict=True)
+        latents, scores = map(torch.stack, zip(*drawn, strict=True))
+        return latents[scores.argmax(0), torch.arange(latents.shape[1])], sum(seconds)
+
+
+def methods(arena: Arena, counts: Sequence[int], crowds: Sequence[int]) -> Iterator[Method]:
+    source, steps = arena.source, arena.source.steps
+    yield from choosing(source, counts, "unguided, best of n")
+    for n in crowds:
+        yield Method("particles (FK steering)", f"n = {n}", n * steps, timed(partial(arena.population, n)))
+    for strength in STRENGTHS:
+        setting = f"strength {strength}"
+        yield Method("DPS, FreeDoM", setting, steps, timed(lambda run, s=strength: dps(source.problem(run), s)), "every call")
+        yield Method("FlowChef", setting, steps, timed(lambda run, s=strength: flowchef(source.problem(run), s)))
+    for estimator, backward in {"jacobian": "every call", "denoised": "", "shift": ""}.items():
+        for k in (0, 4):
+            model = arena.guided(estimator, k)
+            yield Method(f"`{estimator}` (ours)", f"k = {k}", steps, timed(partial(source.sample, model)), backward)
+    if arena.one_step:
+        problem = arena.one_step.problem
+        yield from choosing(arena.one_step, counts, "one step, best of n")
+        for n in ITERATIONS:
+            yield Method("one step, ReNO", f"{n} iterations", n, timed(lambda run, n=n: noise_optimisation(problem(run), n)), "every call")
+
+
+def choosing(source: Source, counts: Sequence[int], curve: str) -> Iterator[Method]:
+    best = BestOf(source, max(counts))
+    for n in counts:
+        yield Method(curve, f"n = {n}", n * source.steps, partial(best.of, n))
+
+
+# --- results
+
+
+def measured(arena: Arena, method: Method) -> Row:
+    drawn = [method.draw(run) for run in arena.runs]
+    found = [arena.judge(latents, run) for run, (latents, _) in zip(arena.runs, drawn, strict=True)]
+    return {
+        "method": method.name,
+        "model calls": method.calls,
+        "backward through the model": method.backward,
+        "CPU ms": mean(seconds for _, seconds in drawn) / arena.pictures * 1000,
+        **{heading: Values([run[key] for run in found]) for key, heading in arena.measures.items()},
+    }
+
+
+def better(measure: str) -> Callable[[float], float]:
+    """Of which more is better."""
+    return (lambda value: -value) if measure == "energy" else (lambda value: value)
+
+
+def frontier(rows: Sequence[Row], cost: str, measure: str) -> list[str]:
+    """The methods that no cheaper one, and none of the same cost, is better than."""
+    worth, names, best = better(measure), [], -float("inf")
+    for row in sorted(rows, key=lambda row: (row[cost], -worth(row[measure].mean))):
+        if worth(row[measure].mean) > best:
+            best = worth(row[measure].mean)
+            names.append(row["method"])
+    return names
+
+
+def charts(arena: Arena, rows: dict[str, list[Row]]) -> list[list]:
+    """One for each measure and cost: rows of the table by their curve, and a line for the truth."""
+
+    def chart(measure: str, cost: str, aim: float):
+        curves = {curve: [(row[cost], row[measure].mean) for row in each] for curve, each in rows.items()}
+        xs = [x for points in curves.values() for x, _ in points]
+        curves["truth"] = [(min(xs), aim), (max(xs), aim)]
+        return draw_chart(f"{arena.name}: {measure}", f"{cost} of a picture", curves, logarithmic=True)
+
+    aims = arena.truth()
+    return [[chart(heading, cost, aims[key]) for cost in COSTS] for key, heading in arena.measures.items()]
+
+
+def compare(arena: Arena, report: Report, chosen: Sequence[Method]) -> list[list]:
+    rows: dict[str, list[Row]] = {}
+    for method in chosen:
+        row = measured(arena, method)
+        report.add(arena.name, row)
+        rows.setdefault(method.curve, []).append(row)
+    every = [row for each in rows.values() for row in each]
+    for measure in arena.measures.values():
+        for cost in COSTS:
+            names = ", ".join(frontier(every, cost, measure))
+            report.add(f"{arena.name}: the frontier", {"measure": measure, "against": cost, "methods": names})
+    return charts(arena, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
+    parser.add_argument("--only", choices=("shapesworld", "ring"))
+    parser.add_argument("--methods", default="", help="parts of the names of those to run; all if left out")
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--per-prompt", type=int, default=8)
+    parser.add_argument("--pool", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=30, help="on ShapesWorld")
+    parser.add_argument("--temperature", type=float, default=0.05, help="on ShapesWorld")
+    parser.add_argument("--samples", type=int, default=4000, help="on the ring")
+    parser.add_argument("--most", type=int, default=16, help="samples to choose among, and particles")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "output" / "frontier")
+    chosen = parser.parse_args()
+    arenas = {
+        "ring": lambda: Ring(chosen.samples, 20, chosen.runs),
+        "shapesworld": lambda: Shapes(chosen.models or shapesworld(), chosen.per_prompt, chosen.pool, chosen.temperature, chosen.steps, chosen.runs),
+    }
+    report, pictures = Report(chosen.out, "frontier"), []
+    for name, make in arenas.items():
+        if chosen.only in (None, name):
+            arena = make()
+            counts = [n for n in (1, 2, 4, 8, 16) if n <= chosen.most]
+            known = methods(arena, counts, [n for n in (4, 16) if n <= chosen.most])
+            pictures += compare(arena, report, [each for each in known if any(part in each.name for part in chosen.methods.split(","))])
+    in_rows(pictures).save(chosen.out / "frontier.png")
+
+
+if __name__ == "__main__":
+    main()
