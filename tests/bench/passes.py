@@ -1,11 +1,13 @@
 """FLOPs of one pass of a picture through each part, forward and backward, of ShapesWorld and of published sizes; and what they make of a step.
 
 The floor of a guided step is that of the plain one, and a pass through the decoder and the reward and back: what no implementation can do
-without. Models of published sizes live on the meta device, which computes shapes and nothing else. Prints markdown tables.
+without. It is told in FLOPs, and in the least time on an H100 where nothing but attention is fused (cost/roofline.py), for one picture.
+Models of published sizes live on the meta device, which computes shapes and nothing else. Prints markdown tables.
 """
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -22,6 +24,8 @@ from reward_guidance.guidance.fitting import WIDTHS
 from reward_guidance.guidance.network import Architecture, GuidanceNetwork, Text
 from reward_guidance.nodes.decoders import TAESD
 from reward_guidance.tests.bench.cost import sizes
+from reward_guidance.tests.bench.cost.roofline import roofline
+from reward_guidance.tests.bench.cost.world import Smaller
 from reward_guidance.tests.bench.shapesworld import World
 from reward_guidance.tests.harness.models import shapesworld as models
 from reward_guidance.tests.standins.shapesworld import text
@@ -37,9 +41,12 @@ PICKSCORE = CLIPVisionConfig(
 SIDES = {"SD1.5": 512, "SDXL": 1024, "SD3.5-medium": 1024, "Flux-dev": 1024}
 FINETUNED = "SD1.5", "SDXL"
 """Models whose way back has a price too."""
-TINY = "decoder, taesd"
+TINY = {"taesd": 1, "taesd, half size": 2, "taesd, quarter size": 4}
+"""By what latents are made smaller before they are decoded."""
+META = torch.device("meta")
 
 Prices = dict[str, float]
+Call = Callable[[Tensor], Tensor]
 
 
 def flops(run: Callable[[], object]) -> int:
@@ -105,61 +112,93 @@ def tiny_decoder(family: sizes.Family) -> TAESD:
     return made
 
 
-def told(family: sizes.Family) -> dict[str, Tensor]:
-    """What a model asks for beside latents, noise levels and tokens."""
+def told(family: sizes.Family, rows: int) -> dict[str, Tensor]:
+    """What a model asks for beside latents and noise levels."""
     pooled = family.unet.get("adm_in_channels") or family.pooled
-    guidance = {"guidance": torch.empty(ROWS)} if family.config == "Flux" else {}
-    return guidance | ({"y": torch.empty(ROWS, pooled)} if pooled else {})
+    guidance = {"guidance": torch.empty(rows, device=META)} if family.config == "Flux" else {}
+    text = {"context": torch.empty(rows, *family.tokens, device=META)} | ({"y": torch.empty(rows, pooled, device=META)} if pooled else {})
+    return guidance | text
+
+
+@cache
+def parts(name: str) -> dict[str, tuple[Call, tuple[int, ...]]]:
+    """Of a step: calls, and the shape of what goes in, without the batch. PickScore is without its tower of texts, which sees each prompt once."""
+    family = sizes.FAMILIES[name]
+    unet = sizes.base_model(family, False, META).diffusion_model.requires_grad_(False)
+    tiny, vae = tiny_decoder(family), decoder(family).to(META)
+    with META:
+        judge = CLIPVisionModelWithProjection(PICKSCORE).requires_grad_(False)
+    options = {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
+
+    def ask(x: Tensor) -> Tensor:
+        return unet(x, torch.empty(len(x), device=META), transformer_options=options, **told(family, len(x)))
+
+    latents = family.shape(SIDES[name], 1)[1:]
+    return {
+        "model": (ask, latents),
+        "decoder": (vae.decode, latents),
+        **{each: (Smaller(tiny, by).pixels, latents) for each, by in TINY.items()},
+        "reward": (lambda x: judge(x).image_embeds, (3, 224, 224)),
+    }
+
+
+def of_rows(shape: Sequence[int], rows: int) -> Tensor:
+    return torch.empty(rows, *shape, device=META)
 
 
 def published(name: str, size: str = "small") -> Prices:
-    """PickScore without its tower of texts, which sees each prompt once."""
-    family, side = sizes.FAMILIES[name], SIDES[name]
-    meta = torch.device("meta")
-    unet = sizes.base_model(family, False, meta).diffusion_model.requires_grad_(False)
-    vae, tiny = decoder(family).to(meta), tiny_decoder(family)
-    with meta:
-        judge = CLIPVisionModelWithProjection(PICKSCORE).requires_grad_(False)
-        latents, pixels = torch.empty(family.shape(side, ROWS)), torch.empty(ROWS, 3, 224, 224)
-        times, context, more = torch.empty(ROWS), torch.empty(ROWS, *family.tokens), told(family)
-    options = {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
+    family, calls = sizes.FAMILIES[name], parts(name)
+    ask, latents = calls["model"]
     architecture = Architecture(family.channels, 1, tokens=family.tokens[1], pooled=family.pooled, width=WIDTHS[size], scalar=True)
-    ask = lambda x: unet(x, times, context=context, transformer_options=options, **more)  # noqa: E731
-    return {
-        **(price("model", ask, latents) if name in FINETUNED else {"model": forward(ask, latents)}),
-        **price("decoder", vae.decode, latents),
-        **price(TINY, tiny.pixels, latents),
-        **price("reward", lambda x: judge(x).image_embeds, pixels),
-        **network(architecture, latents.shape[1:], family.tokens[0]),
-    }
+    prices = price("model", ask, of_rows(latents, ROWS)) if name in FINETUNED else {"model": forward(ask, of_rows(latents, ROWS))}
+    for part, (call, shape) in calls.items():
+        prices |= {} if part == "model" else price(part, call, of_rows(shape, ROWS))
+    return prices | network(architecture, latents, family.tokens[0])
+
+
+def rows_of(name: str) -> int:
+    """For one picture: two with classifier-free guidance."""
+    return 1 if sizes.FAMILIES[name].cfg == 1 else 2
+
+
+def least(name: str) -> Prices:
+    """Milliseconds of a plain step, and of a pass of one picture through each other part and back."""
+    calls, found = parts(name), {}
+    ask, latents = calls["model"]
+    with torch.no_grad():
+        found["model"] = roofline(lambda: ask(of_rows(latents, rows_of(name)))).seconds * 1000
+    for part, (call, shape) in calls.items():
+        if part != "model":
+            into = of_rows(shape, 1).requires_grad_()
+            found[part] = roofline(lambda call=call, into=into: call(into).sum().backward()).seconds * 1000
+    return found
+
+
+def guided(plain: float, there_and_back: Callable[[str], float]) -> dict[str, float]:
+    """Steps by the plain one."""
+    decoders = {"latent_rgb": 0.0, **{name: there_and_back(name) for name in TINY}, "vae": there_and_back("decoder")}
+    return {name: 1 + (there_and_back("reward") + price) / plain for name, price in decoders.items()}
 
 
 def floor(name: str, prices: Prices) -> dict[str, float]:
-    """FLOPs of guided steps by those of the plain one, which asks the model twice where it has classifier-free guidance."""
-    plain = prices["model"] * (1 if sizes.FAMILIES[name].cfg == 1 else 2)
-
-    def step(*passes: str) -> float:
-        return 1 + sum(prices[each] + prices[f"{each} backward"] for each in passes) / plain
-
-    return {
-        "latent_rgb": step("reward"),
-        "taesd": step("reward", TINY),
-        "vae": step("reward", "decoder"),
-        "guidance network": 1 + prices["guided step"] / plain,
-    }
+    plain = rows_of(name) * prices["model"]
+    by_reward = guided(plain, lambda part: prices[part] + prices[f"{part} backward"])
+    return by_reward | {"guidance network": 1 + prices["guided step"] / plain}
 
 
 def table(head: str, columns: dict[str, dict[str, float]], form: str) -> None:
     print(f"\n| {head} | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
     for name in dict.fromkeys(name for values in columns.values() for name in values):
-        print(f"| {name} | {' | '.join(format(values[name], form) if name in values else '' for values in columns.values())} |")
+        print(f"| {name} | {' | '.join(format(values[name], form) if name in values else '' for values in columns.values())} |", flush=True)
 
 
 def main() -> None:
-    found = {name: published(name) for name in SIDES}
+    found, times = {name: published(name) for name in SIDES}, {name: least(name) for name in SIDES}
     own = {"ShapesWorld": shapesworld(World(models(), cfg=1.0, steps=20, kind="diffusion"))}
     table("FLOPs", own | found, ".2e")
-    table("guided / plain step", {name: floor(name, prices) for name, prices in found.items()}, ".3f")
+    table("guided / plain step, FLOPs", {name: floor(name, prices) for name, prices in found.items()}, ".3f")
+    table("least ms of a plain step and of passes there and back", times, ".2f")
+    table("guided / plain step, least time", {name: guided(prices["model"], prices.__getitem__) for name, prices in times.items()}, ".3f")
 
 
 if __name__ == "__main__":

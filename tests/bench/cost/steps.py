@@ -111,5 +111,6 @@ WOULD_BRING = [
     Variant("PickScore", "taesd, float32"),
     Variant("PickScore", "taesd, channels last"),
     Variant("PickScore", "taesd, half size"),
+    Variant("PickScore", "taesd, quarter size"),
 ]
 """What could be changed, each alone."""
