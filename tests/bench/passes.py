@@ -25,7 +25,7 @@ from reward_guidance.guidance.network import Architecture, GuidanceNetwork, Text
 from reward_guidance.nodes.decoders import TAESD
 from reward_guidance.tests.bench.cost import sizes
 from reward_guidance.tests.bench.cost.roofline import roofline
-from reward_guidance.tests.bench.cost.world import Smaller
+from reward_guidance.tests.bench.cost.world import coarser
 from reward_guidance.tests.bench.shapesworld import World
 from reward_guidance.tests.harness.models import shapesworld as models
 from reward_guidance.tests.standins.shapesworld import text
@@ -41,8 +41,8 @@ PICKSCORE = CLIPVisionConfig(
 SIDES = {"SD1.5": 512, "SDXL": 1024, "SD3.5-medium": 1024, "Flux-dev": 1024}
 FINETUNED = "SD1.5", "SDXL"
 """Models whose way back has a price too."""
-TINY = {"taesd": 1, "taesd, half size": 2, "taesd, quarter size": 4}
-"""By what latents are made smaller before they are decoded."""
+TINY = {"taesd": 0, "taesd, half size": 1, "taesd, quarter size": 2}
+"""How many of its upsamplings are left out."""
 META = torch.device("meta")
 
 Prices = dict[str, float]
@@ -106,10 +106,10 @@ def decoder(family: sizes.Family) -> nn.Module:
     return made.float().requires_grad_(False)
 
 
-def tiny_decoder(family: sizes.Family) -> TAESD:
+def tiny_decoder(family: sizes.Family, halvings: int) -> TAESD:
     made = sizes.decoder("taesd", family, False, getattr(comfy.supported_models, family.config).latent_format())
     made.module.to("meta", torch.float32)
-    return made
+    return coarser(made, halvings)
 
 
 def told(family: sizes.Family, rows: int) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ def parts(name: str) -> dict[str, tuple[Call, tuple[int, ...]]]:
     """Of a step: calls, and the shape of what goes in, without the batch. PickScore is without its tower of texts, which sees each prompt once."""
     family = sizes.FAMILIES[name]
     unet = sizes.base_model(family, False, META).diffusion_model.requires_grad_(False)
-    tiny, vae = tiny_decoder(family), decoder(family).to(META)
+    vae = decoder(family).to(META)
     with META:
         judge = CLIPVisionModelWithProjection(PICKSCORE).requires_grad_(False)
     options = {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
@@ -137,7 +137,7 @@ def parts(name: str) -> dict[str, tuple[Call, tuple[int, ...]]]:
     return {
         "model": (ask, latents),
         "decoder": (vae.decode, latents),
-        **{each: (Smaller(tiny, by).pixels, latents) for each, by in TINY.items()},
+        **{each: (tiny_decoder(family, halvings).pixels, latents) for each, halvings in TINY.items()},
         "reward": (lambda x: judge(x).image_embeds, (3, 224, 224)),
     }
 

@@ -7,27 +7,25 @@ import comfy.sample
 import comfy.samplers
 import torch
 from reward_guidance.guidance.estimators import Settings, Smoothing
-from reward_guidance.nodes.decoders import Decoder
+from reward_guidance.nodes.decoders import TAESD, Decoder
 from reward_guidance.nodes.runtime import LatentReward, LoadedReward, RewardGuidance, manage_reward
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from . import sizes
 
-SIZES = {"half size": 2, "quarter size": 4}
+HALVINGS = {"half size": 1, "quarter size": 2}
 Attach = Callable
 """MODEL -> MODEL."""
 
 
-class Smaller(Decoder):
-    """Decodes latents of a fraction of their size, for the square of it in work. A reward sees 224 pixels of a thousand."""
-
-    def __init__(self, decoder: Decoder, by: int):
-        self.decoder, self.by = decoder, by
-        self.modules, self.upscale, self.bytes_per_pixel = decoder.modules, decoder.upscale // by, decoder.bytes_per_pixel
-
-    def pixels(self, latents: Tensor) -> Tensor:
-        return self.decoder.pixels(F.interpolate(latents, scale_factor=1 / self.by, mode="area"))
+def coarser(decoder: TAESD, halvings: int) -> TAESD:
+    """Without its last upsamplings: it makes pictures of a fraction of the size from the whole latent. A reward sees 224 pixels of a thousand."""
+    layers = decoder.module.taesd_decoder
+    upsamplings = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Upsample)]
+    for i in upsamplings[len(upsamplings) - halvings :]:
+        layers[i] = nn.Identity()
+    decoder.upscale //= 2**halvings
+    return decoder
 
 
 @cache
@@ -58,7 +56,7 @@ class World:
             made.modules[0].float()
         if change == "channels last":
             made.modules[0].to(memory_format=torch.channels_last)
-        return Smaller(made, SIZES[change]) if change in SIZES else made
+        return coarser(made, HALVINGS[change]) if change in HALVINGS else made
 
     def guidance(self, reward: LatentReward, smoothing: int = 0, every: int = 1, estimator: str = "shift") -> Attach:
         settings = Settings(temperature=0.05, smoothing=Smoothing(smoothing), every=every)
