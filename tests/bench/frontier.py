@@ -43,7 +43,7 @@ from reward_guidance.tests.standins.ring import RING, ring_reward, truth
 from torch import Tensor
 
 COSTS = ("model calls", "CPU ms")
-STRENGTHS = (0.25, 0.5, 1.0, 2.0)
+STRENGTHS = (0.1, 0.25, 0.5, 1.0, 2.0)
 ITERATIONS = (10, 25, 50)
 
 
@@ -224,6 +224,7 @@ def methods(arena: Arena, counts: Sequence[int], crowds: Sequence[int]) -> Itera
 
 def choosing(source: Source, counts: Sequence[int], curve: str) -> Iterator[Method]:
     best = BestOf(source, max(counts))
+    best.drawn(-1)  # loads the model and encodes the prompts, which nobody is to pay for
     for n in counts:
         yield Method(curve, f"n = {n}", n * source.steps, partial(best.of, n))
 
@@ -280,7 +281,7 @@ def compare(arena: Arena, report: Report, chosen: Sequence[Method]) -> list[list
     every = [row for each in rows.values() for row in each]
     for measure in arena.measures.values():
         for cost in COSTS:
-            names = ", ".join(frontier(every, cost, measure))
+            names = "; ".join(frontier(every, cost, measure))
             report.add(f"{arena.name}: the frontier", {"measure": measure, "against": cost, "methods": names})
     return charts(arena, rows)
 
