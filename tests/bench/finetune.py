@@ -36,7 +36,7 @@ from reward_guidance.guidance.samples import SHARD
 from reward_guidance.nodes.runtime import LoadedNetwork, NetworkGuidance, differentiable_model, manage_network
 from reward_guidance.tests.bench import passes
 from reward_guidance.tests.bench.shapesworld import SCORES, Bench, Pictures, World, energy_to_truth
-from reward_guidance.tests.bench.shapesworld_network import LEVELS, Collector, first, numbers, prepared
+from reward_guidance.tests.bench.shapesworld_network import Collector, first, numbers, prepared
 from reward_guidance.tests.harness.environment import cache
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.shapesworld import world
@@ -282,8 +282,7 @@ class Lesson:
     def collector(self, world_: World, work: Path) -> Collector:
         sampled = copy.copy(world_)
         sampled.steps = self.sampling_steps
-        standard = self.sampling_steps == world_.steps and self.levels == LEVELS
-        return Collector.begin(sampled, work / ("network" if standard else f"network_{self.sampling_steps}_{self.levels}"), self.levels)
+        return Collector.begin(sampled, work, self.levels)
 
 
 LESSONS = {

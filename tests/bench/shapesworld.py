@@ -42,7 +42,7 @@ class World:
     def __init__(self, models: Path, cfg: float, steps: int, prompts=world.PROMPTS, kind: str = "flow", sampler: str = "euler"):
         self.pipeline = Pipeline(models, kind=kind)
         self.reward, self.heldout = (load_reward(models / "reward_models" / name).float() for name in REWARDS)
-        self.cfg, self.steps, self.sampler, self.prompts = cfg, steps, sampler, prompts
+        self.cfg, self.steps, self.sampler, self.prompts, self.kind = cfg, steps, sampler, prompts, kind
 
     def sample(self, model: ModelPatcher, per_prompt: int, seed: int) -> Tensor:
         """Model-space latents (prompts·per_prompt,16,8,8), prompt by prompt."""

@@ -43,7 +43,8 @@ class Collector:
     collection: Collection
 
     @staticmethod
-    def begin(world_: World, folder: Path, levels: int = LEVELS) -> "Collector":
+    def begin(world_: World, work: Path, levels: int = LEVELS) -> "Collector":
+        """In a folder of its own, which another bench that samples the same way goes on with."""
         pipeline, reward = world_.pipeline, world_.reward
         description = Description(
             base=base_of(pipeline.model),
@@ -58,7 +59,8 @@ class Collector:
         )
         texts = [text_of_conditioning(pipeline.short(pipeline.encode([prompt]))) for prompt in world_.prompts]
         text = Texts([each.tokens[0] for each in texts], torch.cat([each.pooled for each in texts]))
-        return Collector(world_, Collection.create(folder, description, text))
+        folder = f"network-{world_.kind}-{world_.sampler}-{world_.steps}-{levels}"
+        return Collector(world_, Collection.create(work / folder, description, text))
 
     def fill(self, count: int) -> None:
         for numbers in self.collection.missing(count):
@@ -145,7 +147,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, default=None, help="a folder for the networks")
     chosen = parser.parse_args()
     world_ = World(chosen.models or shapesworld(), cfg=1.0, steps=chosen.steps, kind=chosen.kind, sampler=chosen.sampler)
-    collector = Collector.begin(world_, (chosen.work or cache() / "bench") / f"network-{chosen.kind}-{chosen.sampler}")
+    collector = Collector.begin(world_, chosen.work or cache() / "bench")
     bench = Bench(world_, chosen.per_prompt, chosen.pool, chosen.temperature, runs=chosen.runs)
     bench.references()
     for strength in chosen.beside:
