@@ -61,8 +61,7 @@ class Contest:
         self.add("particles", f"particles, {n}", [self.populations(n, run * self.bench.per_prompt) for run in self.runs], n)
 
     def populations(self, n: int, first_seed: int) -> Pictures:
-        drawn = [Pictures.of(self.world, self.population(n, first_seed + i)) for i in range(self.bench.per_prompt)]
-        return Pictures(*(torch.cat([getattr(part, name) for part in drawn], 1) for name in Pictures.__annotations__))
+        return Pictures.joined([Pictures.of(self.world, self.population(n, first_seed + i)) for i in range(self.bench.per_prompt)])
 
     def population(self, n: int, seed: int) -> Tensor:
         """The best of n particles for each prompt (prompts,16,8,8)."""

@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,6 +92,11 @@ class Pictures:
         return Pictures(pixels.view(*shape, 3, world.SIDE, world.SIDE), score(world_.reward), score(world_.heldout), features, right)
 
     @staticmethod
+    def joined(parts: "Sequence[Pictures]") -> "Pictures":
+        """Of the same prompts."""
+        return Pictures(*(torch.cat([getattr(part, name) for part in parts], 1) for name in Pictures.__annotations__))
+
+    @staticmethod
     def best(candidates: "list[Pictures]") -> "Pictures":
         """Of each place, the candidate with the highest reward."""
         chosen = torch.stack([pictures.reward for pictures in candidates]).argmax(0)
@@ -138,8 +144,7 @@ class Bench:
 
     def __init__(self, world_: World, per_prompt: int, pool: int, temperature: float, candidates: int = 8, runs: int = 1):
         self.world, self.per_prompt, self.temperature = world_, per_prompt, temperature
-        chunks = [self.unguided(32, 100_000 + i) for i in range(pool // 32)]
-        self.pool = Pictures(*(torch.cat([getattr(chunk, name) for chunk in chunks], 1) for name in Pictures.__annotations__))
+        self.pool = Pictures.joined([self.unguided(32, 100_000 + i) for i in range(pool // 32)])
         self.seeds = [run * max(1, candidates) for run in range(runs)]
         self.candidates = [[self.unguided(per_prompt, seed + i) for i in range(candidates)] for seed in self.seeds]
         self.rows: list[dict] = []
