@@ -350,14 +350,15 @@ class StoredPairs:
         chosen = torch.randint(levels, (size,), generator=rng)[part]
         clean, sigma = samples.clean[rows].float(), samples.sigma[rows, chosen]
         drawn = torch.stack([noise(clean.shape[1:], self.seeds[row], level) for row, level in zip(rows.tolist(), chosen.tolist(), strict=True)])
-        x = self.process.add_noise(clean, drawn, column(sigma, clean))
-        prompts = samples.prompts[rows]
-        clean, x, sigma, denoised, weights = (
-            value.to(self.device, torch.float32) for value in (clean, x, sigma, samples.denoised[rows, chosen], self.weights[rows])
-        )
+        return self.noised(rows, clean, drawn, sigma, samples.denoised[rows, chosen])
+
+    def noised(self, rows: Tensor, clean: Tensor, drawn: Tensor, sigma: Tensor, denoised: Tensor) -> Batch:
+        """The samples (B,) with these latents, noise and denoised estimates (B,...), at noise levels (B,)."""
+        x, prompts = self.process.add_noise(clean, drawn, column(sigma, clean)), self.samples.prompts[rows]
+        clean, x, sigma, denoised, weights = (value.to(self.device, torch.float32) for value in (clean, x, sigma, denoised, self.weights[rows]))
         ask = self.denoise
         denoise = None if ask is None else lambda point: ask(point, sigma, prompts)
-        return Batch(clean, x, sigma, denoised, weights, samples.text[prompts].to(self.device), denoise, prompts)
+        return Batch(clean, x, sigma, denoised, weights, self.samples.text[prompts].to(self.device), denoise, prompts)
 
 
 @dataclass(frozen=True)
@@ -371,10 +372,7 @@ class FreshPairs(StoredPairs):
         sigma = levels[torch.randint(len(levels), (size,), generator=rng)[part]]
         drawn = torch.randn(size, *samples.clean.shape[1:], generator=rng)[part]
         clean = samples.clean[rows].float()
-        x = self.process.add_noise(clean, drawn, column(sigma, clean))
-        prompts = samples.prompts[rows]
-        clean, x, sigma, weights = (value.to(self.device, torch.float32) for value in (clean, x, sigma, self.weights[rows]))
-        return Batch(clean, x, sigma, clean, weights, samples.text[prompts].to(self.device), prompts=prompts)
+        return self.noised(rows, clean, drawn, sigma, clean)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
