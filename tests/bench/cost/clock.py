@@ -4,6 +4,7 @@ import json
 import statistics
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -149,8 +150,6 @@ def synchronisations(run: Callable[[], object]) -> int | None:
     """How often a run makes the host wait for the GPU; None where there is none."""
     if not GPU:
         return None
-    import warnings
-
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:

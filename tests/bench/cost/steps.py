@@ -75,14 +75,14 @@ def measure(world: World, side: int, batch: int, variants: list[Variant], repeat
 
 def rows(report: Report, table: str, world: World, side: int, batch: int, variants: list[Variant], repeats: int) -> None:
     """A row for each variant."""
-    plain_peak = peak_bytes(partial(sampled, world, side, batch, None, 1))
+    plain = partial(sampled, world, side, batch, None, 1)
+    plain_peak, plain_waits = peak_bytes(plain), synchronisations(plain)
     for variant, found in zip(variants, measure(world, side, batch, variants, repeats), strict=True):
         reward = world.reward(variant.reward, variant.decoder)
         once = partial(sampled, world, side, batch, variant, 1)
         peak = peak_bytes(once) - plain_peak
         backward = found.parts.get("decode backward", 0)
         waits = synchronisations(once)
-        plain_waits = synchronisations(partial(sampled, world, side, batch, None, 1))
         report.add(
             table,
             {
