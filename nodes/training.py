@@ -1,5 +1,7 @@
 """The node that trains a guidance network."""
 
+import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,18 +15,21 @@ from comfy.model_management import InterruptProcessingException as Interrupt
 from comfy_api.v0_0_2 import io, ui
 from PIL import Image
 from server import PromptServer
+from torch import Tensor
 
 from ..guidance.fitting import BATCH, DATA_FORMS, DATA_OBJECTIVES, WIDTHS, Fitting, bytes_for, plan_for, prepare, weights_from
-from ..guidance.rewards import CombinedReward
+from ..guidance.rewards import CombinedReward, RewardError
 from ..guidance.training import Plan, Progress
 from . import runtime
-from .collecting import CATEGORY, DATA, GuidanceData, parts_of, picture
+from .collecting import CATEGORY, DATA, GuidanceData, Studio, parts_of, picture
 from .decoders import make_decoder
 from .guidance import HIDDEN
 from .network import NETWORK, followed
 from .reporting import Reporter
 from .runtime import LatentReward, as_nodes_run, differentiable_clone, loaded_reward, manage_network, room_for, trainable
 from .selection import decode
+
+log = logging.getLogger(__name__)
 
 PREVIEWED = 4
 """Samples in a preview."""
@@ -84,8 +89,10 @@ class Watch:
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 losses.append(progress.loss)
                 preview = self.look(progress.step)
-                if self.tell(progress, fmean(losses), preview):
+                told = self.tell(progress, fmean(losses), preview)
+                if told:
                     losses.clear()
+                if told or preview:
                     bar.update_absolute(progress.step, steps, preview and ("JPEG", preview.picture, None))
         except Interrupt:
             with suppress(Interrupt):  # who is impatient gets what was the best at the last look
@@ -121,10 +128,19 @@ def first_pictures(data: GuidanceData) -> Callable[[Fitting], Preview]:
         with as_nodes_run():
             latents = studio.sample(prompts, seeds, lambda *_: None, lambda sampling: followed(sampling, network))
             clips = decode(studio.vae, latents)
-            scores = torch.stack([studio.judge(clip, studio.prompts[prompt]) for clip, prompt in zip(clips, prompts, strict=True)])
+            scores = torch.stack([judged(studio, clip, studio.prompts[prompt]) for clip, prompt in zip(clips, prompts, strict=True)])
         return Preview(picture(torch.cat(list(clips[:, 0]), 1)), description.combined(scores, fitting.reward_weights).tolist())
 
     return draw
+
+
+def judged(studio: Studio, clip: Tensor, prompt: str) -> Tensor:
+    """Raw scores (R,); not numbers where a reward refuses what a network has made so far, which is no reason to lose the training."""
+    try:
+        return studio.judge(clip, prompt)
+    except RewardError as error:
+        log.warning("%s The preview has no reward.", error)
+        return torch.full((len(parts_of(studio.reward.reward)),), math.nan)
 
 
 def leave_off(fitting: Fitting, node: str) -> None:

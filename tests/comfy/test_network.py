@@ -12,6 +12,7 @@ load_comfyui()
 
 import comfy.sample
 import comfy.samplers
+import comfy.utils
 import torch
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.estimators import ESTIMATORS, Settings, Smoothing
@@ -19,8 +20,9 @@ from reward_guidance.guidance.files import Card
 from reward_guidance.guidance.fitting import plan_for, prepare
 from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork
 from reward_guidance.guidance.process import Diffusion, Flow
+from reward_guidance.guidance.rewards import ImageStatistic, RewardError
 from reward_guidance.guidance.samples import Collection, Description, Rows, Samples, Texts, states
-from reward_guidance.guidance.training import Plan, fit
+from reward_guidance.guidance.training import Plan, Progress, fit
 from reward_guidance.nodes.collecting import Collector, Studio, alike, asked, level, stacked
 from reward_guidance.nodes.network import GuidedNoise, followed
 from reward_guidance.nodes.runtime import (
@@ -34,7 +36,7 @@ from reward_guidance.nodes.runtime import (
     tilt,
 )
 from reward_guidance.nodes.sampling import Sampling
-from reward_guidance.nodes.training import Watch
+from reward_guidance.nodes.training import Preview, Watch, judged
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
 
@@ -320,6 +322,29 @@ def test_two_interrupts_return_what_was_the_best_at_the_last_look():
     watch([(10, 0.1)]).run()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         watch([]).run()
+
+
+def test_every_preview_is_shown_although_the_page_hears_of_some_steps_only(monkeypatch):
+    steps = [Progress(step, 0.1) for step in range(1, 7)]
+
+    class Steady(Interrupted):
+        def __iter__(self):
+            return iter(steps)
+
+    shown = []
+    monkeypatch.setattr(comfy.utils, "ProgressBar", lambda total: SimpleNamespace(update_absolute=lambda *told: shown.append(told)))
+    fitting = SimpleNamespace(training=Steady([(1, 0.1)]), health=SimpleNamespace(effective=0.5))
+    Watch(fitting, lambda step: False, lambda _: Preview("a picture", [0.5]), 3).run()
+    assert shown == [(step, Plan().steps, ("JPEG", "a picture", None)) for step in (3, 6)]
+
+
+def test_a_preview_that_a_reward_refuses_does_not_end_the_training(caplog):
+    def judge(clip, prompt):
+        raise RewardError("likes returned a score that is not a finite number.")
+
+    studio = SimpleNamespace(judge=judge, reward=SimpleNamespace(reward=ImageStatistic("brightness")))
+    assert judged(studio, torch.zeros(1, 8, 8, 3), "a cat").isnan().tolist() == [True]
+    assert "The preview has no reward" in caplog.text
 
 
 def ring_reward(latents):
