@@ -2,9 +2,10 @@
 
 As in shapesworld.py: 256 pictures of 32 prompts in each run, judged by the reward, the held-out reward and the oracle. Everything has the
 nodes' default settings but the temperature, which is that of the truth. A method that keeps one of n samples keeps the one with the highest
-reward. Prints a markdown table and draws output/selection.png, held-out reward against model calls per step.
+reward. The guidance network learns from 2000 unguided samples of the same prompts. Prints a markdown table and draws output/selection.png,
+held-out reward against model calls per step.
 
-usage: python tests/bench/selection.py [MODELS_DIR] [--runs 2] [--network FILE]
+usage: python tests/bench/selection.py [MODELS_DIR] [--runs 2] [--network FILE] [--work DIR]
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 from bench.shapesworld import BatchReward, Bench, Pictures, World
 from comfy.model_patcher import ModelPatcher
 from harness.chart import draw_chart
+from harness.environment import cache
 from reward_guidance.guidance.estimators import Settings
 from reward_guidance.guidance.files import load_network
 from reward_guidance.guidance.particles import Population, ranked
@@ -29,6 +31,7 @@ from reward_guidance.guidance.randomness import generator
 from reward_guidance.nodes.particles import ParticleSampler
 from reward_guidance.nodes.runtime import NetworkGuidance, RewardGuidance, manage_network
 from reward_guidance.nodes.sampling import Sampling
+from reward_guidance.tests.bench.shapesworld_network import learned
 from reward_guidance.tests.harness.models import shapesworld
 from torch import Tensor
 
@@ -84,7 +87,10 @@ class Contest:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
-    parser.add_argument("--network", type=Path, help="a guidance network for the flow model")
+    parser.add_argument("--network", type=Path, help="a guidance network for the flow model; one is trained if left out")
+    parser.add_argument("--labels", type=int, default=2000, help="to train it on")
+    parser.add_argument("--training-steps", type=int, default=1500)
+    parser.add_argument("--work", type=Path, default=None, help="where what was collected is kept; the cache if left out")
     parser.add_argument("--network-strength", type=float, default=4.0)
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--per-prompt", type=int, default=8)
@@ -102,10 +108,11 @@ def main() -> None:
             contest.particles(n)
     guidance = RewardGuidance(BatchReward(world, bench.per_prompt), "shift", Settings(temperature=bench.temperature))
     contest.best_of("guidance", guidance.attach(model), (1, 2, 4))
-    if arguments.network:
-        network = NetworkGuidance(manage_network(*load_network(arguments.network)), arguments.network_strength).attach(model)
-        contest.best_of("network", network, (1, 2, 4))
-        contest.best_of("network and guidance", guidance.attach(network), (1, 2))
+    given, work = arguments.network, arguments.work or cache() / "bench"
+    loaded = manage_network(*load_network(given)) if given else learned(world, work, arguments.labels, arguments.training_steps)
+    network = NetworkGuidance(loaded, arguments.network_strength).attach(model)
+    contest.best_of("network", network, (1, 2, 4))
+    contest.best_of("network and guidance", guidance.attach(network), (1, 2))
     PICTURE.parent.mkdir(exist_ok=True)
     draw_chart("Held-out reward against cost", "model calls per step", contest.curves, logarithmic=True).save(PICTURE)
     print(f"\n{PICTURE.name} is drawn.")

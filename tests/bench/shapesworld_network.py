@@ -26,7 +26,15 @@ from reward_guidance.guidance.fitting import Fitting, plan_for, prepare
 from reward_guidance.guidance.rewards import evaluate
 from reward_guidance.guidance.samples import Collection, Description, Sample, Samples, Texts, noise, percents, states
 from reward_guidance.guidance.training import label
-from reward_guidance.nodes.runtime import NetworkGuidance, RewardGuidance, base_of, manage_network, process_of, text_of_conditioning
+from reward_guidance.nodes.runtime import (
+    LoadedNetwork,
+    NetworkGuidance,
+    RewardGuidance,
+    base_of,
+    manage_network,
+    process_of,
+    text_of_conditioning,
+)
 from reward_guidance.tests.bench.shapesworld import BatchReward, Bench, World
 from reward_guidance.tests.harness.environment import cache
 from reward_guidance.tests.harness.models import shapesworld
@@ -91,21 +99,30 @@ def prepared(samples: Samples, objective: str, temperature: float, steps: int, s
     return prepare(samples, plan, size)
 
 
-def train(samples: Samples, objective: str, chosen: argparse.Namespace) -> Fitting:
-    fresh = objective == "potential" and not chosen.stored
-    fitting = prepared(samples, objective, chosen.training_temperature, chosen.training_steps, chosen.size, fresh)
+def train(fitting: Fitting) -> None:
+    began = time.perf_counter()
     for progress in fitting.training:
         if progress.check is not None:
             print(f"step {progress.step}: loss {progress.loss:.4f}, on held-out samples {progress.check:.4f}", file=sys.stderr, flush=True)
-    return fitting
+    print(f"{fitting.report()}\ntrained in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+
+
+def learned(world_: World, work: Path, count: int = 2000, steps: int = 1500, temperature: float = 0.3) -> LoadedNetwork:
+    """A network from so many samples, of which it needs the latents and their scores alone."""
+    collector = Collector.begin(world_, work, levels=1)
+    collector.fill(count)
+    fitting = prepared(first(collector.collection.load(), count), "potential", temperature, steps, "small", fresh=True)
+    train(fitting)
+    return manage_network(fitting.network(), fitting.card())
 
 
 def compare(bench: Bench, collector: Collector, count: int, objective: str, chosen: argparse.Namespace) -> None:
     """One network, followed at every strength."""
     collector.fill(count)
-    began = time.perf_counter()
-    fitting = train(first(collector.collection.load(), count), objective, chosen)
-    print(f"{fitting.report()}\ntrained in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    fresh = objective == "potential" and not chosen.stored
+    samples = first(collector.collection.load(), count)
+    fitting = prepared(samples, objective, chosen.training_temperature, chosen.training_steps, chosen.size, fresh)
+    train(fitting)
     if chosen.save:
         save_network(chosen.save / f"{objective}-{count}.safetensors", fitting.network(), fitting.card())
     loaded, plain = manage_network(fitting.network(), fitting.card()), bench.world.pipeline.model

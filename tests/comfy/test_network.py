@@ -202,7 +202,7 @@ def test_guided_noise_is_the_stock_noise_tilted():
     untrained = network(model, "noise", trained=False, channels=48)
     assert torch.equal(GuidedNoise(untrained, CONDITION, 9, 4, 1.0).generate_noise(latent), stock)
     alone = GuidedNoise(loaded, CONDITION, 9, 4, 1.0).generate_noise({"samples": latent["samples"][:1], "batch_index": [4]})
-    torch.testing.assert_close(alone, tilted[:1])
+    torch.testing.assert_close(alone, tilted[:1], atol=1e-3, rtol=0)  # four calls of a network that rounds otherwise in a batch
 
 
 def test_one_box_samples_from_tilted_noise(model):
