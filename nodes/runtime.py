@@ -146,6 +146,12 @@ def differentiable_model(*models: nn.Module) -> Iterator[None]:
         comfy.model_management.in_training = within_another
 
 
+def models_of(guider) -> list[nn.Module]:
+    """Every model that a guider holds: its own, ControlNets, and whatever else it asks."""
+    held = chain.from_iterable(value if isinstance(value, list) else [value] for value in vars(guider).values())
+    return [each.model for each in held if isinstance(each, comfy.model_patcher.ModelPatcher)]
+
+
 def process_of(model_sampling) -> Process:
     """The noising process of a model, from the coordinates its sampler works in."""
     if isinstance(model_sampling, (comfy.model_sampling.IMG_TO_IMG, comfy.model_sampling.IMG_TO_IMG_FLOW)):
@@ -355,8 +361,7 @@ class RewardGuidance:
         with ExitStack() as stack:
             stack.enter_context(gradients(*self.reward.modules))
             if self.needs_model_gradient:
-                control_models = [patcher.model for patcher in guider.loaded_models]
-                stack.enter_context(differentiable_model(guider.inner_model, *control_models))
+                stack.enter_context(differentiable_model(guider.inner_model, *models_of(guider)))
                 plain_denoise, x = denoise, x.clone()
             try:
                 return run.estimator(plain_denoise, x, sigma)

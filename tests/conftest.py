@@ -6,6 +6,7 @@ its `nodes` must not hide ComfyUI's nodes.py from tests that use ComfyUI in-proc
 
 import os
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -19,6 +20,10 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != CH
 
 def pytest_configure() -> None:
     import torch
+    from reward_guidance.tests.harness.environment import cache
 
+    scratch = cache() / "work" / "tmp"
+    scratch.mkdir(parents=True, exist_ok=True)
+    tempfile.tempdir = os.environ["TMPDIR"] = str(scratch)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: sums in another order differ in their last bits

@@ -50,6 +50,8 @@ def custom(node, **guidance):
                 "cfg_cond2_negative": 2.0,
                 "style": "regular",
             },
+            "DualModelGuider": conditions | {"model_negative": inputs["model"], "cfg": inputs["cfg"]},
+            "PerpNegGuider": conditions | {"empty_conditioning": inputs["negative"], "cfg": inputs["cfg"], "neg_scale": 1.0},
         }[node]
         noise = graph.add("noise", "RandomNoise", noise_seed=inputs["seed"])
         return graph.add("sampler", "SamplerCustomAdvanced", noise=noise, guider=graph.add("guider", node, model=model, **guider), **rest)
@@ -64,8 +66,10 @@ def test_custom_sampling_is_guided_as_the_ksampler_is(bench, node, cfg):
     assert distance(bench.sample("sd3", stock, cfg=cfg), expected) > 1e-3
 
 
-def test_two_conditions_are_guided(bench):
-    guided, plain = (bench.sample("sd3", custom("DualCFGGuider", strength=strength)) for strength in (1.0, 0.0))
+@pytest.mark.parametrize("estimator", ["shift", "jacobian"])
+@pytest.mark.parametrize("node", ["DualCFGGuider", "DualModelGuider", "PerpNegGuider"])
+def test_guiders_that_ask_more_than_twice_or_two_models_are_guided(bench, node, estimator):
+    guided, plain = (bench.sample("sd3", custom(node, strength=strength, estimator=estimator), cfg=4.0) for strength in (1.0, 0.0))
     assert guided.isfinite().all()
     assert distance(guided, plain) > 1e-3
 
