@@ -29,6 +29,8 @@ DATA_OBJECTIVES = ("auto", "potential", "weighted", "reward_gradient")
 NO_GUIDANCE = {"weighted": 0.0, "potential": 1.0}
 """The least loss of a network that does not guide, by objective."""
 DATA_FORMS = ("correction", "shift")
+NOISE_FORMS = {"weighted": "noise", "reward_gradient": "leap"}
+"""By objective."""
 
 
 def plan_for(description: Description, objective: str = "auto", form: str = "correction", **options: Any) -> Plan:
@@ -42,13 +44,13 @@ def plan_for(description: Description, objective: str = "auto", form: str = "cor
     noise = description.base.target == "noise"
     if objective == "auto":
         objective = "weighted" if noise or form == "shift" else "potential"
-    if noise and objective != "weighted":
-        raise GuidanceError(f"The noise of one-step generators is tilted by the objective weighted, not by {objective}.")
+    if noise and objective not in NOISE_FORMS:
+        raise GuidanceError(f"The noise of one-step generators is tilted by the objectives {' and '.join(NOISE_FORMS)}, not by {objective}.")
     if noise or objective == "potential":
         what = "The noise of one-step generators" if noise else "The objective potential"
         if form != "correction":
             raise GuidanceError(f"{what} has a form of its own: leave the form at correction, not at {form}.")
-        form = "noise" if noise else "potential"
+        form = NOISE_FORMS[objective] if noise else "potential"
     steps = options.get("steps", Plan.steps)
     pace = {"check_every": min(Plan.check_every, max(10, steps // 20)), "ema": min(Plan.ema, 1 - 10 / max(20, steps))}
     return Plan(**{"objective": objective, "form": form, "batch": BATCH, "fresh": objective == "potential", **pace} | options)
@@ -157,6 +159,8 @@ def prepare(
     process = prior.PROCESS if noise else process_named(description.base.process)
 
     def source(rows: Tensor) -> Source:
+        if plan.form == "leap":
+            return prior.FreshNoise(description.shape, samples.text, device)
         chosen = samples.rows(rows)
         if noise:
             return prior.NoisePairs(chosen.clean, weights[rows], chosen.text, chosen.prompts, device)

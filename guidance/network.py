@@ -296,7 +296,22 @@ class Potential(Form):
         return denoise(x) + strength * process.shift_gain(level) * gradient
 
 
-FORMS: dict[str, Form] = {"correction": Correction(), "shift": Shift(), "potential": Potential(), "noise": NoiseCorrection()}
+class Leap(Form):
+    """z + G(z): noise is moved in one step, as far as it is to go (arXiv 2508.09968); what is no noise any more is never seen."""
+
+    inputs = 1
+
+    def __call__(self, network, process, denoise, x, sigma, text, strength=1.0):
+        return x + strength * network((x,), process.angle(sigma), text)
+
+
+FORMS: dict[str, Form] = {
+    "correction": Correction(),
+    "shift": Shift(),
+    "potential": Potential(),
+    "noise": NoiseCorrection(),
+    "leap": Leap(),
+}
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:

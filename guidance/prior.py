@@ -3,6 +3,8 @@
 Noise is data whose denoiser is known, so the guidance network learns its tilt as it learns any other. On the spherical path
 x = cos(φ)·z + sin(φ)·ε the denoiser is D = cos(φ)·x, and with D_q = D + sin(φ)·G the probability flow from noise (φ = π/2) to tilted
 noise (φ = 0) is simply dx/dφ = -G(x, φ): the network is the velocity, and without one, noise stays what it is.
+
+Where the reward has a gradient, a network may learn instead to move noise in one leap, z -> z + G(z), by that gradient through the generator.
 """
 
 import math
@@ -11,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .network import Text, column
+from .network import FORMS, Text, column
 from .process import Spherical
 from .randomness import generator
 from .samples import Rows, Texts
@@ -49,9 +51,33 @@ class NoisePairs:
         return Batch(clean, x, angle, denoise(x, angle), weights, text.to(device), prompts=prompts)
 
 
+@dataclass(frozen=True)
+class FreshNoise:
+    """Batches of new noise z, each for a prompt drawn at random; nothing is labelled. Its denoised estimate is called z itself: G is Δz."""
+
+    shape: tuple[int, ...]
+    """Of a latent (C,...)."""
+    text: Texts
+    """Of every prompt."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def batch(self, size: int, key: tuple[int, ...], part: slice = slice(None)) -> Batch:
+        rng, device = generator(*key), self.device
+        prompts = torch.randint(len(self.text.pooled), (size,), generator=rng)[part]
+        noise = torch.randn(size, *self.shape, generator=rng)[part].to(device)
+        return Batch(noise, noise, pure(noise), noise, torch.ones(len(noise), device=device), self.text[prompts].to(device), prompts=prompts)
+
+
+def pure(noise: Tensor) -> Tensor:
+    """The angle of nothing but noise, for each sample (B,)."""
+    return torch.full((len(noise),), math.pi / 2, device=noise.device)
+
+
 @torch.no_grad()
-def tilted_noise(network: nn.Module, noise: Tensor, text: Text, steps: int = 4, strength: float = 1.0) -> Tensor:
-    """Noise (B,...) -> noise whose pictures are rewarded, by `steps` calls of the network at the middles of as many arcs."""
+def tilted_noise(network: nn.Module, noise: Tensor, text: Text, steps: int = 4, strength: float = 1.0, form: str = "noise") -> Tensor:
+    """Noise (B,...) -> noise whose pictures are rewarded: in one leap, or by `steps` calls of the network at the middles of as many arcs."""
+    if form == "leap":
+        return FORMS["leap"](network, PROCESS, lambda x: x, noise, pure(noise), text, strength)
     x, arc = noise, math.pi / 2 / steps
     for step in range(steps):
         angle = torch.full((len(x),), math.pi / 2 - (step + 0.5) * arc, device=x.device)

@@ -540,7 +540,7 @@ def tilt(loaded: LoadedNetwork, noise: Tensor, conditioning: list, steps: int, s
     comfy.model_management.load_models_gpu([loaded.patcher])
     moved = noise.to(loaded.patcher.load_device, torch.float32)
     text = text_for(loaded, text_of_conditioning(conditioning), moved)
-    return tilted_noise(loaded.network, moved, text, steps, strength).to(noise)
+    return tilted_noise(loaded.network, moved, text, steps, strength, loaded.card.form).to(noise)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 import comfy.model_management
+import comfy.samplers
 import comfy.utils
 import torch
 from comfy.model_management import InterruptProcessingException as Interrupt
@@ -17,9 +18,10 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
+from ..guidance.errors import GuidanceError
 from ..guidance.fitting import BATCH, DATA_FORMS, DATA_OBJECTIVES, WIDTHS, Fitting, bytes_for, plan_for, prepare, weights_from
 from ..guidance.rewards import CombinedReward, RewardError
-from ..guidance.training import Plan, Progress
+from ..guidance.training import Batch, Plan, Progress
 from . import runtime
 from .collecting import CATEGORY, DATA, GuidanceData, Studio, parts_of, picture
 from .decoders import make_decoder
@@ -52,8 +54,33 @@ def assistants(data: GuidanceData, plan: Plan, weights: Sequence[float]) -> Iter
             decoder = make_decoder("auto", studio.model.get_model_object("latent_format"), studio.vae)
             weighted = replace(studio.reward, reward=CombinedReward([part for part, _ in parts_of(studio.reward.reward)], weights))
             reward = stack.enter_context(loaded_reward(LatentReward(weighted, decoder, description.prompts[0])))
-            asked["reward"] = lambda latents, batch: reward.score(latents, [description.prompts[i] for i in batch.prompts.tolist()])
+            make = stack.enter_context(generator_of(studio)) if description.base.target == "noise" else lambda latents, _: latents
+
+            def score(latents: Tensor, batch: Batch) -> Tensor:
+                prompts = batch.prompts.tolist()
+                return reward.score(make(latents, prompts), [description.prompts[prompt] for prompt in prompts])
+
+            asked["reward"] = score
         yield asked
+
+
+@contextmanager
+def generator_of(studio: Studio) -> Iterator[Callable[[Tensor, list[int]], Tensor]]:
+    """What a one-step generator makes of noise (N,...) and prompts (N,), in the model's space and with a graph."""
+    if studio.steps != 1:
+        raise GuidanceError(
+            f"The objective reward_gradient goes through one call of the model, and these samples were made with {studio.steps} steps: collect "
+            "with 1, or choose the objective weighted."
+        )
+    with differentiable_clone(studio.model) as model:
+        one, sampling = replace(studio, model=model), model.get_model_object("model_sampling")
+        sigma = comfy.samplers.calculate_sigmas(sampling, studio.scheduler, 1)[0]
+
+        def make(noise: Tensor, prompts: list[int]) -> Tensor:
+            x = sampling.noise_scaling(sigma.to(noise), noise, torch.zeros_like(noise), max_denoise=True)
+            return one.denoise(x, sigma.expand(len(noise)), prompts)
+
+        yield make
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -409,6 +409,15 @@ def test_one_box_and_guided_noise_are_alike(bench, noise_network, batch):
         assert distance(bench.sample("flux", off, **options), plain) == 0
 
 
+def test_noise_follows_a_gradient_through_the_generator(bench, noise_network):
+    train(bench, "flux_noise", save="leap", build=lambda graph: collected(graph, "flux", "flux_noise", target="noise"), steps=12,
+          objective="reward_gradient", temperature=0.05).check()  # fmt: skip
+    seed = next(SEEDS)
+    ways = boxed("leap_00001_.safetensors"), from_noise("leap_00001_.safetensors", steps=9), stock
+    box, parts, plain = (bench.sample("flux", way, seed=seed, steps=1) for way in ways)
+    assert distance(box, parts) == 0 and distance(box, plain) > 1e-4
+
+
 # Together with everything else
 
 
@@ -679,6 +688,11 @@ def test_damaged_networks(refused, networks, network_folder, content, words):
     whole = (network_folder / networks("flux")).read_bytes()
     (network_folder / "damaged.safetensors").write_bytes(whole[:5000] if content is None else content)
     refused(latents("flux", applied("damaged.safetensors"), seed=next(SEEDS)), words)
+
+
+def test_a_gradient_through_a_generator_of_several_steps(refused):
+    data = lambda graph: collected(graph, "flux", "two_steps", target="noise", steps=2)  # noqa: E731
+    refused(prompt_of_training("two_steps", build=data, objective="reward_gradient"), "goes through one call of the model, and these samples were made with 2")
 
 
 def test_samples_of_a_model_that_reward_guidance_patched(refused):

@@ -17,6 +17,7 @@ from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.files import Base, load_network
 from reward_guidance.guidance.fitting import WIDTHS, overview, plan_for, prepare, weights_from
 from reward_guidance.guidance.network import Architecture, GuidanceNetwork, Text
+from reward_guidance.guidance.prior import tilted_noise
 from reward_guidance.guidance.samples import SHARD, Collection, Description, Rows, Sample
 from reward_guidance.guidance.training import Plan, fit, label
 
@@ -67,6 +68,7 @@ def test_sizes_are_of_one_to_ten_million():
     ("description", "options", "form"),
     [
         (DESCRIPTION, {}, "potential"), (DESCRIPTION, {"form": "shift"}, "shift"), (NOISE, {}, "noise"),
+        (NOISE, {"objective": "reward_gradient"}, "leap"),
         (DESCRIPTION, {"objective": "weighted"}, "correction"), (DESCRIPTION, {"objective": "potential"}, "potential"),
     ],
 )  # fmt: skip
@@ -74,8 +76,8 @@ def test_a_plan_has_the_form_that_fits(description, options, form):
     assert plan_for(description, **options).form == form
 
 
-def test_noise_is_tilted_by_one_objective():
-    with pytest.raises(GuidanceError, match="tilted by the objective weighted, not by potential"):
+def test_noise_has_objectives_of_its_own():
+    with pytest.raises(GuidanceError, match="tilted by the objectives weighted and reward_gradient, not by potential"):
         plan_for(NOISE, objective="potential")
 
 
@@ -196,6 +198,17 @@ def test_a_gradient_objective_is_told_the_prompts(folder):
 
     fit(prepare(Collection.open(folder).load(), quick(objective="reward_gradient"), "small", reward=reward).training)
     assert seen == {0, 1}
+
+
+def test_noise_that_leaps_needs_no_labels_but_their_spread(tmp_path):
+    samples = collect(tmp_path, NOISE).load()
+    plan = quick(NOISE, objective="reward_gradient", temperature=0.1)
+    fitting = prepare(samples, plan, "small", reward=lambda noise, batch: noise.flatten(1).mean(1))
+    network, card = fit(fitting.training), fitting.card()
+    assert card.form == "leap" and card.best is not None and fitting.report()
+    noise = samples.clean[torch.arange(4)].float()
+    moved = tilted_noise(network, noise, samples.text[samples.prompts[:4]].to(noise.device), form="leap")
+    assert moved.flatten(1).mean(1).gt(noise.flatten(1).mean(1)).all()
 
 
 def test_one_unit_of_temperature_serves_all_objectives(folder):

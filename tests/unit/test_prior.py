@@ -6,6 +6,7 @@ import pytest
 import torch
 from reward_guidance.guidance import prior
 from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork, Text
+from reward_guidance.guidance.samples import Texts
 from reward_guidance.guidance.training import OBJECTIVES, Plan, Task, label
 
 TILT = torch.tensor([0.8, -0.5]).view(1, 2, 1, 1)
@@ -64,3 +65,34 @@ def test_noise_pairs_span_the_path_and_repeat():
     first, again, part = pairs.batch(8, (1,)), pairs.batch(8, (1,)), pairs.batch(8, (1,), slice(1, None, 2))
     assert torch.equal(first.x, again.x) and torch.equal(first.x[1::2], part.x)
     assert 0 < first.sigma.min() < math.pi / 16 and math.pi * 7 / 16 < first.sigma.max() < math.pi / 2
+
+
+class Leap(torch.nn.Module):
+    """The same move for every noise."""
+
+    def __init__(self, move):
+        super().__init__()
+        self.move = torch.nn.Parameter(move)
+
+    def forward(self, inputs, angle, text):
+        assert torch.allclose(angle, torch.tensor(math.pi / 2))
+        return self.move.expand_as(inputs[0])
+
+
+def test_the_reward_gradient_is_least_at_the_leap_of_a_linear_reward():
+    """|Δ|²/2 - t·(z + Δ)/β is least at Δ = t/β, which makes of N(0, I) the tilt N(t/β, I)."""
+    network, texts = Leap(TILT / 0.5), Texts([torch.empty(0, 0)], torch.empty(1, 0))
+    task = Task(prior.PROCESS, Plan(objective="reward_gradient", form="leap", temperature=0.5), lambda noise, _: (noise * TILT).sum((1, 2, 3)))
+    batch = prior.FreshNoise((2, 1, 1), texts).batch(64, (0,))
+    OBJECTIVES["reward_gradient"](network, task, batch).backward()
+    assert network.move.grad.abs().max() < 1e-5
+    torch.testing.assert_close(prior.tilted_noise(network, randn(5), Text.none(5), form="leap"), randn(5) + TILT / 0.5)
+    torch.testing.assert_close(prior.tilted_noise(network, randn(5), Text.none(5), strength=0.5, form="leap"), randn(5) + TILT)
+
+
+def test_fresh_noise_takes_turns_with_prompts():
+    source = prior.FreshNoise((2, 3, 3), Texts([torch.zeros(1, 4)] * 3, torch.eye(3)))
+    one, again, other = (source.batch(50, key) for key in ((1, 2), (1, 2), (1, 3)))
+    assert torch.equal(one.x, again.x) and not torch.equal(one.x, other.x)
+    assert set(one.prompts.tolist()) == {0, 1, 2} and torch.equal(one.text.pooled.argmax(1), one.prompts)
+    assert torch.equal(source.batch(50, (1, 2), slice(0, None, 2)).x, one.x[::2])
