@@ -95,9 +95,8 @@ class Pipeline:
         return answers[0]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B,3,64,64), about [0,1], by the checkpoint's VAE at its trained width, in bfloat16."""
-        with torch.autocast(latents.device.type, torch.bfloat16):
-            return self.decoder(latents).float()
+        """(B,3,64,64), about [0,1], by the checkpoint's VAE at its trained width."""
+        return self.decoder(latents.float())
 
     @torch.inference_mode()
     def pictures(self, latents: Tensor) -> Tensor:
