@@ -42,6 +42,7 @@ def parts(model: str, clip_type: str, vae: str, **options) -> Family:
 FAMILIES = {
     "sd15": checkpoint("v1-5-pruned-emaonly.ckpt"),
     "sd2": checkpoint("v2-1_512-ema-pruned.ckpt"),
+    "sdxl": checkpoint("tiny_sdxl.ckpt", taesd="taesdxl"),
     "sd3": checkpoint("tiny_sd3.ckpt", latent="EmptySD3LatentImage", taesd="taesd3"),
     "flux": parts("flux1-dev.safetensors", "stable_diffusion", "ae.safetensors", latent="EmptySD3LatentImage", cfg=1.0, taesd="taef1"),
     "wan": parts(
