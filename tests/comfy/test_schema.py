@@ -8,7 +8,7 @@ SNAPSHOT = Path(__file__).with_name("node_schemas.json")
 RENEW = "RENEW_SCHEMAS"
 ADVICE = (
     f"The nodes are no longer those of {SNAPSHOT.name}, and workflows saved with them may break. If that is meant, write the file anew with "
-    f"{RENEW}=1 pytest {Path(__file__).name} and commit it. A node or an input that was renamed after a release also needs an io.NodeReplace, which "
+    "make schemas and commit it. A node or an input that was renamed after a release also needs an io.NodeReplace, which "
     "the extension's on_load registers."
 )
 MOST_WIDGETS = 8

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from pathlib import Path
 
 import pytest
 from reward_guidance.tests.harness.environment import CHECKOUT
@@ -13,7 +12,7 @@ ENGLISH = LOCALES / "en" / "nodeDefs.json"
 LANGUAGES = {"en": lambda node: HELP / f"{node}.md", "zh": lambda node: HELP / node / "zh.md"}
 """Whose help page lies where. The English one is also that of every other language."""
 RENEW = "RENEW_SCHEMAS"
-ADVICE = f"{ENGLISH} is not what the nodes say. Write it anew with {RENEW}=1 pytest {Path(__file__).name}, then mend the Chinese one."
+ADVICE = f"{ENGLISH} is not what the nodes say. Write it anew with make schemas, then mend the Chinese one."
 CONTROL = "control_after_generate"
 COST = {"en": "Cost", "zh": "开销"}
 """The heading on a help page, which is followed by what to try when the outcome is not what was wanted."""
