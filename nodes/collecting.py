@@ -309,7 +309,7 @@ class CollectData(io.ComfyNode):
                     default="",
                     tooltip="One prompt on each line; they take turns. What the network will be used for: 10 to 10,000 prompts.",
                 ),
-                io.String.Input("negative_prompt", default="", tooltip="What the pictures should not show; without effect at a cfg of 1."),
+                io.String.Input("negative_prompt", default="", tooltip="What the pictures should not show; without effect at a cfg of 1.", **rare),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -317,6 +317,7 @@ class CollectData(io.ComfyNode):
                     max=2**64 - 1,
                     control_after_generate=False,
                     tooltip="The seed of the first sample; the others follow. A collection goes on only with the seed that it began with.",
+                    **rare,
                 ),
                 steps,
                 cfg,
@@ -346,7 +347,8 @@ class CollectData(io.ComfyNode):
                     default=8,
                     min=1,
                     max=1000,
-                    tooltip="data: noise levels at which the model is asked about each sample, one model call each. 4 to 16.",
+                    tooltip="data: noise levels at which the model is asked about each sample. More teach more from a sample; each costs a "
+                    "model call and disk space. 4 to 16.",
                     **rare,
                 ),
                 io.Boolean.Input("keep_images", default=False, tooltip="Also keep every picture, as PNG in the subfolder images.", **rare),

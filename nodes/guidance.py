@@ -19,15 +19,38 @@ CATEGORY = "reward guidance"
 
 def sampler_inputs(sampler_name: io.Input | None = None) -> list[io.Input]:
     """What a stock KSampler asks for, but for the model."""
-    every_sampler = io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="Any sampler of ComfyUI.")
+    every_sampler = io.Combo.Input(
+        "sampler_name",
+        options=comfy.samplers.KSampler.SAMPLERS,
+        tooltip="How each step is taken, which changes look and speed. Any sampler of ComfyUI works; take the one that the model is known to like.",
+    )
     return [
-        io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="The seed of the noise."),
-        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps. 15 to 50; distilled models need fewer."),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**64 - 1,
+            control_after_generate=True,
+            tooltip="The seed of the noise: another one makes other pictures, the same one makes the same again.",
+        ),
+        io.Int.Input(
+            "steps", default=20, min=1, max=10000, tooltip="Denoising steps: more are finer and take longer. 15 to 50; distilled models need fewer."
+        ),
         io.Float.Input(
-            "cfg", default=4.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Classifier-free guidance scale. 3 to 8; distilled models take 1."
+            "cfg",
+            default=4.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="Classifier-free guidance scale: how strictly to keep to the prompt. 3 to 8; distilled models take 1.",
         ),
         sampler_name or every_sampler,
-        io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How the noise falls from step to step."),
+        io.Combo.Input(
+            "scheduler",
+            options=comfy.samplers.KSampler.SCHEDULERS,
+            tooltip="How the noise falls from step to step, so where on the way most steps are spent. Take the one that the model is known to like.",
+        ),
         io.Conditioning.Input("positive", tooltip="What the pictures should show."),
         io.Conditioning.Input("negative", tooltip="What they should not show."),
         io.Latent.Input("latent_image", tooltip="The latent to denoise."),
@@ -74,7 +97,14 @@ def judging_inputs() -> list[io.Input]:
             tooltip="How estimates become pixels. auto: taesd if its file is in models/vae_approx, else the vae, else latent_rgb.",
             **rare,
         ),
-        io.Int.Input("frames", default=3, min=1, max=64, tooltip="Video: how many evenly spaced frames are scored. 1 to 8.", **rare),
+        io.Int.Input(
+            "frames",
+            default=3,
+            min=1,
+            max=64,
+            tooltip="Video: how many evenly spaced frames are scored in each look. More leave less unseen, and cost as much more. 1 to 8.",
+            **rare,
+        ),
         io.Vae.Input("vae", optional=True, tooltip="The model's VAE, for the decoder 'vae', which 'auto' takes where there is no taesd."),
         held_out_input(),
     ]
@@ -84,9 +114,11 @@ def interval_inputs(what: str, ends: str) -> list[io.Input]:
     """Where on the way something acts; `ends` says where it may well end."""
     common = {"min": 0.0, "max": 1.0, "step": 0.01, "advanced": True}
     way = "on the way from noise (0) to the picture (1)"
+    start = f"Where {what} starts, {way}. Later leaves the composition to the model. 0 to 0.3."
+    end = f"Where {what} ends, {way}. Earlier leaves the finish to the model, which keeps artefacts out. {ends}."
     return [
-        io.Float.Input("start_percent", default=0.0, tooltip=f"Where {what} starts, {way}. 0 to 0.3.", **common),
-        io.Float.Input("end_percent", default=1.0, tooltip=f"Where {what} ends, {way}. {ends}.", **common),
+        io.Float.Input("start_percent", default=0.0, tooltip=start, **common),
+        io.Float.Input("end_percent", default=1.0, tooltip=end, **common),
     ]
 
 
@@ -120,13 +152,33 @@ def tuning_inputs() -> list[io.Input]:
             **rare,
         ),
         io.Float.Input(
-            "radius", default=1.0, min=0.0, max=2.0, step=0.05, tooltip="Their distance, in posterior standard deviations. 0.3 to 1.", **rare
+            "radius",
+            default=1.0,
+            min=0.0,
+            max=2.0,
+            step=0.05,
+            tooltip="How far the points of smoothing lie from the estimate, in standard deviations of what the noise still leaves open. Farther is "
+            "smoother; too far, and the reward sees no pictures. 0.3 to 1.",
+            **rare,
         ),
         io.Float.Input(
-            "momentum", default=0.5, min=0.0, max=0.95, step=0.05, tooltip="Share of the previous gradient that is kept. 0 to 0.7.", **rare
+            "momentum",
+            default=0.5,
+            min=0.0,
+            max=0.95,
+            step=0.05,
+            tooltip="Share of the previous reward gradient that is kept. More steadies the direction, and lags behind. 0 to 0.7.",
+            **rare,
         ),
         io.Float.Input(
-            "cap", default=0.5, min=0.0, max=20.0, step=0.05, tooltip="Largest shift of a sample, in units of its noise. 0.25 to 1.", **rare
+            "cap",
+            default=0.5,
+            min=0.0,
+            max=20.0,
+            step=0.05,
+            tooltip="Largest shift of a sample, in standard deviations of its noise. Lower it when colours burn; raise it when more strength changes "
+            "nothing, but too far breaks the picture. 0.25 to 1.",
+            **rare,
         ),
         io.Int.Input(
             "every",

@@ -21,14 +21,18 @@ FOLDER = "guidance_networks"
 CATEGORY = "reward guidance/network"
 
 
-def strength_input() -> io.Input:
+GUIDES, TILTS = "4 about a quarter of it; 0.5 to 5", "and more guesses; 0.5 to 2"
+
+
+def strength_input(beyond: str = GUIDES) -> io.Input:
+    """`beyond`: what a strength above 1 does, and a good range."""
     return io.Float.Input(
         "strength",
         default=1.0,
         min=0.0,
         max=20.0,
         step=0.05,
-        tooltip="How closely to follow what the network learned. 0 is off, 1 the temperature it was trained at, 4 about a quarter of it; 0.5 to 5.",
+        tooltip=f"How closely to follow what the network learned. 0 is off, 1 the temperature it was trained at, {beyond}.",
     )
 
 
@@ -168,7 +172,7 @@ class Noise(io.ComfyNode):
                     "seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="The seed of the noise before it is tilted."
                 ),
                 noise_steps_input("steps"),
-                strength_input(),
+                strength_input(TILTS),
             ],
             outputs=[io.Noise.Output(tooltip="For SamplerCustomAdvanced.")],
         )
@@ -204,7 +208,7 @@ class NetworkKSampler(io.ComfyNode):
                 NETWORK.Input("network", tooltip="The guidance network."),
                 *sampler_inputs(),
                 strength_input(),
-                *interval_inputs("guidance on the way", "0.7 to 1"),
+                *interval_inputs("guidance of a multi-step model", "0.7 to 1"),
                 noise_steps_input(advanced=True),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latent.")],

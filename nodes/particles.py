@@ -184,7 +184,7 @@ class ParticlesKSampler(io.ComfyNode):
                         "sampler_name",
                         options=comfy.samplers.KSampler.SAMPLERS,
                         default=SAMPLERS[0],
-                        tooltip=f"One that adds noise in every step: {', '.join(SAMPLERS)}.",
+                        tooltip=f"How each step is taken. One that adds noise in every step, so that copies part again: {', '.join(SAMPLERS)}.",
                     )
                 ),
                 REWARD.Input("reward", tooltip="What the particles should follow. It needs no gradient."),
@@ -199,7 +199,8 @@ class ParticlesKSampler(io.ComfyNode):
                     default=4,
                     min=1,
                     max=4096,
-                    tooltip="Particles for each latent of the batch; sampling takes so many times as long. 4 to 16; 1 is the stock KSampler.",
+                    tooltip="Particles for each latent of the batch: more follow the reward more exactly, and take so many times as long. 4 to 16; "
+                    "1 is the stock KSampler.",
                 ),
                 io.Float.Input(
                     "temperature",
@@ -208,6 +209,7 @@ class ParticlesKSampler(io.ComfyNode):
                     max=100.0,
                     step=0.005,
                     tooltip="β in exp(reward/β), in units of the reward's typical spread. Lower values copy the best particles more. 0.03 to 1.",
+                    **rare,
                 ),
                 io.Int.Input(
                     "keep",
@@ -217,14 +219,23 @@ class ParticlesKSampler(io.ComfyNode):
                     tooltip="How many of the final particles to keep, best first, copies last. 1 to 4.",
                     **rare,
                 ),
-                io.Int.Input("every", default=4, min=1, max=1000, tooltip="Steps between two looks at the rewards. 1 to 5.", **rare),
+                io.Int.Input(
+                    "every",
+                    default=4,
+                    min=1,
+                    max=1000,
+                    tooltip="Steps between two looks at the rewards. Fewer choose more often, which costs looks and leaves fewer different pictures. "
+                    "1 to 5.",
+                    **rare,
+                ),
                 io.Float.Input(
                     "resample_below",
                     default=0.8,
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="Resample when the effective share of the particles falls below this: 0 only at the end, 1 at every look. 0.5 to 1.",
+                    tooltip="Copy and drop particles when the share of them that still counts falls below this: 0 only at the end, 1 at every look. "
+                    "Higher follows more closely, and leaves fewer different pictures. 0.5 to 1.",
                     **rare,
                 ),
                 io.Int.Input(

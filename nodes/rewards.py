@@ -211,14 +211,14 @@ class CombineRewards(io.ComfyNode):
             entry
             for i in range(1, 5)
             for entry in (
-                REWARD.Input(f"reward_{i}", optional=i > 1, tooltip="Every reward is first brought to zero mean and unit spread."),
+                REWARD.Input(f"reward_{i}", optional=i > 1, tooltip="A part of the sum; it is first brought to zero mean and unit spread."),
                 io.Float.Input(
                     f"weight_{i}",
                     default=1.0,
                     min=-10.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="Its share of the sum, -2 to 2; negative weights punish, 0 leaves it out.",
+                    tooltip="Its share of the sum beside the other weights: 0.2 to 2. Negative weights punish, 0 leaves it out.",
                 ),
             )
         ]

@@ -221,7 +221,7 @@ class BestOfN(io.ComfyNode):
                     default=4,
                     min=1,
                     max=4096,
-                    tooltip="Candidates for each latent of the batch; sampling takes n times as long. 2 to 16.",
+                    tooltip="Candidates for each latent of the batch: the best of more is better, and sampling takes n times as long. 2 to 16.",
                 ),
                 io.Int.Input("keep", default=1, min=1, max=4096, tooltip="How many of them to keep, best first. 1 to 4.", advanced=True),
                 io.Float.Input(

@@ -204,7 +204,7 @@ class TrainNetwork(io.ComfyNode):
                     default=plan.steps,
                     min=1,
                     max=10_000_000,
-                    tooltip="Training steps. 1,000 to 20,000; the best network on the way is kept.",
+                    tooltip="Training steps: more learn more of many samples, and take longer. 1,000 to 20,000; the best network on the way is kept.",
                 ),
                 io.Combo.Input(
                     "size",
@@ -241,7 +241,7 @@ class TrainNetwork(io.ComfyNode):
                     default=BATCH,
                     min=1,
                     max=65536,
-                    tooltip="Noised samples a step, 16 to 256. Lower it where memory runs out.",
+                    tooltip="Noised samples a step: more make steadier steps and take more memory. 16 to 256; lower it where memory runs out.",
                     **rare,
                 ),
                 io.Float.Input(
@@ -251,7 +251,8 @@ class TrainNetwork(io.ComfyNode):
                     max=1.0,
                     step=1e-5,
                     round=1e-7,
-                    tooltip="Of AdamW, at its highest. 0.0001 to 0.002; lower it where the training diverges.",
+                    tooltip="How far a step changes the network, at the highest (of AdamW): more learns faster. 0.0001 to 0.002; lower it where the "
+                    "loss jumps up.",
                     **rare,
                 ),
                 io.String.Input(

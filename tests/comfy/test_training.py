@@ -129,7 +129,7 @@ def networks(bench, clean):
 # From a model to guided pictures
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd3", "flux", "wan"])
+@pytest.mark.parametrize("family", ["sd15", "sd2", "sdxl", "sd3", "flux", "wan"])
 def test_collect_train_save_load_and_apply(bench, data_folder, network_folder, family):
     seed = next(SEEDS)
 
@@ -399,14 +399,15 @@ def test_noise_is_what_a_stock_ksampler_begins_with(noise_network, data_folder):
         torch.testing.assert_close(loaded.clean[torch.tensor([i])][0].float(), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_one_box_and_guided_noise_are_alike(bench, noise_network, batch):
-    options = {"seed": next(SEEDS), "steps": 1, "batch": batch}
-    box, parts, plain = (bench.sample("flux", way, **options) for way in (boxed(noise_network), from_noise(noise_network), stock))
+@pytest.mark.parametrize(("family", "batch"), [("flux", 1), ("flux", 3), ("sd2", 1)])
+def test_one_box_and_guided_noise_are_alike(bench, networks, family, batch):
+    """SD2's format is that of SD-Turbo."""
+    network, options = networks(family, target="noise"), {"seed": next(SEEDS), "steps": 1, "batch": batch, "cfg": 1.0}
+    box, parts, plain = (bench.sample(family, way, **options) for way in (boxed(network), from_noise(network), stock))
     assert distance(box, parts) == 0 and box.shape[0] == batch
     assert distance(box, plain) > 1e-4
-    for off in (boxed(noise_network, strength=0.0), from_noise(noise_network, strength=0.0), from_noise(None)):
-        assert distance(bench.sample("flux", off, **options), plain) == 0
+    for off in (boxed(network, strength=0.0), from_noise(network, strength=0.0), from_noise(None)):
+        assert distance(bench.sample(family, off, **options), plain) == 0
 
 
 def test_noise_follows_a_gradient_through_the_generator(bench, noise_network):

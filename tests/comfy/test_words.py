@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from pathlib import Path
 
 import pytest
 from reward_guidance.tests.harness.environment import CHECKOUT
@@ -13,12 +12,14 @@ ENGLISH = LOCALES / "en" / "nodeDefs.json"
 LANGUAGES = {"en": lambda node: HELP / f"{node}.md", "zh": lambda node: HELP / node / "zh.md"}
 """Whose help page lies where. The English one is also that of every other language."""
 RENEW = "RENEW_SCHEMAS"
-ADVICE = f"{ENGLISH} is not what the nodes say. Write it anew with {RENEW}=1 pytest {Path(__file__).name}, then mend the Chinese one."
+ADVICE = f"{ENGLISH} is not what the nodes say. Write it anew with make schemas, then mend the Chinese one."
 CONTROL = "control_after_generate"
+COST = {"en": "Cost", "zh": "开销"}
+"""The heading on a help page, which is followed by what to try when the outcome is not what was wanted."""
 COMMON = {"your_own_reward.md"}
 """Of no node."""
-RANGE = re.compile(r"\d to -?[\d.]")
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+RANGE = re.compile(f"-?{NUMBER.pattern} to -?{NUMBER.pattern}")
 
 
 def locale(language: str, name: str = "nodeDefs") -> dict:
@@ -35,8 +36,7 @@ def said_by(info: dict) -> dict:
     """A node's own words, in the form of nodeDefs.json."""
     inputs = {}
     for name, (_, options) in inputs_of(info).items():
-        if "tooltip" in options:
-            inputs[name] = {"name": name, "tooltip": options["tooltip"]}
+        inputs[name] = {"name": name, "tooltip": options.get("tooltip", "")}
         if options.get(CONTROL):
             inputs[CONTROL] = {"name": "control after generate"}
     outputs = zip(info["output_name"], info["output_tooltips"], strict=True)
@@ -68,12 +68,43 @@ def test_everything_says_what_it_is(nodes):
     assert [name for name, info in nodes.items() if not info["search_aliases"]] == []
 
 
-def test_every_number_has_a_good_range(nodes):
-    numbers = {
-        f"{node}.{name}": options for node, info in nodes.items() for name, (kind, options) in inputs_of(info).items() if kind in ("INT", "FLOAT")
+def ranges(nodes: dict) -> dict[tuple[str, str], list[str]]:
+    """Node and input -> the good ranges that its tooltip gives, for every number that is set on the node."""
+    return {
+        (node, name): RANGE.findall(options["tooltip"])
+        for node, info in nodes.items()
+        for name, (kind, options) in inputs_of(info).items()
+        if kind in ("INT", "FLOAT") and name != "seed" and not options.get("forceInput")
     }
-    given = {name: options["tooltip"] for name, options in numbers.items() if not name.endswith(".seed") and not options.get("forceInput")}
-    assert [name for name, tooltip in given.items() if not RANGE.search(tooltip)] == []
+
+
+def test_every_number_has_a_good_range(nodes):
+    assert {place: found for place, found in ranges(nodes).items() if len(found) != 1} == {}
+
+
+def values(page: str) -> dict[str, str]:
+    """Input -> what a help page says to try."""
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    return {name: row[2].strip() for row in rows for name in re.findall("`(.+?)`", row[1])}
+
+
+def test_help_pages_give_the_ranges_of_the_tooltips(nodes):
+    tried = {(node, name): value for node in nodes for name, value in values(LANGUAGES["en"](node).read_text(encoding="utf-8")).items()}
+    given = ranges(nodes)
+    assert {place: (tried[place], given[place]) for place in tried.keys() & given.keys() if RANGE.findall(tried[place]) != given[place]} == {}
+
+
+def test_every_language_says_to_try_the_same_numbers(nodes):
+    for node in nodes:
+        pages = [values(place(node).read_text(encoding="utf-8")) for place in LANGUAGES.values()]
+        numbers = [{name: NUMBER.findall(value) for name, value in page.items()} for page in pages]
+        assert numbers[0] == numbers[1], node
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_help_page_tells_the_cost_and_then_what_to_try(nodes, language):
+    headings = {node: re.findall("^## (.+)$", LANGUAGES[language](node).read_text(encoding="utf-8"), re.M) for node in nodes}
+    assert {node: found for node, found in headings.items() if COST[language] not in found[:-1]} == {}
 
 
 def test_chinese_has_every_word_and_no_other():

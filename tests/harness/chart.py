@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
+from itertools import combinations, cycle
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from .sheet import FAINT, PAPER, write
 
@@ -14,6 +14,15 @@ COLOURS = (
 )  # fmt: skip
 SIZE, LEFT, TOP, RIGHT, BOTTOM = (1100, 640), 110, 90, 220, 70
 TICKS = 5
+"""About so many steps on an axis."""
+LETTERS, LINE, AWAY, DOT = 15, 18, 14, 5
+"""Of a curve's name its size, its height, and its distance from the curve's end, which has a dot of such a radius; in pixels."""
+ROUNDS = 200
+"""Of pushing names apart."""
+
+Point = tuple[float, float]
+Colour = tuple[int, int, int]
+FONT = ImageFont.load_default
 
 
 def draw_chart(
@@ -29,44 +38,71 @@ def draw_chart(
     xs = [x for points in curves.values() for x, _ in points]
     ys = [y for points in curves.values() for _, y in points] + list(aims.values())
     left, right, bottom = LEFT, SIZE[0] - RIGHT, SIZE[1] - BOTTOM
-    taken: list[tuple[int, int]] = []
-    along, y_of = scale(place(min(xs)), place(max(xs)), left, right), scale(min(ys), max(ys), bottom, TOP)
+    columns, rows = powers(xs) if logarithmic else ticks(xs), ticks(ys)
+    first, last = ends(xs if logarithmic else columns)
+    along, y_of = scale(place(first), place(last), left, right), scale(*ends(rows), bottom, TOP)
     chart = Image.new("RGB", SIZE, PAPER)
     draw = ImageDraw.Draw(chart)
     write(draw, (left, 30), title, 24)
     write(draw, (left, SIZE[1] - 34), across, 16, FAINT)
-    for x in powers(xs) if logarithmic else evenly(xs):
-        write(draw, (int(along(place(x))) - 12, bottom + 10), f"{x:.3g}" if x < 1 else f"{x:.0f}", 14, FAINT)
-    for y in evenly(ys):
-        write(draw, (left - 64, int(y_of(y)) - 9), f"{y:.3g}", 14, FAINT)
+    for x in columns:
+        write(draw, (round(along(place(x))), bottom + 12), f"{x:g}", 14, FAINT, "mt")
+    for y in rows:
+        write(draw, (left - 14, round(y_of(y))), f"{y:g}", 14, FAINT, "rm")
         draw.line([(left, y_of(y)), (right, y_of(y))], fill=(232, 234, 238))
+    names: dict[str, tuple[Point, Colour]] = {}
     for colour, (name, points) in zip(cycle(COLOURS), curves.items(), strict=False):
         places = [(along(place(x)), y_of(y)) for x, y in points]
         draw.line(places, fill=colour, width=3, joint="curve")
-        for x, y in places if logarithmic else ():
-            draw.ellipse([x - 5, y - 5, x + 5, y + 5], fill=colour)
+        for x, y in places if logarithmic else places[-1:]:
+            draw.ellipse([x - DOT, y - DOT, x + DOT, y + DOT], fill=colour)
         for x in range(left, right, 12) if name in aims else ():
             draw.line([(x, y_of(aims[name])), (x + 6, y_of(aims[name]))], fill=colour)
-        taken.append(free((int(places[-1][0]) + 12, int(places[-1][1]) - 9), taken))
-        write(draw, taken[-1], f"{name}; dashed {aim}" if name in aims else name, 15, colour)
+        names[f"{name}; dashed {aim}" if name in aims else name] = places[-1], colour
+    label(draw, names)
     return chart
 
 
-def evenly(values: Sequence[float]) -> list[float]:
-    return [min(values) + (max(values) - min(values)) * i / TICKS for i in range(TICKS + 1)]
+def label(draw: ImageDraw.ImageDraw, names: Mapping[str, tuple[Point, Colour]]) -> None:
+    """Each name beside its curve's end, with a thin line to it where another name has that place."""
+    for name, (x, y) in beside({name: end for name, (end, _) in names.items()}).items():
+        end, colour = names[name]
+        if abs(y - end[1]) > DOT:
+            draw.line([end, (x - 3, y)], fill=colour)
+        draw.text((x, y), name, colour, FONT(LETTERS), "lm", stroke_width=2, stroke_fill=PAPER)
+
+
+def beside(ends: Mapping[str, Point]) -> dict[str, Point]:
+    """Where each name begins, at half its height: right of its curve's end, and where names would cover each other, as near as they leave room."""
+    names = sorted(ends, key=lambda name: ends[name][1])
+    starts, heights = [ends[name][0] + AWAY for name in names], [ends[name][1] for name in names]
+    widths = [FONT(LETTERS).getlength(name) for name in names]
+    pairs = [(i, j) for i, j in combinations(range(len(names)), 2) if -widths[j] < starts[j] - starts[i] < widths[i]]
+    for _ in range(ROUNDS):
+        for i, j in pairs:
+            push = max(0.0, LINE - (heights[j] - heights[i])) / 2
+            heights[i] -= push
+            heights[j] += push
+    return dict(zip(names, zip(starts, heights, strict=True), strict=True))
+
+
+def ticks(values: Sequence[float]) -> list[float]:
+    """Round numbers that enclose the values: 1, 2 or 5 times a power of ten apart."""
+    low, high = ends(values)
+    rough = (high - low) / TICKS or 1
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def ends(values: Sequence[float]) -> Point:
+    return min(values), max(values)
 
 
 def powers(values: Sequence[float]) -> list[float]:
     """Of 2, between the least and the largest."""
     return [2.0**i for i in range(math.ceil(math.log2(min(values))), math.floor(math.log2(max(values))) + 1)]
-
-
-def free(place: tuple[int, int], taken: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The place for a name, or the first below it that no other name covers."""
-    x, y = place
-    while any(abs(x - a) < RIGHT and abs(y - b) < 18 for a, b in taken):
-        y += 6
-    return x, y
 
 
 def in_rows(charts: Sequence[Sequence[Image.Image]]) -> Image.Image:

@@ -7,38 +7,19 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from ..standins.shapesworld.world import SIDE as PICTURE
 from . import comfy, environment, models
 from .client import Client, Result
+from .diagram import FAINT, GOLD, INK, NIGHT, diagram
 from .environment import CHECKOUT, say
-from .graphs import COMMENTS, changed, ui_to_api
+from .graphs import changed, ui_to_api
 from .sheet import write
 
-Colour = tuple[int, int, int]
-Point = tuple[float, float]
-Bounds = tuple[float, float, float, float]
-"""x, y, width, height"""
-
-WORKFLOWS, PACK = CHECKOUT / "workflows", "reward-guidance"
+WORKFLOWS = CHECKOUT / "workflows"
 SIDE, MARGIN, TOP = 480, 20, 112
-OVERSAMPLING, STRETCH = 3, 2.8
-NIGHT, INK, FAINT, GOLD = (32, 32, 32), (240, 240, 240), (160, 160, 160), (255, 176, 59)
-NODE, BAR, GROUP = (70, 70, 70), (100, 100, 100), (38, 56, 70)
-LINKS = {
-    "MODEL": (179, 157, 219),
-    "CLIP": (255, 213, 0),
-    "VAE": (255, 110, 110),
-    "CONDITIONING": (255, 169, 49),
-    "LATENT": (255, 156, 249),
-    "IMAGE": (100, 181, 246),
-    "REWARD": GOLD,
-}
-"""In ComfyUI's colours, and the reward in the pack's."""
 TITLES = {
     "flow_guidance_sd35": ("SD3.5", "guided by a reward; here a toy model"),
     "flow_guidance_flux": ("Flux", "guided by a reward"),
@@ -135,67 +116,10 @@ def side_by_side(halves: dict[str, Sequence[Image.Image]]) -> Image.Image:
     return sheet
 
 
-@dataclass(frozen=True)
-class Plane:
-    """Draws what is placed in ComfyUI's units, which are so many pixels across and down."""
-
-    draw: ImageDraw.ImageDraw
-    across: float
-    down: float
-
-    def place(self, x: float, y: float) -> Point:
-        return x * self.across, y * self.down
-
-    def box(self, bounds: Bounds, colour: Colour) -> None:
-        x, y, width, height = bounds
-        self.draw.rounded_rectangle((*self.place(x, y), *self.place(x + width, y + height)), 10 * self.across, colour)
-
-    def link(self, start: Point, end: Point, colour: Colour) -> None:
-        self.draw.line(curve(self.place(*start), self.place(*end)), colour, round(9 * self.across), "curve")
-
-
 def graph(workflow: dict) -> Image.Image:
-    """Groups, nodes and links where the page shows them, in the height of a square; what is of this pack wears gold."""
-    nodes = {node["id"]: node for node in workflow["nodes"] if node["type"] not in COMMENTS}
-    groups = [group["bounding"] for group in workflow["groups"]]
-    right, bottom = (max(bounds[i] + bounds[i + 2] for bounds in groups) for i in (0, 1))
-    width, height = SIDE - 2 * MARGIN, SIDE - TOP - MARGIN
-    canvas = Image.new("RGB", (width * OVERSAMPLING, height * OVERSAMPLING), NIGHT)
-    across = canvas.width / right
-    plane = Plane(ImageDraw.Draw(canvas), across, min(canvas.height / bottom, STRETCH * across))
-    for bounds in groups:
-        plane.box(bounds, GROUP)
-    for node in nodes.values():
-        x, y, w, h = framed(node)
-        plane.box((x, y, w, h), NODE)
-        plane.box((x, y, w, BAND), GOLD if node["properties"]["cnr_id"] == PACK else BAR)
-    for _, origin, slot, target, socket, kind in workflow["links"]:
-        plane.link(port(nodes[origin], slot, out=True), port(nodes[target], socket, out=False), LINKS.get(kind, FAINT))
     sheet = blank()
-    sheet.paste(canvas.resize((width, height), Image.Resampling.LANCZOS), (MARGIN, TOP))
+    sheet.paste(diagram(workflow, SIDE - 2 * MARGIN, SIDE - TOP - MARGIN), (MARGIN, TOP))
     return sheet
-
-
-BAND, ROW = 30, 20
-"""Heights of a node's title and of a socket, in ComfyUI's units."""
-
-
-def framed(node: dict) -> Bounds:
-    """A node with its title."""
-    return node["pos"][0], node["pos"][1] - BAND, node["size"][0], node["size"][1] + BAND
-
-
-def port(node: dict, slot: int, out: bool) -> Point:
-    return node["pos"][0] + node["size"][0] * out, node["pos"][1] + ROW * (slot + 0.7)
-
-
-def curve(start: Point, end: Point, points: int = 24) -> list[Point]:
-    """A cubic that leaves and arrives level."""
-    reach = max(abs(end[0] - start[0]) / 2, 12)
-    controls = start, (start[0] + reach, start[1]), (end[0] - reach, end[1]), end
-    times = np.linspace(0, 1, points + 1)[:, None]
-    weights = np.hstack([(1 - times) ** 3, 3 * times * (1 - times) ** 2, 3 * times**2 * (1 - times), times**3])
-    return [(x, y) for x, y in (weights @ np.array(controls)).tolist()]
 
 
 def blank() -> Image.Image:
