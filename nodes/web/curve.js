@@ -30,7 +30,7 @@ const mean = (values) => numbers(values).reduce((sum, value, _, all) => sum + va
 function format(value) {
   const size = Math.abs(value);
   const text = size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(1) : String(+value.toPrecision(3));
-  return text.replace("-", "−");
+  return text.replaceAll("-", "−");
 }
 
 /** Round numbers between two, at least so many and at most a dozen or so. */
