@@ -83,6 +83,26 @@ def test_shipped_workflow_names_its_models(path):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_shipped_workflow_says_in_five_lines_what_to_change_first(path):
+    nodes = json.loads(path.read_text())["nodes"]
+    (note,) = [node_ for node_ in nodes if node_["type"] in graphs.COMMENTS]
+    assert note["title"] == "What to change first"
+    assert [bool(line.strip()) for line in note["widgets_values"][0].split("\n")] == [True] * 5
+
+
+def test_the_strength_to_compare_is_the_one_that_is_set(object_info):
+    told, chosen = {}, {}
+    for path in WORKFLOWS:
+        found = re.search(r"ompare strength 0 \(.+?\) with strength (\d+)", path.read_text())
+        if found:
+            told[path.stem] = float(found[1])
+            inputs = [node_["inputs"] for node_ in ui_to_api(json.loads(path.read_text()), object_info).values()]
+            chosen[path.stem] = next(each["strength"] for each in inputs if "strength" in each)
+    assert len(told) == 7
+    assert told == chosen
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_shipped_workflow_has_a_small_thumbnail(path):
     picture = path.with_suffix(".jpg")
     assert picture.stat().st_size < 60_000
@@ -93,34 +113,14 @@ def test_shipped_workflow_has_a_small_thumbnail(path):
 @pytest.fixture(scope="module")
 def run(client, object_info, server):
     """Run a shipped workflow, made small, on stand-ins, most of them under the real names."""
-    checkpoints = server.base / "models" / "checkpoints"
-    (checkpoints / "sd_turbo.safetensors").symlink_to(checkpoints / "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors")
     for folder in (server.base / "output" / "guidance_data", server.base / "models" / "guidance_networks"):
         shutil.rmtree(folder, ignore_errors=True)
 
     def of(name):
         prompt = ui_to_api(json.loads((CHECKOUT / "workflows" / f"{name}.json").read_text()), object_info)
-        stood = {node: stood_in(content) for node, content in prompt.items()}
-        return client.run(graphs.changed(stood, graphs.SMALL), extra_pnginfo={}).check()
+        return client.run(graphs.changed(graphs.stood_in(prompt), graphs.SMALL), extra_pnginfo={}).check()
 
     return of
-
-
-TEXT = {"flux": "stable_diffusion", "lumina2": "stable_diffusion", "wan": "sd3"}
-"""The type of text encoder -> that of CLIP-L with as many channels as the model's stand-in takes."""
-
-
-def stood_in(content):
-    """T5, UMT5 and Qwen have no small form, and CLIP-L reads the prompts for them. Nor has Z-Image, for which Flux draws, whose latents are its
-    own. SDXL's stand-in, which shares storage, cannot be a safetensors file."""
-    inputs = content["inputs"]
-    if inputs.get("type") in TEXT:
-        return {"class_type": "CLIPLoader", "inputs": {"clip_name": "tiny_clip_l.pt", "type": TEXT[inputs["type"]]}}
-    if inputs.get("unet_name") == "z_image_bf16.safetensors":
-        return content | {"inputs": inputs | {"unet_name": "flux1-dev.safetensors"}}
-    if inputs.get("ckpt_name") == "sd_xl_base_1.0.safetensors":
-        return content | {"inputs": inputs | {"ckpt_name": "tiny_sdxl.ckpt"}}
-    return content
 
 
 def sizes(client, result):

@@ -130,8 +130,33 @@ def changed(prompt: Prompt, values: dict) -> Prompt:
     return {node: content | {"inputs": inputs(content)} for node, content in prompt.items()}
 
 
-SMALL = {"width": 64, "height": 64, "length": 5, "batch_size": 3, "steps": 4, "count": 12, "levels": 2, "batch": 4, "size": "small", "particles": 4}
+SMALL = {
+    "width": 64, "height": 64, "length": 5, "batch_size": 3, "steps": 4, "particles": 4,
+    "count": 12, "levels": 2, "batch": 4, "size": "small", "preview_every": 2,
+}  # fmt: skip
 """Values of widgets that make a shipped workflow quick."""
+
+CHECKPOINTS = {"sd_xl_base_1.0.safetensors": "tiny_sdxl.ckpt", "sd_turbo.safetensors": "v2-1_512-ema-pruned.ckpt"}
+"""A shipped workflow's checkpoint -> its stand-in, which shares storage and so cannot be a safetensors file."""
+TEXT_ENCODER = "tiny_clip_l.pt"
+"""T5, UMT5 and Qwen have no small form: CLIP-L reads the prompts for them."""
+TEXT_TYPES = {"flux": "stable_diffusion", "lumina2": "stable_diffusion", "wan": "sd3"}
+"""The type of such a text encoder -> that of CLIP-L with as many channels as the model's stand-in takes."""
+
+
+def stood_in(prompt: Prompt) -> Prompt:
+    """A shipped workflow's prompt on stand-ins for what has none under its own name."""
+
+    def of(content: dict) -> dict:
+        inputs = content["inputs"]
+        if inputs.get("type") in TEXT_TYPES:
+            return {"class_type": "CLIPLoader", "inputs": {"clip_name": TEXT_ENCODER, "type": TEXT_TYPES[inputs["type"]]}}
+        if inputs.get("ckpt_name") in CHECKPOINTS:
+            return content | {"inputs": inputs | {"ckpt_name": CHECKPOINTS[inputs["ckpt_name"]]}}
+        return content
+
+    return {node: of(content) for node, content in prompt.items()}
+
 
 MUTED, BYPASSED = 2, 4
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR", "COMFY_DYNAMICCOMBO_V3"}

@@ -14,17 +14,19 @@ FORMATS = CHECKOUT / "tests" / "standins" / "formats.py"
 
 
 def format_standins() -> Path:
-    """A models folder with a random stand-in of every format, made once for each version of the script and of ComfyUI."""
+    """A models folder with a random stand-in of every format, made once for each version of the script and of ComfyUI.
+
+    Flux also has the name of Z-Image, whose latents are the same.
+    """
     made_by = [FORMATS, comfyui() / "comfyui_version.py"]
     digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in made_by)).hexdigest()[:16]
     target = cache() / f"standins-{digest}"
-    if target.is_dir():
-        return target
     with locked(), scratch() as work:
         if not target.is_dir():
             say("making the format stand-ins")
             subprocess.run([sys.executable, str(FORMATS), str(comfyui()), str(work / "models")], check=True, stdout=sys.stderr)
             (work / "models").rename(target)
+        also_called(target / "diffusion_models" / "flux1-dev.safetensors", "z_image_bf16.safetensors")
     return target
 
 
@@ -35,10 +37,13 @@ def shapesworld() -> Path:
     target = cache() / "shapesworld"
     with locked():
         expand(target)
-        named = target / "reward_models" / "PickScore_v1.safetensors"
-        named.unlink(missing_ok=True)
-        named.symlink_to("shapes_clip.safetensors")
+        also_called(target / "reward_models" / "shapes_clip.safetensors", "PickScore_v1.safetensors")
     return target
+
+
+def also_called(file: Path, name: str) -> None:
+    file.with_name(name).unlink(missing_ok=True)
+    file.with_name(name).symlink_to(file.name)
 
 
 def link_models(target: Path, *sources: Path) -> None:
