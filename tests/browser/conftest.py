@@ -52,6 +52,8 @@ def session_tab(request, chromium, client, frontend) -> Iterator[browser.Tab]:
 
 @pytest.fixture
 def tab(session_tab) -> Iterator[browser.Tab]:
+    """Of which no test may end with a complaint on the page or in its console."""
     session_tab.errors.clear()
     yield session_tab
     session_tab.stop()
+    assert session_tab.complaints() == []

@@ -6,49 +6,16 @@ import re
 import uuid
 
 import pytest
+from reward_guidance.tests.browser.curve import ask, legend, shades, steps_of
 from reward_guidance.tests.harness.environment import CHECKOUT
 
 WORKFLOW = CHECKOUT / "workflows" / "flow_guidance_sd35.json"
-SAMPLER = "RewardGuidanceKSampler"
 BATCH, STEPS = 3, 12
-FIND = """
-    const nodes = graph => graph.nodes.flatMap(node => [node, ...(node.subgraph ? nodes(node.subgraph) : [])])
-    const node = nodes(app.rootGraph).find(node => node.type === kind)
-    const curve = node.widgets.find(widget => widget.name === 'reward curve')?.curve
-"""
-SHADES = """(() => {
-    const { data } = curve.canvas.getContext('2d').getImageData(0, 0, curve.canvas.width, curve.canvas.height)
-    return Object.fromEntries([...curve.legend.querySelectorAll('b')].map(entry => {
-        const colour = entry.style.color.match(/\\d+/g)
-        let count = 0
-        for (let i = 0; i < data.length; i += 4)
-            if (data[i + 3] > 200 && colour.every((value, j) => Math.abs(value - data[i + j]) < 24)) count++
-        return [entry.textContent.split(' ')[0], count]
-    }))
-})()"""
-
-
-def ask(tab, script, kind=SAMPLER):
-    """Of a node and its curve."""
-    return tab.run(f"kind => {{ {FIND} return {script} }}", kind)
-
-
-def steps_of(tab):
-    return ask(tab, "curve?.steps ?? []")
 
 
 def kept(tab, client):
     """Node -> the steps that the server has of the workflow on screen."""
     return client.get("/reward_guidance/steps?workflow=" + tab.run("() => app.rootGraph.id"))
-
-
-def legend(tab):
-    return ask(tab, "curve.legend.innerText.replace(/\\s+/g, ' ')")
-
-
-def shades(tab):
-    """Name in the legend -> how many pixels of the canvas are as good as of its colour."""
-    return ask(tab, SHADES)
 
 
 def is_drawn(tab):
@@ -136,7 +103,9 @@ def test_it_comes_back_to_its_tab_and_goes_into_no_other(drawn):
     prepare(drawn, "another")
     assert steps_of(drawn) == []
     drawn.page.locator(".workflow-tabs").get_by_text(name, exact=True).click()
+    drawn.page.mouse.move(5, 500)
     drawn.until(f"app.rootGraph.id === '{mine}' && document.querySelector('.reward-curve')")
+    drawn.until("![...document.querySelectorAll('[role=dialog]')].some(each => each.offsetParent)")  # what a tab says of itself
     assert steps_of(drawn) == steps
 
 
