@@ -2,7 +2,7 @@
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from .nodes import collecting, guidance, network, particles, public, reporting, rewards, scores, selection, training
+from .nodes import collecting, guidance, network, particles, public, replacements, reporting, rewards, scores, selection, training
 
 GROUPS = rewards, scores, guidance, network, collecting, training, selection, particles
 WEB_DIRECTORY = "./nodes/web"
@@ -14,6 +14,7 @@ class RewardGuidanceExtension(ComfyExtension):
             rewards.register_folder(folder)
         reporting.serve_steps()
         public.publish()
+        await replacements.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for group in GROUPS for node in group.NODES]

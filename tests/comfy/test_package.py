@@ -134,19 +134,57 @@ def test_the_id_is_one_that_the_registry_takes():
     assert re.fullmatch(r"\d+\.\d+\.\d+", version)
 
 
-def scanned_ids(folder: Path) -> set[str]:
-    """Node ids as ComfyUI-Manager finds them without running anything: a base called ComfyNode, and a literal node_id in a Schema call."""
-    trees = [ast.parse(path.read_text()) for path in folder.rglob("*.py")]
-    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    nodes = [each for each in classes if any(ast.unparse(base).split(".")[-1] == "ComfyNode" for base in each.bases)]
-    calls = [call for each in nodes for call in ast.walk(each) if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] == "Schema"]
+def called(node: ast.expr) -> str:
+    """`ComfyNode` and `io.ComfyNode` are alike."""
+    return getattr(node, "attr", None) or getattr(node, "id", "")
+
+
+def literal_id(define_schema: ast.FunctionDef) -> str | None:
+    """Of the first Schema call that has one."""
+    calls = [call for call in ast.walk(define_schema) if isinstance(call, ast.Call) and called(call.func) == "Schema"]
     values = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "node_id"]
-    return {value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)}
+    return next((value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)), None)
+
+
+def scanned_ids(code: str) -> set[str]:
+    """Node ids as scanner.py 2.0.13 in ComfyUI-Manager's repository finds them without running anything. No release of comfyui-manager has it in it.
+
+    A base called ComfyNode makes a class a node; its id is a literal node_id in define_schema, or where there is none the class's own name.
+    """
+    classes = [each for each in ast.walk(ast.parse(code)) if isinstance(each, ast.ClassDef) and "ComfyNode" in map(called, each.bases)]
+    ids = set()
+    for each in classes:
+        schemas = [item for item in each.body if isinstance(item, ast.FunctionDef) and item.name == "define_schema"]
+        ids.add(next(filter(None, map(literal_id, schemas)), each.name))
+    return ids
+
+
+OLDER_KINDS = re.compile(r"""_CLASS_MAPPINGS|NODE_CONFIG|@register_node\(|"\w+"\s*:\s*{"class":""")
+"""By what else that scanner takes something for a node."""
+SCANNED = {
+    "class A(io.ComfyNode):\n def define_schema(cls):\n  return io.Schema(node_id='Literal')": {"Literal"},
+    "class A(ComfyNode):\n def define_schema(cls):\n  s = Schema(node_id='Literal')\n  return s": {"Literal"},
+    "class A(io.ComfyNode):\n def define_schema(cls):\n  return io.Schema(node_id=ID)": {"A"},
+    "class A(io.ComfyNode):\n def schema(cls):\n  return io.Schema(node_id='Literal')": {"A"},
+    "class A(Base):\n def define_schema(cls):\n  return io.Schema(node_id='Literal')": set(),
+}
+
+
+@pytest.mark.parametrize(("code", "ids"), SCANNED.items())
+def test_only_literal_ids_of_plain_nodes_are_found_by_reading(code, ids):
+    assert scanned_ids(code) == ids
+
+
+FORMER = "RewardGuidanceFormerStatistic"
+"""A node that never was, in the place of one that goes."""
 
 
 @pytest.fixture(scope="module")
-def elsewhere(pack):
-    """A ComfyUI with nothing but the archive, in a folder of another name."""
+def elsewhere(pack, tmp_path_factory):
+    """A ComfyUI with nothing but the archive, in a folder of another name, and with a node that another replaces."""
+    pack = shutil.copytree(pack, tmp_path_factory.mktemp("elsewhere") / FOLDER)
+    with open(pack / "nodes" / "replacements.py", "a") as table:
+        table.write(f"REPLACEMENTS.append(io.NodeReplace('RewardGuidanceImageStatistic', {FORMER!r}))\n")
     base = environment.cache() / "work" / "package"
     models.link_models(base / "models", models.format_standins())
     shutil.rmtree(base / "custom_nodes", ignore_errors=True)
@@ -157,7 +195,14 @@ def elsewhere(pack):
 def test_every_node_is_found_with_and_without_running(elsewhere, pack):
     served = {name for name, info in elsewhere.object_info().items() if info["python_module"] == f"custom_nodes.{FOLDER}"}
     assert served
-    assert scanned_ids(pack) == served
+    code = [(pack / name).read_text() for name in names_in(pack) if name.endswith(".py")]
+    assert set().union(*map(scanned_ids, code)) == served
+    assert not any(map(OLDER_KINDS.search, code))
+
+
+def test_a_node_that_is_gone_is_replaced(elsewhere):
+    (listed,) = elsewhere.get("/node_replacements")[FORMER]
+    assert listed["new_node_id"] == "RewardGuidanceImageStatistic"
 
 
 def test_it_runs_from_another_folder(elsewhere):
