@@ -145,6 +145,8 @@ def test_it_survives_a_reload_in_the_middle_of_a_run(tab, client):
     assert before < reloaded < len(steps) < 400
     assert kept(tab, client) == {"7": steps}
     tab.photograph("reloaded")
+    # A page that loads hears of steps before any pack can listen to them.
+    tab.errors[:] = [error for error in tab.errors if not error.startswith("Unknown message type reward_guidance.step")]
 
 
 def test_it_finds_nodes_within_subgraphs(tab, client):
