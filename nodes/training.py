@@ -57,6 +57,7 @@ def assistants(data: GuidanceData, plan: Plan, weights: Sequence[float]) -> Iter
             make = stack.enter_context(generator_of(studio)) if description.base.target == "noise" else lambda latents, _: latents
 
             def score(latents: Tensor, batch: Batch) -> Tensor:
+                assert batch.prompts is not None
                 prompts = batch.prompts.tolist()
                 return reward.score(make(latents, prompts), [description.prompts[prompt] for prompt in prompts])
 

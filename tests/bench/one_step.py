@@ -29,7 +29,7 @@ from bench.peers.noise_optimisation import noise_optimisation
 from bench.peers.problem import Problem
 from bench.shapesworld import BatchReward, Pictures, World, energy_to_truth, with_error
 from comfy.model_patcher import ModelPatcher
-from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork, Text, column
+from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork, Text
 from reward_guidance.guidance.prior import PROCESS, FreshNoise, NoisePairs, tilted_noise
 from reward_guidance.guidance.process import Diffusion, Process
 from reward_guidance.guidance.randomness import generator
@@ -277,7 +277,8 @@ def correction(arena: Arena, labels: Labels, steps: int, run: int) -> tuple[Guid
 class Contest:
     def __init__(self, arena: Arena, runs: int):
         self.arena, self.runs = arena, range(runs)
-        print(f"\n{arena.name}\n\n| method | generator calls | {' | '.join(arena.columns)} | ms a picture |\n|---|{'---|' * (len(arena.columns) + 2)}")
+        heads = ["method", "generator calls", *arena.columns, "CPU ms a picture"]
+        print(f"\n{arena.name}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
 
     def add(self, name: str, calls: str, draw: Callable[[int], Tensor]) -> None:
         """draw: run -> latents of every picture that is judged."""
@@ -310,7 +311,7 @@ class Contest:
     def corrected(self, network: GuidanceNetwork, sigma: float, run: int) -> Tensor:
         noise = self.arena.noise(JUDGING + run)
         made, level = self.arena.pictures(noise, self.arena.prompts), torch.full((len(noise),), sigma)
-        return FORMS["correction"](network, Diffusion(), lambda _: made, sigma * column(torch.ones(len(noise)), noise) * noise, level, self.arena.text())
+        return FORMS["correction"](network, Diffusion(), lambda _: made, sigma * noise, level, self.arena.text())
 
 
 def compare(arena: Arena, chosen: argparse.Namespace) -> None:

@@ -693,7 +693,8 @@ def test_damaged_networks(refused, networks, network_folder, content, words):
 
 def test_a_gradient_through_a_generator_of_several_steps(refused):
     data = lambda graph: collected(graph, "flux", "two_steps", target="noise", steps=2)  # noqa: E731
-    refused(prompt_of_training("two_steps", build=data, objective="reward_gradient"), "goes through one call of the model, and these samples were made with 2")
+    prompt = prompt_of_training("two_steps", build=data, objective="reward_gradient")
+    refused(prompt, "goes through one call of the model, and these samples were made with 2")
 
 
 def test_samples_of_a_model_that_reward_guidance_patched(refused):
