@@ -37,7 +37,7 @@ SHAPES = {"width": PICTURE, "height": PICTURE, "batch_size": 8, "cfg": 1.0}
 TRAINING = {
     "EmptySD3LatentImage": {"batch_size": 16},
     "RewardGuidanceCollect": {"count": 320, "steps": 15, "levels": 4, "prompts": "a small blue heart on a yellow ground"},
-    "RewardGuidanceTrain": {"steps": 500, "size": "small", "temperature": 0.3},
+    "RewardGuidanceTrain": {"steps": 500, "size": "small"},
 }
 """What a stand-in needs of the training's size."""
 
@@ -63,13 +63,13 @@ def read(name: str) -> dict:
     return json.loads((WORKFLOWS / f"{name}.json").read_text())
 
 
-def strengths(stage: Stage, name: str) -> Image.Image:
-    return side_by_side({f"strength {strength}": stage.pictures(stage.play(name, strength=float(strength))) for strength in (0, 1)})
+def strengths(stage: Stage, name: str, most: int = 1) -> Image.Image:
+    return side_by_side({f"strength {strength}": stage.pictures(stage.play(name, strength=float(strength))) for strength in (0, most)})
 
 
 def trained(stage: Stage, name: str) -> Image.Image:
     stage.play("guidance_network_train_sd35", **TRAINING)
-    return strengths(stage, name)
+    return strengths(stage, name, most=4)
 
 
 def particles(stage: Stage, name: str) -> Image.Image:
