@@ -117,14 +117,18 @@ class Pictures:
 
 
 def energy_to_truth(pictures: Pictures, pool: Pictures, temperature: float) -> float:
-    """Mean over prompts of the energy distance between features of the pictures and of the pool reweighted by exp(r/β)."""
+    """Mean over prompts of the energy distance between features of the pictures and of the pool reweighted by exp(r/β).
+
+    A prompt of whose truth the pool has little more than one picture says nothing of distances and is left out.
+    """
     weights = (pool.reward / temperature).softmax(1)
+    known = weights.square().sum(1) < 2 / 3
     n = pictures.features.shape[1]
     across = torch.cdist(pictures.features, pool.features)
     within = torch.cdist(pictures.features, pictures.features).sum((1, 2)) / (n * (n - 1))
     pairs = weights[:, :, None] * weights[:, None, :]
     truth = (pairs * torch.cdist(pool.features, pool.features)).sum((1, 2)) / (1 - weights.square().sum(1))
-    return float((2 * torch.einsum("pij,pj->pi", across, weights).mean(1) - within - truth).mean())
+    return float((2 * torch.einsum("pij,pj->pi", across, weights).mean(1) - within - truth)[known].mean())
 
 
 @dataclass(frozen=True)
