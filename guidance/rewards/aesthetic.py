@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .base import Reward, RewardError
 from .clip import embed, vit_activation_bytes
-from .clip_checkpoint import build_image_tower, image_embedding, image_part, is_openai, prepare
+from .clip_checkpoint import build_image_tower, check_floats, image_embedding, image_part, is_openai, prepare
 from .files import LoadOptions, Shapes, StateDict, Weights, find, read
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ def collapse(state: StateDict) -> tuple[Tensor, Tensor]:
 
 def load_aesthetic(weights: Weights, options: LoadOptions) -> AestheticReward:
     """The head, with the image tower that is named or else found."""
+    check_floats(weights.state)
     weight, bias = collapse(weights.state)
     file = options.image_tower or find([weights.path.parent, *options.image_folders], lambda shapes: _is_its_tower(shapes, len(weight)))
     if file is None:

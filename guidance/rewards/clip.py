@@ -90,6 +90,8 @@ class ClipReward(Reward):
         self.model = model
         self.kind = kind
         self.scale = model.logit_scale.detach().float().exp().item() if kind.scaled else 1.0
+        if not 0 < self.scale < math.inf:
+            raise RewardError("its logit_scale is damaged; download it again.")
         self.reference_mean = self.scale * kind.cosine_mean
         self.reference_std = self.scale * kind.cosine_std
         self.activation_bytes = vit_activation_bytes(model.visual)

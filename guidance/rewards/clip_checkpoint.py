@@ -82,6 +82,8 @@ def check_heads(tower: str, width: int, heads: int) -> None:
 
 
 def check_floats(state: StateDict) -> None:
+    if sparse := next((key for key, tensor in state.items() if tensor.layout != torch.strided), None):
+        raise RewardError(f"{sparse} is stored as a sparse tensor; save it as a dense one.")
     if unreadable := {tensor.dtype for tensor in state.values()}.difference(_FLOATS):
         raise RewardError(f"the weights are stored as {', '.join(map(str, unreadable))}; save them as float16, bfloat16 or float32.")
 

@@ -50,7 +50,8 @@ def _build(weights: Weights, options: LoadOptions) -> Reward:
             except RewardError as error:
                 raise RewardError(f"{name}: {error}") from error
             except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-                raise RewardError(f"{name} is of a known kind, but its weights do not fit together ({summary(error)}).") from error
+                advice = "download it again, or use the published file where this one was converted"
+                raise RewardError(f"{name} is of a known kind, but its weights do not fit together ({summary(error)}); {advice}.") from error
     if has_text_tower(shapes):
         raise RewardError(f"{name} is a text tower alone; choose the image tower that belongs to it, and this as its text tower.")
     found = ", ".join(sorted(shapes)[:3]) or "no tensors"
@@ -58,8 +59,10 @@ def _build(weights: Weights, options: LoadOptions) -> Reward:
 
 
 def _number(hints: Hints, key: str, default: float) -> float:
+    if key not in hints:
+        return default
     try:
-        number = float(hints.get(key, default))
+        number = float(hints[key])
     except ValueError:
         number = math.nan
     if not math.isfinite(number):

@@ -89,7 +89,7 @@ STATES = {
     "integers": ({k: v.to(torch.int8) for k, v in STATE.items()}, "stored as torch.int8; save them as float16"),
     "float8": (STATE | {"text_projection": STATE["text_projection"].to(torch.float8_e4m3fn)}, "stored as torch.float8_e4m3fn"),
     "no width": (STATE | {"visual.conv1.weight": torch.zeros(0, 3, 8, 8)}, "do not fit together"),
-    "a ResNet tower": (without("visual.conv1.weight") | {"visual.conv1.weight": torch.zeros(64, 3, 3, 3)}, "do not fit together"),
+    "a ResNet tower": (without("visual.conv1.weight") | {"visual.conv1.weight": torch.zeros(64, 3, 3, 3)}, "do not fit together .*; download it again, or use the published file"),
 }
 
 
@@ -140,6 +140,20 @@ def test_weights_that_are_not_finite_are_said_at_the_first_score(tmp_path):
     save_file(STATE | {"visual.proj": torch.full((8, 8), torch.nan)}, tmp_path / "reward.safetensors")
     with pytest.raises(RewardError, match="weights are damaged"):
         evaluate(load_reward(tmp_path / "reward.safetensors"), torch.rand(1, 3, 8, 8), "a cat")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 100.0, -200.0])
+def test_a_damaged_scale(tmp_path, value):
+    """Its exponential is the scale of a CLIP score, but not of HPS."""
+    save_file(STATE | {"logit_scale": torch.tensor(value)}, tmp_path / "reward.safetensors")
+    assert_refused(tmp_path / "reward.safetensors", "reward.safetensors: its logit_scale is damaged; download it again")
+    assert load_reward(tmp_path / "reward.safetensors", LoadOptions(kind="HPS v2.1")).reference_std == 0.03
+
+
+@pytest.mark.parametrize(("state", "key"), [(STATE, "visual.proj"), (standins.head(8).state_dict(), "layers.0.weight")], ids=["CLIP", "head"])
+def test_a_sparse_tensor(tmp_path, state, key):
+    torch.save(state | {key: state[key].to_sparse()}, tmp_path / "reward.pt")
+    assert_refused(tmp_path / "reward.pt", f"{key} is stored as a sparse tensor; save it as a dense one")
 
 
 def assert_refused(path, message):
