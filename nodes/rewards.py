@@ -264,7 +264,16 @@ def score_images(images: Tensor, loaded: LoadedReward, prompt: str) -> Tensor:
 
 
 def score_parts(images: Tensor, loaded: LoadedReward, prompt: str) -> list[tuple[Reward, Tensor]]:
-    """The reward with its raw scores (B,) on the CPU, and after it the parts of a combination with theirs; a few pictures at a time."""
+    """The reward with its raw scores (B,) on the CPU, and after it the parts of a combination with theirs. The same pictures, which ComfyUI
+    keeps for its next run, are not scored again."""
+    known = loaded.scored.setdefault(images, {})
+    if prompt not in known:
+        known[prompt] = _score_parts(images, loaded, prompt)
+    return known[prompt]
+
+
+def _score_parts(images: Tensor, loaded: LoadedReward, prompt: str) -> list[tuple[Reward, Tensor]]:
+    """The same, a few pictures at a time."""
     if len(images) == 0:
         raise GuidanceError("There is no picture to score: the batch is empty.")
     chunk = max(1, min(MOST_PICTURES, MOST_PIXELS // images[0, ..., 0].numel()))

@@ -18,6 +18,7 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..guidance.errors import GuidanceError
 from ..guidance.estimators import ESTIMATORS, Estimator, Jacobian, NotFiniteError, Settings
@@ -76,6 +77,8 @@ class LoadedReward:
 
     reward: Reward
     patchers: tuple[GradientPatcher, ...] = ()
+    scored: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, init=False, compare=False, repr=False)
+    """Pictures that are still around -> prompt -> what was said of them."""
 
 
 def manage_reward(reward: Reward) -> LoadedReward:

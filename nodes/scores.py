@@ -9,10 +9,12 @@ from torch import Tensor
 
 from ..guidance.rewards import CombinedReward, Reward
 from .captions import Line, caption
+from .metadata import note, takers
 from .rewards import CATEGORY, REWARD, score_parts, to_pixels
 from .runtime import LoadedReward
 
-METADATA = "reward_guidance"
+PICTURES, ANNOTATED = 3, 4
+"""Outputs of Score Images."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,14 @@ class ScoreImages(io.ComfyNode):
         columns = [column(part, scores) for part, scores in parts]
         remarks = [remark for part, _ in parts if (remark := unread(part, prompt))]
         text = "\n\n".join([table(columns), *remarks])
-        if cls.hidden.extra_pnginfo is not None:
-            # ComfyUI hands the same dictionary to every node of a run, and those that save pictures write all of it.
-            cls.hidden.extra_pnginfo.setdefault(METADATA, {})[cls.hidden.unique_id] = record(columns, prompt)
+        note(cls.hidden, record(columns, prompt))
         annotated = caption(to_pixels(images).movedim(1, -1), captions(columns, len(images)))
         total = columns[0]
         return io.NodeOutput(total.scores, total.standardized, text, images, annotated, ui=ui.PreviewText(text))
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs) -> str:
+        return takers(cls.hidden, (PICTURES, ANNOTATED))
 
 
 def column(reward: Reward, scores: Tensor) -> Column:

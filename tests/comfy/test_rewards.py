@@ -135,6 +135,49 @@ def test_scores_are_written_into_saved_pictures_beside_the_workflow(bench, model
         assert [len(part["scores"]) for part in record["parts"]] == [2, 2]
 
 
+def entries(bench, file):
+    return json.loads(opened(bench, file).text["reward_guidance"])
+
+
+WORKFLOW = {"workflow": {"id": "mine", "nodes": [], "links": [], "version": 0.4}}
+
+
+def test_pictures_that_are_saved_later_have_the_scores_too(bench):
+    """Scored first, then with a node connected that saves them, then saved under another name; and nothing is scored or saved again in vain."""
+    graph = Graph()
+    images, prompt = pictures(graph, 0x000000, 0xFF4020), f"{PROMPT} {next(SEEDS)}"
+    graph.add("score", "RewardGuidanceScoreImages", images=images, reward=statistic("brightness")(graph), prompt=prompt)
+    first = bench.run(graph.prompt, extra_pnginfo=WORKFLOW)
+    assert "score" in first.node_seconds
+    for name in ("later", "renamed"):
+        graph.add("save", "SaveImage", images=["score", 3], filename_prefix=f"{name}_{next(SEEDS)}")
+        result = bench.run(graph.prompt, extra_pnginfo=WORKFLOW)
+        for file in result.outputs["save"]["images"]:
+            assert entries(bench, file)["score"]["prompt"] == prompt
+    assert set(bench.run(graph.prompt, extra_pnginfo=WORKFLOW).node_seconds) == set()
+
+
+def test_chosen_pictures_have_their_own_scores_whatever_is_chosen(bench):
+    graph = Graph()
+    images = pictures(graph, 0x202020, 0xF0F0F0)
+    scores = [graph.add("score", "RewardGuidanceScoreImages", images=images, reward=statistic("brightness")(graph))[0], 0]
+    for keep, name in ((2, "chosen"), (1, "chosen"), (1, "renamed")):
+        inputs = {"images": ["score", 3], "keep": keep, "prompt": ""}
+        for by in ({"scores": scores}, {"reward": ["reward", 0]}):
+            graph.add("select", "RewardGuidanceSelectBest", **inputs, **by)
+            graph.add("save", "SaveImage", images=["select", 0], filename_prefix=f"{name}_{next(SEEDS)}_%batch_num%")
+            files = bench.run(graph.prompt, extra_pnginfo=WORKFLOW).outputs["save"]["images"]
+            assert len(files) == keep
+            for i, file in enumerate(files):
+                assert file["filename"].split("_")[2] == str(i)
+                own = entries(bench, file)["select"]
+                shade = opened(bench, file).getpixel((0, 0))[0] / 255
+                score = shade if "scores" in by else (shade - 0.4) / 0.12
+                assert own["scores" if "scores" in by else "standardized"][i] == pytest.approx(score, abs=0.01)
+                assert own["indices"][i] == [1, 0][i]
+                assert own.get("reward") == (None if "scores" in by else "brightness")
+
+
 def test_a_prompt_from_a_program_has_no_place_for_scores_in_its_pictures(bench, models):
     result = bench.run(scored(statistic("brightness")))
     assert set(opened(bench, result.outputs["save"]["images"][0]).text) == {"prompt"}

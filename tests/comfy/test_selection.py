@@ -459,6 +459,41 @@ def test_scores_that_are_no_numbers(refused):
     refused(selecting(build), "Score 1 is not a number")
 
 
+def test_scores_that_are_missing(refused):
+    def build(graph):
+        return {"images": pictures(graph, [0, 1]), "scores": graph.add("some", "ProbeNumbers", numbers="0.5, none")}
+
+    refused(selecting(build), "Select Best got scores that are not numbers: [0.5, None]")
+
+
+@pytest.mark.parametrize("by", ["reward", "scores"])
+def test_a_list_of_no_pictures(refused, by):
+    def build(graph):
+        links = {"reward": statistic()(graph), "scores": graph.add("given", "ProbeNumbers", numbers="1, 2")}
+        return {"images": [empty(graph)[0], 2], by: links[by]}
+
+    refused(selecting(build), "There is nothing to choose from: the list of pictures is empty")
+
+
+def test_pictures_that_are_not_alike(refused):
+    """A list of pictures, of which one is transparent, or larger."""
+
+    def build(graph, other):
+        links = [other(graph), pictures(graph, [0x808080])]
+        return {"images": graph.add("list", "ProbeList", first=links[0], second=links[1]), "reward": statistic()(graph)}
+
+    def transparent(graph):
+        mask = graph.add("mask", "SolidMask", value=0.5, width=32, height=32)
+        image = graph.add("opaque", "EmptyImage", width=32, height=32, batch_size=1, color=0)
+        return graph.add("transparent", "JoinImageWithAlpha", image=image, alpha=mask)
+
+    def larger(graph):
+        return graph.add("larger", "EmptyImage", width=64, height=32, batch_size=1, color=0)
+
+    for other, found in ((transparent, "32 x 32 with 3 channels, 32 x 32 with 4 channels"), (larger, "32 x 32 with 3 channels, 64 x 32 with 3")):
+        refused(selecting(lambda graph, other=other: build(graph, other)), f"different sizes or channels cannot be chosen among: {found}")
+
+
 @pytest.mark.parametrize("guide", [best_of, particles])
 def test_a_reward_that_needs_a_prompt_without_one(refused, clip_reward, guide):
     refused(flux(guide(reward=clip_reward)), "the prompt is empty; write one into the prompt field")
