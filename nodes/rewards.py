@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from textwrap import shorten
 
 import comfy.model_management
 import folder_paths
@@ -26,6 +27,7 @@ from ..guidance.rewards import (
     breakdown,
     load_reward,
 )
+from ..guidance.rewards.published import advice, published
 from .runtime import LoadedReward, manage_reward, normal_weights, precision
 
 REWARD = io.Custom("REWARD")
@@ -51,9 +53,19 @@ def reward_names() -> list[str]:
 
 
 def reward_path(name: str) -> str:
-    if name.startswith(f"{IMAGE_TOWERS}/") and not folder_paths.get_full_path(FOLDER, name):
-        return folder_paths.get_full_path_or_raise(IMAGE_TOWERS, name.removeprefix(f"{IMAGE_TOWERS}/"))
-    return folder_paths.get_full_path_or_raise(FOLDER, name)
+    tower = name.removeprefix(f"{IMAGE_TOWERS}/")
+    path = folder_paths.get_full_path(FOLDER, name) or (folder_paths.get_full_path(IMAGE_TOWERS, tower) if tower != name else None)
+    if path is None:
+        raise GuidanceError(not_there(tower, IMAGE_TOWERS if tower != name else FOLDER))
+    return path
+
+
+def not_there(name: str, kind: str) -> str:
+    """A sentence on a file that is missing from this kind of folders."""
+    folder, found = folder_paths.get_folder_paths(kind)[0], folder_paths.get_filename_list(kind)
+    if published(name):
+        return f"{name} is missing: {advice(name, folder)}; then press R."
+    return f"{name} is not in {folder}, where there is {shorten(', '.join(found), 200, placeholder=' ...') or 'nothing'}; choose another, or put it there."
 
 
 class LoadReward(io.ComfyNode):
@@ -122,6 +134,14 @@ class LoadReward(io.ComfyNode):
             precision=precision(DTYPES[dtype]),
         )
         return io.NodeOutput(manage_reward(load_reward(reward_path(reward_name), options)))
+
+    @classmethod
+    def validate_inputs(cls, reward_name: str | None) -> bool | str:
+        """In place of ComfyUI's own message, which could not say where a missing file is to be had. None: it comes from another node."""
+        try:
+            return reward_name is None or bool(reward_path(reward_name))
+        except GuidanceError as error:
+            return str(error)
 
     @classmethod
     def fingerprint_inputs(cls, reward_name: str, **choices: str) -> float:

@@ -11,6 +11,7 @@ from .base import Reward, RewardError
 from .clip import embed, vit_activation_bytes
 from .clip_checkpoint import build_image_tower, check_floats, image_embedding, image_part, is_openai, prepare
 from .files import LoadOptions, Shapes, StateDict, Weights, find, read
+from .published import CLIPS
 
 log = logging.getLogger(__name__)
 
@@ -81,4 +82,4 @@ def _is_its_tower(shapes: Shapes, width: int) -> bool:
 
 def _advice(what: str, folder: Path, options: LoadOptions) -> str:
     folder = options.image_folders[0] if options.image_folders else folder
-    return f"{what} of OpenAI's CLIP ViT-L/14; put model.safetensors of openai/clip-vit-large-patch14 into {folder}."
+    return f"{what} of OpenAI's CLIP ViT-L/14; put {CLIPS[768]} into {folder}."

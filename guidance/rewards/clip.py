@@ -16,18 +16,13 @@ from .base import PromptMemory, Reward, RewardError, at_least_float32, warn_of_u
 from .clip_checkpoint import build, has_image_tower, has_transformers_layout, image_embedding, image_part, prepare, text_embedding, text_part
 from .files import LoadOptions, Weights, find, read
 from .image import center_crop, constant, fit_square, resize_shortest_side
+from .published import CLIPS
 
 log = logging.getLogger(__name__)
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 _H14_WIDTH = 1280
-_WHOLE_CLIPS = {
-    768: "openai/clip-vit-large-patch14",
-    1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-    1280: "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
-}
-"""By the width of the embedding."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +166,7 @@ def load_clip_of_towers(weights: Weights, options: LoadOptions) -> ClipReward:
     file = options.text_tower or find(
         [weights.path.parent, *options.text_folders], lambda shapes: text_embedding(shapes) == width and not has_image_tower(shapes)
     )
-    whole = "a whole CLIP" + (f", such as model.safetensors of {_WHOLE_CLIPS[width]}" if width in _WHOLE_CLIPS else "")
+    whole = "a whole CLIP" + (f", such as {CLIPS[width]}" if width in CLIPS else "")
     if file is None:
         folder = options.text_folders[0] if options.text_folders else weights.path.parent
         raise RewardError(f"it is an image tower alone; put a text tower with a text_projection to {width} into {folder}, or use {whole}.")

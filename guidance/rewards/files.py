@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .base import RewardError
+from .published import advice
 
 StateDict = dict[str, Tensor]
 Hints = Mapping[str, str]
@@ -112,7 +113,7 @@ def _weights_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise RewardError(f"There is no reward file {path.name}; put it into the reward models folder and refresh.")
+        raise RewardError(f"There is no reward file {path.name}; {advice(path.name, str(path.parent))}.")
     for name in _WEIGHT_NAMES:
         for file in (path / name, *sorted(path.glob(f"{Path(name).stem}-00001-of-*{Path(name).suffix}"))):
             if file.is_file():

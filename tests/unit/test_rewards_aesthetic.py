@@ -71,7 +71,7 @@ def test_other_towers_are_passed_over(files):
 
 def test_a_missing_tower_is_asked_for(files, tmp_path):
     head_file, tower = files
-    words = "it needs the image tower of OpenAI's CLIP ViT-L/14; put model.safetensors of openai/clip-vit-large-patch14 into"
+    words = "it needs the image tower of OpenAI's CLIP ViT-L/14; put model.safetensors of openai/clip-vit-large-patch14 (Hugging Face) into"
     for options, folder in ((LoadOptions(), head_file.parent), (LoadOptions(image_folders=(tmp_path / "none",)), tmp_path / "none")):
         with pytest.raises(RewardError) as caught:
             load_reward(head_file, options)

@@ -92,7 +92,7 @@ STATES = {
     "integers": ({k: v.to(torch.int8) for k, v in STATE.items()}, "stored as torch.int8; save them as float16"),
     "float8": (STATE | {"text_projection": STATE["text_projection"].to(torch.float8_e4m3fn)}, "stored as torch.float8_e4m3fn"),
     "no width": (STATE | {"visual.conv1.weight": torch.zeros(0, 3, 8, 8)}, "do not fit together"),
-    "a ResNet tower": (without("visual.conv1.weight") | {"visual.conv1.weight": torch.zeros(64, 3, 3, 3)}, "do not fit together .*; download it again, or use the published file"),
+    "a ResNet tower": (without("visual.conv1.weight") | {"visual.conv1.weight": torch.zeros(64, 3, 3, 3)}, "or use the published file where"),
 }
 
 
@@ -128,7 +128,9 @@ def test_other_objects_and_programs(tmp_path):
 
 
 def test_missing_files_and_folders(tmp_path):
-    assert_refused(tmp_path / "PickScore.safetensors", "There is no reward file PickScore.safetensors")
+    where = f"of yuvalkirstain/PickScore_v1 .Hugging Face. into {tmp_path}, saved as PickScore.safetensors"
+    assert_refused(tmp_path / "PickScore.safetensors", f"There is no reward file PickScore.safetensors; put model.safetensors {where}")
+    assert_refused(tmp_path / "mine.safetensors", f"There is no reward file mine.safetensors; put it into {tmp_path}.")
     assert_refused(tmp_path, "holds no weights; it needs one of model.safetensors")
 
 
