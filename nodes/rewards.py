@@ -8,7 +8,7 @@ from textwrap import shorten
 import comfy.model_management
 import folder_paths
 import torch
-from comfy_api.v0_0_2 import io
+from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
 from ..guidance.errors import GuidanceError
@@ -133,7 +133,8 @@ class LoadReward(io.ComfyNode):
             kind=None if clip_kind == AUTO else clip_kind,
             precision=precision(DTYPES[dtype]),
         )
-        return io.NodeOutput(manage_reward(load_reward(reward_path(reward_name), options)))
+        reward = load_reward(reward_path(reward_name), options)
+        return io.NodeOutput(manage_reward(reward), ui=ui.PreviewText(f"used as {reward.description}"))
 
     @classmethod
     def validate_inputs(cls, reward_name: str | None) -> bool | str:

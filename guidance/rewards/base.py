@@ -27,6 +27,8 @@ class Reward(nn.Module):
     """
 
     name = "reward"
+    description = ""
+    """Of one from a file: what the file was taken for."""
     differentiable = True
     needs_prompt = False
     reference_mean = 0.0

@@ -1,7 +1,6 @@
 """CLIP dual encoders (arXiv 2103.00020) as rewards: CLIP score, PickScore v1 (arXiv 2305.01569), HPS v2 and v2.1 (arXiv 2306.09341)."""
 
 import functools
-import logging
 import math
 import re
 from collections.abc import Sequence
@@ -13,12 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import PromptMemory, Reward, RewardError, at_least_float32, warn_of_unread
-from .clip_checkpoint import build, has_image_tower, has_transformers_layout, image_embedding, image_part, prepare, text_embedding, text_part
+from .clip_checkpoint import (
+    build,
+    has_image_tower,
+    has_transformers_layout,
+    image_embedding,
+    image_part,
+    prepare,
+    text_embedding,
+    text_part,
+    uses_quick_gelu,
+)
 from .files import LoadOptions, Weights, find, read
 from .image import center_crop, constant, fit_square, resize_shortest_side
 from .published import CLIPS
-
-log = logging.getLogger(__name__)
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -130,10 +137,10 @@ def layer_activation_bytes(tokens: int, width: int, element_size: int) -> int:
 
 
 def load_clip(weights: Weights, options: LoadOptions) -> ClipReward:
-    state, quick_gelu = prepare(weights.state, weights.hints, options.precision)
-    kind = recognise_kind(weights, options.kind)
-    log.info("%s is used as %s.", weights.path.name, kind)
-    return ClipReward(build(state, weights.hints, quick_gelu), CLIP_KINDS[kind])
+    kind, quick_gelu = recognise_kind(weights, options.kind), uses_quick_gelu(weights)
+    reward = ClipReward(build(prepare(weights.state, options.precision), weights.hints, quick_gelu), CLIP_KINDS[kind])
+    reward.description = f"{kind}, with {'QuickGELU' if quick_gelu else 'GELU'}"
+    return reward
 
 
 def recognise_kind(weights: Weights, wanted: str | None = None) -> str:
@@ -164,7 +171,7 @@ def load_clip_of_towers(weights: Weights, options: LoadOptions) -> ClipReward:
     if width is None:
         raise RewardError("its image tower has no projection, so that no text can be compared with what it sees; use a CLIP's.")
     file = options.text_tower or find(
-        [weights.path.parent, *options.text_folders], lambda shapes: text_embedding(shapes) == width and not has_image_tower(shapes)
+        [weights.path.parent, *options.text_folders], lambda _, shapes: text_embedding(shapes) == width and not has_image_tower(shapes)
     )
     whole = "a whole CLIP" + (f", such as {CLIPS[width]}" if width in CLIPS else "")
     if file is None:
@@ -174,7 +181,8 @@ def load_clip_of_towers(weights: Weights, options: LoadOptions) -> ClipReward:
     if (found := text_embedding(text.shapes)) != width:
         ends = f"a text_projection to {found}" if found else "no text_projection"
         raise RewardError(f"the text tower {file.name} has {ends}, but the image tower ends in {width} numbers; use {whole}.")
-    log.info("%s reads prompts with the text tower %s.", weights.path.name, file.name)
     scale = weights.state.get("logit_scale", torch.tensor(math.log(100)))
     state = image_part(weights.state) | text_part(text.state) | {"logit_scale": scale}
-    return load_clip(Weights(weights.path, state, {**text.hints, **weights.hints}), options)
+    reward = load_clip(Weights(weights.path, state, {**text.hints, **weights.hints}), options)
+    reward.description += f", prompts read by {file.name}"
+    return reward

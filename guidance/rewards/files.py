@@ -80,10 +80,10 @@ def read(path: str | Path) -> Weights:
     return Weights(file, state, hints, wrapper)
 
 
-def find(folders: Iterable[Path], fits: Callable[[Shapes], bool]) -> Path | None:
-    """The first file below the folders whose shapes fit."""
+def find(folders: Iterable[Path], fits: Callable[[Path, Shapes], bool]) -> Path | None:
+    """The first file below the folders that fits, by its name and shapes."""
     files = (file for folder in dict.fromkeys(folders) for file in sorted(folder.rglob("*")))
-    return next((file for file in files if file.suffix.lower() in _SUFFIXES and file.is_file() and fits(shapes(file))), None)
+    return next((file for file in files if file.suffix.lower() in _SUFFIXES and file.is_file() and fits(file, shapes(file))), None)
 
 
 def shapes(file: Path) -> Shapes:

@@ -54,6 +54,7 @@ class ImageReward(Reward):
     """How well a picture shows its prompt and how good it is. The encoders may be bfloat16 or float16; the head is float32."""
 
     name = "ImageReward"
+    description = "ImageReward"
     needs_prompt = True
 
     def __init__(self, visual_encoder: VisionTransformer, text_encoder: TextEncoder, weight: Tensor, bias: Tensor, vocabulary: Vocabulary):

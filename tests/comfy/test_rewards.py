@@ -87,6 +87,21 @@ def test_every_kind_of_file_guides(bench, models, name):
     assert not torch.equal(sample(1.0), sample(0.0))
 
 
+TAKEN_FOR = {
+    "HPS_v2.1_tiny.safetensors": "HPS v2.1, with GELU",
+    "tiny_clip_folder/model.safetensors": "CLIP score, with GELU",
+    "ImageReward_tiny.safetensors": "ImageReward",
+    "sac+logos+ava1-l14-linearMSE.pth": "LAION aesthetic, with the image tower of tiny_l14",
+    "clip_vision/tiny_vision_g.safetensors": "CLIP score, with QuickGELU, prompts read by tiny_g.safetensors",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_node_shows_what_a_file_is_taken_for(bench, models, name):
+    bench.client.free()
+    assert bench.run(scored(loaded(name))).outputs["loaded"]["text"] == [f"used as {TAKEN_FOR[name]}"]
+
+
 def test_kind_can_be_overruled(bench, models):
     hps, clip = (numbers(bench.run(scored(loaded(FILES[0], clip_kind=kind))), "raw") for kind in ("auto", "CLIP score"))
     assert [a / b for a, b in zip(clip, hps, strict=True)] == pytest.approx([1 / 0.07] * 2, rel=1e-2)

@@ -86,14 +86,38 @@ STATES = {
     "no tensors": ({}, "it holds no tensors"),
     "a missing weight": (without("ln_final.bias"), "do not fit together .*Missing key.*ln_final.bias"),
     "a needed shape": (without("visual.positional_embedding"), "do not fit together .*visual.positional_embedding"),
-    "an unknown weight": (STATE | {"visual.trunk.x": torch.zeros(1)}, "do not fit together .*Unexpected key.*visual.trunk.x"),
+    "an unknown weight": (STATE | {"visual.other.x": torch.zeros(1)}, "do not fit together .*Unexpected key.*visual.other.x"),
     "a wrong shape": (STATE | {"ln_final.bias": torch.zeros(9)}, "do not fit together .*size mismatch"),
     "another vocabulary": (STATE | {"token_embedding.weight": torch.zeros(32000, 8)}, "vocabulary has 32000 tokens; only CLIP's own"),
     "integers": ({k: v.to(torch.int8) for k, v in STATE.items()}, "stored as torch.int8; save them as float16"),
     "float8": (STATE | {"text_projection": STATE["text_projection"].to(torch.float8_e4m3fn)}, "stored as torch.float8_e4m3fn"),
     "no width": (STATE | {"visual.conv1.weight": torch.zeros(0, 3, 8, 8)}, "do not fit together"),
-    "a ResNet tower": (without("visual.conv1.weight") | {"visual.conv1.weight": torch.zeros(64, 3, 3, 3)}, "or use the published file where"),
+    "a small first layer": (STATE | {"visual.conv1.weight": torch.zeros(64, 3, 3, 3)}, "or use the published file where"),
 }
+
+
+def other_clips():
+    """Of open_clip and of transformers: what it is called -> its weights."""
+    vision = {"layers": 1, "width": 8, "head_width": 8, "patch_size": 8, "image_size": 8}
+    text = {"context_length": 8, "width": 8, "heads": 1, "layers": 1}
+    resnet = {"layers": (1, 1, 1, 1), "width": 16, "image_size": 32}
+    siglip = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = open_clip.model
+    return {
+        "a CLIP with a ResNet for its image tower": model.CLIP(8, model.CLIPVisionCfg(**resnet), model.CLIPTextCfg(**text)),
+        "a CLIP with a text tower of another make": model.CustomTextCLIP(8, model.CLIPVisionCfg(**vision), model.CLIPTextCfg(**text)),
+        "a CoCa": open_clip.CoCa(8, open_clip.coca_model.MultimodalCfg(**text, dim_head=8), model.CLIPTextCfg(**text), model.CLIPVisionCfg(**vision)),
+        "a CLIP with an image tower of timm's": model.CustomTextCLIP(
+            8, model.CLIPVisionCfg(timm_model_name="test_vit", image_size=160), model.CLIPTextCfg(**text)
+        ),
+        "a SigLIP": transformers.SiglipModel(transformers.SiglipConfig(text_config=siglip, vision_config={**siglip, "image_size": 32, "patch_size": 8})),
+    }
+
+
+def test_clips_that_are_built_otherwise(tmp_path):
+    for kind, model in other_clips().items():
+        torch.save(model.state_dict(), tmp_path / "reward.pt")
+        assert_refused(tmp_path / "reward.pt", f"reward.pt is {kind}, which cannot be read; of CLIPs only those with ViT towers")
 
 
 @pytest.mark.parametrize("save", [save_file, torch.save], ids=["safetensors", "checkpoint"])

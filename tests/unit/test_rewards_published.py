@@ -95,7 +95,7 @@ def test_aesthetic_head_on_openais_tower(monkeypatch):
     with torch.device("meta"):
         clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=768)).state_dict()
     monkeypatch.setattr(aesthetic, "read", lambda file: Weights(Path("model.safetensors"), clip))
-    monkeypatch.setattr(aesthetic, "find", lambda folders, fits: Path("model.safetensors") if fits(Weights(Path(), clip).shapes) else None)
+    monkeypatch.setattr(aesthetic, "find", lambda folders, fits: Path("model.safetensors") if fits(Path("model.safetensors"), Weights(Path(), clip).shapes) else None)
     reward = load("aesthetic", "sac+logos+ava1-l14-linearMSE.pth")
     assert isinstance(reward, AestheticReward)
     assert (list(reward.weight.shape), reward.tower.image_size) == ([768], (224, 224))
