@@ -65,7 +65,8 @@ def not_there(name: str, kind: str) -> str:
     folder, found = folder_paths.get_folder_paths(kind)[0], folder_paths.get_filename_list(kind)
     if published(name):
         return f"{name} is missing: {advice(name, folder)}; then press R."
-    return f"{name} is not in {folder}, where there is {shorten(', '.join(found), 200, placeholder=' ...') or 'nothing'}; choose another, or put it there."
+    others = shorten(", ".join(found), 200, placeholder=" ...") or "nothing"
+    return f"{name} is not in {folder}, where there is {others}; choose another, or put it there."
 
 
 class LoadReward(io.ComfyNode):

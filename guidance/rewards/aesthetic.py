@@ -61,7 +61,8 @@ def load_aesthetic(weights: Weights, options: LoadOptions) -> AestheticReward:
     """The head, with the image tower that is named or else found."""
     check_floats(weights.state)
     weight, bias = collapse(weights.state)
-    file = options.image_tower or find([weights.path.parent, *options.image_folders], lambda *found: _is_its_tower(*found, len(weight)))
+    folders = [weights.path.parent, *options.image_folders]
+    file = options.image_tower or find(folders, lambda file, shapes: _is_its_tower(file, shapes, len(weight)))
     if file is None:
         raise RewardError(_advice("it needs the image tower", weights.path.parent, options))
     tower = read(file)

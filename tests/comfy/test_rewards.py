@@ -251,12 +251,13 @@ def test_a_missing_part_is_asked_for_and_then_found(bench, models, part, name, w
 
 
 HUGGING_FACE = "(Hugging Face)"
+BERT = f"vocab.txt of google-bert/bert-base-uncased {HUGGING_FACE}"
 NOT_THERE = {
     "new/PickScore_v1.safetensors": f"put model.safetensors of yuvalkirstain/PickScore_v1 {HUGGING_FACE} into ",
     "new/PickScore_v1/model.safetensors": f"put model.safetensors of yuvalkirstain/PickScore_v1 {HUGGING_FACE} into ",
     "new/HPS_v2_compressed.pt": f"put HPS_v2_compressed.pt of xswu/HPSv2 {HUGGING_FACE} into ",
     "new/HPS_v2.1_compressed.pt": f"put HPS_v2.1_compressed.pt of xswu/HPSv2 {HUGGING_FACE} into ",
-    "new/ImageReward.pt": f"put ImageReward.pt of zai-org/ImageReward {HUGGING_FACE}, and vocab.txt of google-bert/bert-base-uncased {HUGGING_FACE} beside",
+    "new/ImageReward.pt": f"put ImageReward.pt of zai-org/ImageReward {HUGGING_FACE}, and {BERT} beside it into ",
     "new/sac+logos+ava1-l14-linearMSE.pth": "put sac+logos+ava1-l14-linearMSE.pth of christophschuhmann/improved-aesthetic-predictor (GitHub), and",
     "clip_vision/CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": f"put model.safetensors of laion/CLIP-ViT-H-14-laion2B-s32B-b79K {HUGGING_FACE} into ",
     "new/mine.safetensors": "new/mine.safetensors is not in ",

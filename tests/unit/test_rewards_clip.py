@@ -16,8 +16,8 @@ from reward_guidance.tests.standins.rewards import (
     open_clip_scores,
     save_hps,
     save_open_clip,
-    save_transformers,
     save_towers,
+    save_transformers,
     transformers_model,
 )
 from safetensors.torch import load_file, save_file

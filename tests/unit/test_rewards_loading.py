@@ -102,6 +102,7 @@ def other_clips():
     text = {"context_length": 8, "width": 8, "heads": 1, "layers": 1}
     resnet = {"layers": (1, 1, 1, 1), "width": 16, "image_size": 32}
     siglip = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    siglip_towers = {"text_config": siglip, "vision_config": siglip | {"image_size": 32, "patch_size": 8}}
     model = open_clip.model
     return {
         "a CLIP with a ResNet for its image tower": model.CLIP(8, model.CLIPVisionCfg(**resnet), model.CLIPTextCfg(**text)),
@@ -110,7 +111,7 @@ def other_clips():
         "a CLIP with an image tower of timm's": model.CustomTextCLIP(
             8, model.CLIPVisionCfg(timm_model_name="test_vit", image_size=160), model.CLIPTextCfg(**text)
         ),
-        "a SigLIP": transformers.SiglipModel(transformers.SiglipConfig(text_config=siglip, vision_config={**siglip, "image_size": 32, "patch_size": 8})),
+        "a SigLIP": transformers.SiglipModel(transformers.SiglipConfig(**siglip_towers)),
     }
 
 
