@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +42,13 @@ class ClipKind:
     """Whether the score is the cosine times exp(logit_scale)."""
     whole: bool = False
     """Whether the whole picture is seen, between black bars, and not the square at its centre."""
+    rounded: Callable[[float], int] = round
+    """Where that square begins."""
 
 
 CLIP_KINDS = {
     "CLIP score": ClipKind(0.25, 0.03),
-    "PickScore": ClipKind(0.215, 0.013),
+    "PickScore": ClipKind(0.215, 0.013, rounded=math.floor),
     "HPS v2": ClipKind(0.275, 0.0075, scaled=False, whole=True),
     "HPS v2.1": ClipKind(0.285, 0.03, scaled=False, whole=True),
 }
@@ -63,19 +65,19 @@ def tokenizer() -> Any:
     return SimpleTokenizer()
 
 
-def preprocess(pixels: Tensor, image_size: int, whole: bool = False) -> Tensor:
+def preprocess(pixels: Tensor, image_size: int, whole: bool = False, rounded: Callable[[float], int] = round) -> Tensor:
     """Pixels (B,3,H,W) in [0,1] -> (B,3,S,S), normalised, on tensors: CLIP's resize and centre crop, or the whole picture as HPS sees it.
 
     Against the same steps in PIL, photographs differ by less than half of one of 255 levels on average (PIL rounds, and clips bicubic
     overshoot at edges, which has no gradient).
     """
-    square = fit_square(pixels, image_size) if whole else center_crop(resize_shortest_side(pixels, image_size), image_size)
+    square = fit_square(pixels, image_size) if whole else center_crop(resize_shortest_side(pixels, image_size), image_size, rounded)
     return (square - constant(_MEAN, square).view(3, 1, 1)) / constant(_STD, square).view(3, 1, 1)
 
 
-def embed(tower: Any, pixels: Tensor, image_size: int, whole: bool = False) -> Tensor:
+def embed(tower: Any, pixels: Tensor, image_size: int, whole: bool = False, rounded: Callable[[float], int] = round) -> Tensor:
     """Pixels (B,3,H,W) -> unit vectors (B,E), float32 around a tower of any precision."""
-    prepared = preprocess(at_least_float32(pixels), image_size, whole)
+    prepared = preprocess(at_least_float32(pixels), image_size, whole, rounded)
     return F.normalize(at_least_float32(tower(prepared.to(tower.conv1.weight.dtype))), dim=1)
 
 
@@ -105,7 +107,7 @@ class ClipReward(Reward):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """(B,3,H,W) -> unit vectors (B,E)."""
-        return embed(self.model.visual, pixels, self.model.visual.image_size[0], self.kind.whole)
+        return embed(self.model.visual, pixels, self.model.visual.image_size[0], self.kind.whole, self.kind.rounded)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors (B,E) on the CPU, where they survive the model's moves between devices; a change of its precision makes them anew."""
