@@ -26,6 +26,7 @@ from ..guidance.rewards import (
     Reward,
     breakdown,
     load_reward,
+    parts_of,
 )
 from ..guidance.rewards.published import advice, published
 from .runtime import LoadedReward, manage_reward, normal_weights, precision
@@ -278,6 +279,13 @@ def to_pixels(images: Tensor) -> Tensor:
     """ComfyUI's IMAGE (B,H,W,C), grey, with colours or with transparency, which is ignored -> (B,3,H,W)."""
     colours = images[..., :3] if images.shape[-1] >= 3 else images[..., :1].expand(*images.shape[:-1], 3)
     return colours.movedim(-1, 1)
+
+
+def remarks(prompt: str, *judges: LoadedReward | None) -> list[str]:
+    """What rewards, and the parts of combinations, do not see of a prompt that is too long: a sentence each."""
+    rewards = [part for judge in judges if judge for part in parts_of(judge.reward)]
+    ends = {reward.name: shorten(end, 100, placeholder=" ...") for reward in rewards if (end := reward.unread(prompt))}
+    return [f"{name} reads only the beginning of the prompt; it does not see: {end}" for name, end in ends.items()]
 
 
 def score_images(images: Tensor, loaded: LoadedReward, prompt: str) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, count
+from textwrap import shorten
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -83,6 +84,8 @@ class LoadedReward:
 
 def manage_reward(reward: Reward) -> LoadedReward:
     """Manage a reward's weights, and let interrupts stop it between layers."""
+    if not isinstance(reward, Reward):
+        raise GuidanceError(f"manage_reward takes a Reward, not {shorten(repr(reward), 100)}; derive a class from Reward and give it an object of it.")
     for module in reward.modules():
         module.register_forward_pre_hook(_stop_if_interrupted)
     return LoadedReward(reward, (manage(reward),) if any(True for _ in chain(reward.parameters(), reward.buffers())) else ())

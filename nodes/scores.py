@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from textwrap import shorten
 
 from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from ..guidance.rewards import CombinedReward, Reward
 from .captions import Line, caption
 from .metadata import note, takers
-from .rewards import CATEGORY, REWARD, score_parts, to_pixels
+from .rewards import CATEGORY, REWARD, remarks, score_parts, to_pixels
 from .runtime import LoadedReward
 
 PICTURES, ANNOTATED = 3, 4
@@ -66,8 +65,7 @@ class ScoreImages(io.ComfyNode):
     def execute(cls, images: Tensor, reward: LoadedReward, prompt: str) -> io.NodeOutput:
         parts = score_parts(images, reward, prompt)
         columns = [column(part, scores) for part, scores in parts]
-        remarks = [remark for part, _ in parts if (remark := unread(part, prompt))]
-        text = "\n\n".join([table(columns), *remarks])
+        text = "\n\n".join([table(columns), *remarks(prompt, reward)])
         note(cls.hidden, record(columns, prompt))
         annotated = caption(to_pixels(images).movedim(1, -1), captions(columns, len(images)))
         total = columns[0]
@@ -80,12 +78,6 @@ class ScoreImages(io.ComfyNode):
 
 def column(reward: Reward, scores: Tensor) -> Column:
     return Column(reward.name, scores.tolist(), reward.standardize(scores).tolist(), isinstance(reward, CombinedReward))
-
-
-def unread(reward: Reward, prompt: str) -> str:
-    if isinstance(reward, CombinedReward) or not (end := reward.unread(prompt)):
-        return ""
-    return f"{reward.name} reads only the beginning of the prompt; it does not see: {shorten(end, 100, placeholder=' ...')}"
 
 
 def table(columns: Sequence[Column]) -> str:

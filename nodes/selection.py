@@ -17,7 +17,7 @@ from .decoders import check_belongs
 from .guidance import HIDDEN, held_out_input, sampler_inputs
 from .metadata import note, takers
 from .reporting import Reporter
-from .rewards import REWARD, score_images
+from .rewards import REWARD, remarks, score_images
 from .runtime import LoadedReward, Progress
 from .sampling import SEEDS, Callback, Sampling, joined, one_by_one, rows, sampled, seeds_from
 
@@ -335,7 +335,7 @@ class BestOfN(io.ComfyNode):
             torch.cat([candidate.pictures for _, candidate in kept]),
             [candidate.score for _, candidate in kept],
             [candidate.seed for _, candidate in kept],
-            summary(all_judged, [candidate.seed for _, candidate in kept]),
+            "\n".join([summary(all_judged, [candidate.seed for _, candidate in kept]), *remarks(prompt, reward, held_out)]),
             ui={"reward_guidance": reporter.history},
         )
 

@@ -73,6 +73,12 @@ def test_a_reward_is_managed_for_whatever_tensors_it_has(persistent):
     assert reward.target.device.type == "meta"
 
 
+@pytest.mark.parametrize("thing", [Counting, torch.nn.Linear(2, 2), None], ids=["class", "module", "nothing"])
+def test_what_is_no_reward_is_not_managed(thing):
+    with pytest.raises(GuidanceError, match="manage_reward takes a Reward, not .*; derive a class from Reward"):
+        manage_reward(thing)
+
+
 def test_parts_are_scored_once():
     first, second = Counting(), Counting()
     parts = score_parts(torch.rand(3, 8, 8, 3), LoadedReward(CombinedReward([first, second], [1, 2])), "")

@@ -286,6 +286,20 @@ def test_particles_a_few_at_a_time_are_the_same_to_rounding(bench):
     assert distance(one, other) < 1e-3
 
 
+@pytest.mark.parametrize("guide", [best_of, particles])
+def test_a_long_prompt_is_said_to_be_cut(bench, clip_reward, guide):
+    """In the last line of the report, once, and not where all of it is read."""
+
+    def report(prompt):
+        by = guide(reward=clip_reward, held_out=clip_reward, prompt=prompt)
+        return bench.run(showing(latents("flux", by, seed=next(SEEDS)))).outputs["sampler_report"]["text"][0].splitlines()
+
+    short, long = report("a red circle"), report("a large red circle on a blue ground, masterpiece, best quality, and the end")
+    assert len(long) == len(short) + 1
+    assert long[-1].startswith("tiny_clip reads only the beginning of the prompt; it does not see: ")
+    assert long[-1].endswith("and the end")
+
+
 # Select Best
 
 
