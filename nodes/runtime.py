@@ -85,7 +85,7 @@ class LoadedReward:
 def manage_reward(reward: Reward) -> LoadedReward:
     """Manage a reward's weights, and let interrupts stop it between layers."""
     if not isinstance(reward, Reward):
-        raise GuidanceError(f"manage_reward takes a Reward, not {shorten(repr(reward), 100)}; derive a class from Reward and give it an object of it.")
+        raise GuidanceError(f"manage_reward takes a Reward, not {shorten(repr(reward), 90)}; derive a class from Reward and give it an object of it.")
     for module in reward.modules():
         module.register_forward_pre_hook(_stop_if_interrupted)
     return LoadedReward(reward, (manage(reward),) if any(True for _ in chain(reward.parameters(), reward.buffers())) else ())
