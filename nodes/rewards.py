@@ -101,7 +101,7 @@ class LoadReward(io.ComfyNode):
                     options=[AUTO, *CLIP_KINDS],
                     default=AUTO,
                     tooltip="What a CLIP is used as, which its weights alone cannot say. Leave it at auto, unless a renamed file is taken for "
-                    "the wrong one: the log says what it is taken for.",
+                    "the wrong one: the node shows what it is taken for.",
                     optional=True,
                     advanced=True,
                 ),

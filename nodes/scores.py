@@ -52,8 +52,7 @@ class ScoreImages(io.ComfyNode):
                 io.Image.Output(
                     display_name="images",
                     tooltip="The same pictures. Save these, and the scores are written into the PNG files as well, as 'reward_guidance'; "
-                    "%batch_num% in the name of the file tells which of them is its own. Runs that take the scores from ComfyUI's cache, "
-                    "because nothing but the name changed, write none.",
+                    "%batch_num% in the name of the file tells which of them is its own.",
                 ),
                 io.Image.Output(display_name="annotated", tooltip="The pictures with their scores written below."),
             ],

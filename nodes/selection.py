@@ -86,7 +86,7 @@ class SelectBest(io.ComfyNode):
                 io.Int.Output(
                     display_name="seeds",
                     is_output_list=True,
-                    tooltip="The seed of each, if the latents come from a sampler of this pack; else -1.",
+                    tooltip="The seed of each, if the latents come from KSampler (Best of N); else -1.",
                 ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
