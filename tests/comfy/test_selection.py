@@ -16,6 +16,8 @@ OUTPUTS = {
     "RewardGuidanceKSamplerParticles": ("latents", "scores", "report"),
     "RewardGuidanceSelectBest": ("images", "latents", "scores", "indices", "seeds"),
 }
+BT601 = (0.299, 0.587, 0.114)
+"""By which brightness is measured."""
 LISTS = ("scores", "indices", "seeds", "report")
 
 
@@ -395,7 +397,7 @@ def test_videos_are_chosen_whole(bench):
         prompt[name] = {"class_type": "SaveImage", "inputs": {"images": link, "filename_prefix": "test"}}
     result = bench.run(showing(prompt, "select"))
     every, shown, again = ([np.asarray(image, float) for image in bench.client.images(result, name)] for name in ("all", "shown", "again"))
-    means = np.array(every).reshape(3, -1).mean(1)
+    means = (np.array(every) @ BT601).reshape(3, -1).mean(1)
     assert numbers(result, "indices", "select") == np.argsort(-means)[:2].tolist()
     assert len(shown) == len(every) * 2 // 3
     assert np.array_equal(shown, again)
