@@ -176,10 +176,9 @@ def test_chosen_pictures_have_their_own_scores_whatever_is_chosen(bench):
     graph = Graph()
     images = pictures(graph, 0x202020, 0xF0F0F0)
     scores = [graph.add("score", "RewardGuidanceScoreImages", images=images, reward=statistic("brightness")(graph))[0], 0]
-    for keep, name in ((2, "chosen"), (1, "chosen"), (1, "renamed")):
-        inputs = {"images": ["score", 3], "keep": keep, "prompt": ""}
-        for by in ({"scores": scores}, {"reward": ["reward", 0]}):
-            graph.add("select", "RewardGuidanceSelectBest", **inputs, **by)
+    for by in ({"scores": scores}, {"reward": ["reward", 0]}):
+        for keep, name in ((2, "chosen"), (1, "chosen"), (1, "renamed")):
+            graph.add("select", "RewardGuidanceSelectBest", images=["score", 3], keep=keep, prompt="", **by)
             graph.add("save", "SaveImage", images=["select", 0], filename_prefix=f"{name}_{next(SEEDS)}_%batch_num%")
             files = bench.run(graph.prompt, extra_pnginfo=WORKFLOW).outputs["save"]["images"]
             assert len(files) == keep
