@@ -17,7 +17,7 @@ from ..guidance.randomness import generator
 from .decoders import make_decoder
 from .guidance import HIDDEN, judging_inputs, sampler_inputs
 from .reporting import Reporter
-from .rewards import REWARD
+from .rewards import REWARD, remarks
 from .runtime import LatentReward, LoadedReward, Progress, RewardBeside, rewards_of
 from .sampling import Callback, Sampling, one_by_one, sampled, seeds_from
 from .selection import CATEGORY
@@ -309,7 +309,8 @@ class ParticlesKSampler(io.ComfyNode):
             scores += rewards
             origins += [i] * len(rewards)
         out = sampled(latent_image, origins, torch.cat(kept), seeds if particles == 1 else None)
-        return io.NodeOutput(out, scores, summary(looks), ui={"reward_guidance": reporter.history})
+        text = "\n".join([summary(looks), *remarks(prompt, reward, held_out)])
+        return io.NodeOutput(out, scores, text, ui={"reward_guidance": reporter.history})
 
 
 def summary(looks: list[Look]) -> str:

@@ -81,10 +81,16 @@ class Reporter:
         return {**self.facts, **vars(progress), **self.origin, "index": len(self.history), "series": series}
 
 
+def running() -> tuple | None:
+    """The item of ComfyUI's queue that is being executed: its number, its id, the prompt, extra data, and more."""
+    items, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
+    return items[0] if items else None
+
+
 def running_workflow() -> str | None:
     """The id of the workflow whose prompt is being executed."""
-    running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
-    found = running[0][3] if running else None
+    item = running()
+    found = item[3] if item else None
     for name in ("extra_pnginfo", "workflow", "id"):
         found = found.get(name) if isinstance(found, dict) else None
     return found if isinstance(found, str) else None

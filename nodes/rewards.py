@@ -3,11 +3,12 @@
 import os
 import re
 from pathlib import Path
+from textwrap import shorten
 
 import comfy.model_management
 import folder_paths
 import torch
-from comfy_api.v0_0_2 import io
+from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
 from ..guidance.errors import GuidanceError
@@ -25,7 +26,9 @@ from ..guidance.rewards import (
     Reward,
     breakdown,
     load_reward,
+    parts_of,
 )
+from ..guidance.rewards.published import advice, published
 from .runtime import LoadedReward, manage_reward, normal_weights, precision
 
 REWARD = io.Custom("REWARD")
@@ -51,9 +54,20 @@ def reward_names() -> list[str]:
 
 
 def reward_path(name: str) -> str:
-    if name.startswith(f"{IMAGE_TOWERS}/") and not folder_paths.get_full_path(FOLDER, name):
-        return folder_paths.get_full_path_or_raise(IMAGE_TOWERS, name.removeprefix(f"{IMAGE_TOWERS}/"))
-    return folder_paths.get_full_path_or_raise(FOLDER, name)
+    tower = name.removeprefix(f"{IMAGE_TOWERS}/")
+    path = folder_paths.get_full_path(FOLDER, name) or (folder_paths.get_full_path(IMAGE_TOWERS, tower) if tower != name else None)
+    if path is None:
+        raise GuidanceError(not_there(tower, IMAGE_TOWERS if tower != name else FOLDER))
+    return path
+
+
+def not_there(name: str, kind: str) -> str:
+    """A sentence on a file that is missing from this kind of folders."""
+    folder, found = folder_paths.get_folder_paths(kind)[0], folder_paths.get_filename_list(kind)
+    if published(name):
+        return f"{name} is missing: {advice(name, folder)}; then press R."
+    others = shorten(", ".join(found), 200, placeholder=" ...") or "nothing"
+    return f"{name} is not in {folder}, where there is {others}; choose another, or put it there."
 
 
 class LoadReward(io.ComfyNode):
@@ -87,7 +101,7 @@ class LoadReward(io.ComfyNode):
                     options=[AUTO, *CLIP_KINDS],
                     default=AUTO,
                     tooltip="What a CLIP is used as, which its weights alone cannot say. Leave it at auto, unless a renamed file is taken for "
-                    "the wrong one: the log says what it is taken for.",
+                    "the wrong one: the node shows what it is taken for.",
                     optional=True,
                     advanced=True,
                 ),
@@ -121,7 +135,16 @@ class LoadReward(io.ComfyNode):
             kind=None if clip_kind == AUTO else clip_kind,
             precision=precision(DTYPES[dtype]),
         )
-        return io.NodeOutput(manage_reward(load_reward(reward_path(reward_name), options)))
+        reward = load_reward(reward_path(reward_name), options)
+        return io.NodeOutput(manage_reward(reward), ui=ui.PreviewText(f"used as {reward.description}"))
+
+    @classmethod
+    def validate_inputs(cls, reward_name: str | None) -> bool | str:
+        """In place of ComfyUI's own message, which could not say where a missing file is to be had. None: it comes from another node."""
+        try:
+            return reward_name is None or bool(reward_path(reward_name))
+        except GuidanceError as error:
+            return str(error)
 
     @classmethod
     def fingerprint_inputs(cls, reward_name: str, **choices: str) -> float:
@@ -258,13 +281,29 @@ def to_pixels(images: Tensor) -> Tensor:
     return colours.movedim(-1, 1)
 
 
+def remarks(prompt: str, *judges: LoadedReward | None) -> list[str]:
+    """What rewards, and the parts of combinations, do not see of a prompt that is too long: a sentence each."""
+    rewards = [part for judge in judges if judge for part in parts_of(judge.reward)]
+    ends = {reward.name: shorten(end, 100, placeholder=" ...") for reward in rewards if (end := reward.unread(prompt))}
+    return [f"{name} reads only the beginning of the prompt; it does not see: {end}" for name, end in ends.items()]
+
+
 def score_images(images: Tensor, loaded: LoadedReward, prompt: str) -> Tensor:
     """Raw scores (B,) on the CPU."""
     return score_parts(images, loaded, prompt)[0][1]
 
 
 def score_parts(images: Tensor, loaded: LoadedReward, prompt: str) -> list[tuple[Reward, Tensor]]:
-    """The reward with its raw scores (B,) on the CPU, and after it the parts of a combination with theirs; a few pictures at a time."""
+    """The reward with its raw scores (B,) on the CPU, and after it the parts of a combination with theirs. The same pictures, which ComfyUI
+    keeps for its next run, are not scored again."""
+    known = loaded.scored.setdefault(images, {})
+    if prompt not in known:
+        known[prompt] = _score_parts(images, loaded, prompt)
+    return known[prompt]
+
+
+def _score_parts(images: Tensor, loaded: LoadedReward, prompt: str) -> list[tuple[Reward, Tensor]]:
+    """The same, a few pictures at a time."""
     if len(images) == 0:
         raise GuidanceError("There is no picture to score: the batch is empty.")
     chunk = max(1, min(MOST_PICTURES, MOST_PIXELS // images[0, ..., 0].numel()))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, count
+from textwrap import shorten
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -18,6 +19,7 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..guidance.errors import GuidanceError
 from ..guidance.estimators import ESTIMATORS, Estimator, Jacobian, NotFiniteError, Settings
@@ -76,10 +78,14 @@ class LoadedReward:
 
     reward: Reward
     patchers: tuple[GradientPatcher, ...] = ()
+    scored: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, init=False, compare=False, repr=False)
+    """Pictures that are still around -> prompt -> what was said of them."""
 
 
 def manage_reward(reward: Reward) -> LoadedReward:
     """Manage a reward's weights, and let interrupts stop it between layers."""
+    if not isinstance(reward, Reward):
+        raise GuidanceError(f"manage_reward takes a Reward, not {shorten(repr(reward), 90)}; derive a class from Reward and give it an object of it.")
     for module in reward.modules():
         module.register_forward_pre_hook(_stop_if_interrupted)
     return LoadedReward(reward, (manage(reward),) if any(True for _ in chain(reward.parameters(), reward.buffers())) else ())

@@ -11,6 +11,7 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..guidance.errors import GuidanceError
@@ -38,14 +39,23 @@ def one_by_one(latent: dict) -> list[dict]:
 
 
 def joined(latents: list[dict]) -> dict:
-    """One LATENT of several, with the batch indices and seeds that all of them know."""
+    """One LATENT of several, with their masks, and the batch indices and seeds that all of them know."""
     samples = [samples_of(latent) for latent in latents]
     if len(shapes := {tuple(each.shape[1:]) for each in samples}) > 1:
         raise GuidanceError(f"Latents of different shapes cannot be chosen among: {sorted(shapes)}. Sample them in one size.")
     if len(latents) == 1:
         return latents[0]
     known = [key for key in ("batch_index", SEEDS) if all(key in latent for latent in latents)]
-    return {"samples": torch.cat(samples)} | {key: [value for latent in latents for value in latent[key]] for key in known}
+    masks = {"noise_mask": joined_masks(latents)} if any("noise_mask" in latent for latent in latents) else {}
+    return {"samples": torch.cat(samples)} | masks | {key: [value for latent in latents for value in latent[key]] for key in known}
+
+
+def joined_masks(latents: list[dict]) -> Tensor:
+    """A mask for every sample, in the size of the first; of a latent without one, everything is sampled."""
+    first = next(latent["noise_mask"] for latent in latents if "noise_mask" in latent)
+    masks = [latent.get("noise_mask", torch.ones_like(first[:1])) for latent in latents]
+    resized = [mask if mask.shape[2:] == first.shape[2:] else F.interpolate(mask, first.shape[2:]) for mask in masks]
+    return torch.cat([comfy.utils.repeat_to_batch_size(mask, len(latent["samples"])) for mask, latent in zip(resized, latents, strict=True)])
 
 
 def rows(latent: dict, indices: list[int]) -> dict:

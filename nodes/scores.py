@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from textwrap import shorten
 
 from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
 from ..guidance.rewards import CombinedReward, Reward
 from .captions import Line, caption
-from .rewards import CATEGORY, REWARD, score_parts, to_pixels
+from .metadata import note, takers
+from .rewards import CATEGORY, REWARD, remarks, score_parts, to_pixels
 from .runtime import LoadedReward
 
-METADATA = "reward_guidance"
+PICTURES, ANNOTATED = 3, 4
+"""Outputs of Score Images."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ class ScoreImages(io.ComfyNode):
                 io.Image.Output(
                     display_name="images",
                     tooltip="The same pictures. Save these, and the scores are written into the PNG files as well, as 'reward_guidance'; "
-                    "%batch_num% in the name of the file tells which of them is its own. Runs that take the scores from ComfyUI's cache, "
-                    "because nothing but the name changed, write none.",
+                    "%batch_num% in the name of the file tells which of them is its own.",
                 ),
                 io.Image.Output(display_name="annotated", tooltip="The pictures with their scores written below."),
             ],
@@ -64,24 +64,19 @@ class ScoreImages(io.ComfyNode):
     def execute(cls, images: Tensor, reward: LoadedReward, prompt: str) -> io.NodeOutput:
         parts = score_parts(images, reward, prompt)
         columns = [column(part, scores) for part, scores in parts]
-        remarks = [remark for part, _ in parts if (remark := unread(part, prompt))]
-        text = "\n\n".join([table(columns), *remarks])
-        if cls.hidden.extra_pnginfo is not None:
-            # ComfyUI hands the same dictionary to every node of a run, and those that save pictures write all of it.
-            cls.hidden.extra_pnginfo.setdefault(METADATA, {})[cls.hidden.unique_id] = record(columns, prompt)
+        text = "\n\n".join([table(columns), *remarks(prompt, reward)])
+        note(cls.hidden, record(columns, prompt))
         annotated = caption(to_pixels(images).movedim(1, -1), captions(columns, len(images)))
         total = columns[0]
         return io.NodeOutput(total.scores, total.standardized, text, images, annotated, ui=ui.PreviewText(text))
 
+    @classmethod
+    def fingerprint_inputs(cls, **inputs) -> str:
+        return takers(cls.hidden, (PICTURES, ANNOTATED))
+
 
 def column(reward: Reward, scores: Tensor) -> Column:
     return Column(reward.name, scores.tolist(), reward.standardize(scores).tolist(), isinstance(reward, CombinedReward))
-
-
-def unread(reward: Reward, prompt: str) -> str:
-    if isinstance(reward, CombinedReward) or not (end := reward.unread(prompt)):
-        return ""
-    return f"{reward.name} reads only the beginning of the prompt; it does not see: {shorten(end, 100, placeholder=' ...')}"
 
 
 def table(columns: Sequence[Column]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -14,13 +15,18 @@ from ..guidance.particles import at_least, best
 from ..guidance.rewards import require_prompt
 from .decoders import check_belongs
 from .guidance import HIDDEN, held_out_input, sampler_inputs
+from .metadata import note, takers
 from .reporting import Reporter
-from .rewards import REWARD, score_images
+from .rewards import REWARD, remarks, score_images
 from .runtime import LoadedReward, Progress
 from .sampling import SEEDS, Callback, Sampling, joined, one_by_one, rows, sampled, seeds_from
 
 CATEGORY = "reward guidance/selection"
 UNKNOWN_SEED = -1
+
+
+PICTURES = 0
+"""Output of Select Best."""
 
 
 def decode(vae, latents: Tensor) -> Tensor:
@@ -30,8 +36,8 @@ def decode(vae, latents: Tensor) -> Tensor:
 
 
 def score(clips: Tensor, reward: LoadedReward, prompt: str) -> Tensor:
-    """Standardized rewards (N,) of pictures (N,T,H,W,C); the mean over a video's frames."""
-    raw = score_images(clips.flatten(0, 1), reward, prompt)
+    """Standardized rewards (N,) of pictures (N,T,H,W,C), the mean over a video's frames, or (N,H,W,C)."""
+    raw = score_images(frames_of(clips), reward, prompt)
     return reward.reward.standardize(raw).view(len(clips), -1).mean(1)
 
 
@@ -80,9 +86,10 @@ class SelectBest(io.ComfyNode):
                 io.Int.Output(
                     display_name="seeds",
                     is_output_list=True,
-                    tooltip="The seed of each, if the latents come from a sampler of this pack; else -1.",
+                    tooltip="The seed of each, if the latents come from KSampler (Best of N); else -1.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -99,26 +106,46 @@ class SelectBest(io.ComfyNode):
         vae: list[Any] | None = None,
     ) -> io.NodeOutput:
         latent = joined(latents) if latents else None
-        batches = None if images is None else [batch.unsqueeze(1) for batch in images]
+        batches = images
         if batches is None and latent is not None and vae is not None:
             batches = [decode(vae[0], latent["samples"])]
-        values = torch.tensor(scores).flatten() if scores is not None else scored(batches, reward, prompt)
-        clips = None if batches is None else torch.cat(same_size(batches))
+        clips = None if batches is None else torch.cat(alike(batches))
+        values = scored(batches, reward, prompt) if scores is None else as_numbers(scores)
         counts = {"scores": values, "pictures": clips, "latents": None if latent is None else latent["samples"]}
         require_one_each({name: len(each) for name, each in counts.items() if each is not None})
         chosen = best(values, keep[0]) if choose[0] == "best" else at_least(values, threshold[0])
         kept = None if latent is None else rows(latent, chosen)
+        seeds = (kept or {}).get(SEEDS, [UNKNOWN_SEED] * len(chosen))
+        by = {"reward": reward[0].reward.name, "prompt": prompt} if reward and scores is None else {}
+        note(cls.hidden, {**by, "standardized" if by else "scores": values[chosen].tolist(), "indices": chosen, "seeds": seeds})
         return io.NodeOutput(
-            nothing_for("images") if clips is None else clips[chosen].flatten(0, 1),
+            nothing_for("images") if clips is None else frames_of(clips[chosen]),
             nothing_for("latents") if kept is None else kept,
             values[chosen].tolist(),
             chosen,
-            (kept or {}).get(SEEDS, [UNKNOWN_SEED] * len(chosen)),
+            seeds,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs) -> str:
+        return takers(cls.hidden, (PICTURES,))
+
+
+def frames_of(clips: Tensor) -> Tensor:
+    """Of several videos, one after the other; pictures as they are."""
+    return clips.flatten(0, 1) if clips.ndim == 5 else clips
+
+
+def as_numbers(scores: list) -> Tensor:
+    """Scores (N,) that came from anywhere."""
+    try:
+        return torch.tensor(scores, dtype=torch.float32).flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise GuidanceError(f"Select Best got scores that are not numbers: {shorten(str(scores), 100, placeholder=' ...')}.") from error
 
 
 def scored(batches: list[Tensor] | None, reward: list[LoadedReward] | None, prompts: list[str]) -> Tensor:
-    """Standardized rewards of every picture or video; of a list of prompts, each serves one entry of the list of clips (N,T,H,W,C)."""
+    """Standardized rewards of every picture or video; of a list of prompts, each serves one entry of the list of them."""
     if batches is None:
         raise GuidanceError("Select Best has nothing to score: connect images, or latents and their vae, or scores.")
     if reward is None:
@@ -127,10 +154,13 @@ def scored(batches: list[Tensor] | None, reward: list[LoadedReward] | None, prom
     return torch.cat([score(clips, reward[0], prompt) for clips, prompt in paired])
 
 
-def same_size(batches: list[Tensor]) -> list[Tensor]:
-    sizes = {tuple(clips.shape[2:4]) for clips in batches}
+def alike(batches: list[Tensor]) -> list[Tensor]:
+    if not batches:
+        raise GuidanceError("There is nothing to choose from: the list of pictures is empty.")
+    sizes = {tuple(clips.shape[-3:]) for clips in batches}
     if len(sizes) > 1:
-        raise GuidanceError(f"Pictures of different sizes cannot be chosen among: {sorted(sizes)}. Bring them to one size first.")
+        found = ", ".join(f"{width} x {height} with {channels} channels" for height, width, channels in sorted(sizes))
+        raise GuidanceError(f"Pictures of different sizes or channels cannot be chosen among: {found}. Make them alike first.")
     return batches
 
 
@@ -305,7 +335,7 @@ class BestOfN(io.ComfyNode):
             torch.cat([candidate.pictures for _, candidate in kept]),
             [candidate.score for _, candidate in kept],
             [candidate.seed for _, candidate in kept],
-            summary(all_judged, [candidate.seed for _, candidate in kept]),
+            "\n".join([summary(all_judged, [candidate.seed for _, candidate in kept]), *remarks(prompt, reward, held_out)]),
             ui={"reward_guidance": reporter.history},
         )
 

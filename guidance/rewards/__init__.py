@@ -1,7 +1,7 @@
 from .aesthetic import AestheticReward
 from .base import Reward, RewardError, evaluate, judge, require_prompt
 from .clip import CLIP_KINDS, ClipReward
-from .combine import CombinedReward, breakdown
+from .combine import CombinedReward, breakdown, parts_of
 from .files import LoadOptions
 from .image_reward import ImageReward
 from .image_similarity import LIKENESSES, ClipImageSimilarity, ImageSimilarity
@@ -27,5 +27,6 @@ __all__ = [
     "evaluate",
     "judge",
     "load_reward",
+    "parts_of",
     "require_prompt",
 ]

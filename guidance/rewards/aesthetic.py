@@ -1,6 +1,5 @@
 """LAION's aesthetic predictor v2 (github.com/christophschuhmann/improved-aesthetic-predictor): a head on OpenAI's CLIP ViT-L/14."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,9 @@ from torch import Tensor, nn
 
 from .base import Reward, RewardError
 from .clip import embed, vit_activation_bytes
-from .clip_checkpoint import build_image_tower, image_embedding, image_part, is_openai, prepare
+from .clip_checkpoint import build_image_tower, check_floats, image_embedding, image_part, is_openai, prepare
 from .files import LoadOptions, Shapes, StateDict, Weights, find, read
-
-log = logging.getLogger(__name__)
+from .published import CLIPS
 
 _LAYERS = (0, 2, 4, 6, 7)
 """Places of the linear layers among dropouts."""
@@ -61,23 +59,26 @@ def collapse(state: StateDict) -> tuple[Tensor, Tensor]:
 
 def load_aesthetic(weights: Weights, options: LoadOptions) -> AestheticReward:
     """The head, with the image tower that is named or else found."""
+    check_floats(weights.state)
     weight, bias = collapse(weights.state)
-    file = options.image_tower or find([weights.path.parent, *options.image_folders], lambda shapes: _is_its_tower(shapes, len(weight)))
+    folders = [weights.path.parent, *options.image_folders]
+    file = options.image_tower or find(folders, lambda file, shapes: _is_its_tower(file, shapes, len(weight)))
     if file is None:
         raise RewardError(_advice("it needs the image tower", weights.path.parent, options))
     tower = read(file)
     if image_embedding(tower.shapes) != len(weight):
         raise RewardError(_advice(f"{file.name} has no image tower that ends in {len(weight)} numbers; it needs that", file.parent, options))
-    log.info("%s scores with the image tower of %s.", weights.path.name, file.name)
-    state, _ = prepare(image_part(tower.state), tower.hints, options.precision)
-    return AestheticReward(build_image_tower(state, tower.hints, quick_gelu=True), weight, bias)
+    state = prepare(image_part(tower.state), options.precision)
+    reward = AestheticReward(build_image_tower(state, tower.hints, quick_gelu=True), weight, bias)
+    reward.description = f"LAION aesthetic, with the image tower of {tower.name}"
+    return reward
 
 
-def _is_its_tower(shapes: Shapes, width: int) -> bool:
+def _is_its_tower(file: Path, shapes: Shapes, width: int) -> bool:
     positions = shapes.get("visual.positional_embedding") or shapes.get("vision_model.embeddings.position_embedding.weight") or (0,)
-    return image_embedding(shapes) == width and positions[0] == _POSITIONS and is_openai(shapes)
+    return image_embedding(shapes) == width and positions[0] == _POSITIONS and is_openai(file, shapes)
 
 
 def _advice(what: str, folder: Path, options: LoadOptions) -> str:
     folder = options.image_folders[0] if options.image_folders else folder
-    return f"{what} of OpenAI's CLIP ViT-L/14; put model.safetensors of openai/clip-vit-large-patch14 into {folder}."
+    return f"{what} of OpenAI's CLIP ViT-L/14; put {CLIPS[768]} into {folder}."

@@ -27,6 +27,8 @@ class Reward(nn.Module):
     """
 
     name = "reward"
+    description = ""
+    """Of one from a file: what the file was taken for."""
     differentiable = True
     needs_prompt = False
     reference_mean = 0.0
@@ -113,6 +115,8 @@ def judge(reward: Reward, pixels: Tensor, prompts: str | Sequence[str]) -> Tenso
     if len(prompts) != len(pixels):
         raise RewardError(f"{reward.name} got {len(prompts)} prompts for {len(pixels)} pictures; give one prompt, or one for each picture.")
     scores = reward(pixels, prompts)
+    if not isinstance(scores, Tensor):
+        raise RewardError(f"{reward.name} returned a {type(scores).__name__}; it must return a tensor of one number for each picture.")
     if scores.shape != (len(pixels),):
         raise RewardError(
             f"{reward.name} returned scores of shape {tuple(scores.shape)}; it must return one number for each of {len(pixels)} pictures."

@@ -1,10 +1,9 @@
 """CLIP dual encoders (arXiv 2103.00020) as rewards: CLIP score, PickScore v1 (arXiv 2305.01569), HPS v2 and v2.1 (arXiv 2306.09341)."""
 
 import functools
-import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,21 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import PromptMemory, Reward, RewardError, at_least_float32, warn_of_unread
-from .clip_checkpoint import build, has_image_tower, has_transformers_layout, image_embedding, image_part, prepare, text_embedding, text_part
+from .clip_checkpoint import (
+    build,
+    has_image_tower,
+    has_transformers_layout,
+    image_embedding,
+    image_part,
+    prepare,
+    text_embedding,
+    text_part,
+    uses_quick_gelu,
+)
 from .files import LoadOptions, Weights, find, read
 from .image import center_crop, constant, fit_square, resize_shortest_side
-
-log = logging.getLogger(__name__)
+from .published import CLIPS
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 _H14_WIDTH = 1280
-_WHOLE_CLIPS = {
-    768: "openai/clip-vit-large-patch14",
-    1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-    1280: "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
-}
-"""By the width of the embedding."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ class ClipKind:
     """Whether the score is the cosine times exp(logit_scale)."""
     whole: bool = False
     """Whether the whole picture is seen, between black bars, and not the square at its centre."""
+    rounded: Callable[[float], int] = round
+    """Where that square begins."""
 
 
 CLIP_KINDS = {
     "CLIP score": ClipKind(0.25, 0.03),
-    "PickScore": ClipKind(0.215, 0.013),
+    "PickScore": ClipKind(0.215, 0.013, rounded=math.floor),
     "HPS v2": ClipKind(0.275, 0.0075, scaled=False, whole=True),
     "HPS v2.1": ClipKind(0.285, 0.03, scaled=False, whole=True),
 }
@@ -61,19 +65,19 @@ def tokenizer() -> Any:
     return SimpleTokenizer()
 
 
-def preprocess(pixels: Tensor, image_size: int, whole: bool = False) -> Tensor:
+def preprocess(pixels: Tensor, image_size: int, whole: bool = False, rounded: Callable[[float], int] = round) -> Tensor:
     """Pixels (B,3,H,W) in [0,1] -> (B,3,S,S), normalised, on tensors: CLIP's resize and centre crop, or the whole picture as HPS sees it.
 
     Against the same steps in PIL, photographs differ by less than half of one of 255 levels on average (PIL rounds, and clips bicubic
     overshoot at edges, which has no gradient).
     """
-    square = fit_square(pixels, image_size) if whole else center_crop(resize_shortest_side(pixels, image_size), image_size)
+    square = fit_square(pixels, image_size) if whole else center_crop(resize_shortest_side(pixels, image_size), image_size, rounded)
     return (square - constant(_MEAN, square).view(3, 1, 1)) / constant(_STD, square).view(3, 1, 1)
 
 
-def embed(tower: Any, pixels: Tensor, image_size: int, whole: bool = False) -> Tensor:
+def embed(tower: Any, pixels: Tensor, image_size: int, whole: bool = False, rounded: Callable[[float], int] = round) -> Tensor:
     """Pixels (B,3,H,W) -> unit vectors (B,E), float32 around a tower of any precision."""
-    prepared = preprocess(at_least_float32(pixels), image_size, whole)
+    prepared = preprocess(at_least_float32(pixels), image_size, whole, rounded)
     return F.normalize(at_least_float32(tower(prepared.to(tower.conv1.weight.dtype))), dim=1)
 
 
@@ -90,6 +94,8 @@ class ClipReward(Reward):
         self.model = model
         self.kind = kind
         self.scale = model.logit_scale.detach().float().exp().item() if kind.scaled else 1.0
+        if not 0 < self.scale < math.inf:
+            raise RewardError("its logit_scale is damaged; download it again.")
         self.reference_mean = self.scale * kind.cosine_mean
         self.reference_std = self.scale * kind.cosine_std
         self.activation_bytes = vit_activation_bytes(model.visual)
@@ -101,7 +107,7 @@ class ClipReward(Reward):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """(B,3,H,W) -> unit vectors (B,E)."""
-        return embed(self.model.visual, pixels, self.model.visual.image_size[0], self.kind.whole)
+        return embed(self.model.visual, pixels, self.model.visual.image_size[0], self.kind.whole, self.kind.rounded)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors (B,E) on the CPU, where they survive the model's moves between devices; a change of its precision makes them anew."""
@@ -133,10 +139,10 @@ def layer_activation_bytes(tokens: int, width: int, element_size: int) -> int:
 
 
 def load_clip(weights: Weights, options: LoadOptions) -> ClipReward:
-    state, quick_gelu = prepare(weights.state, weights.hints, options.precision)
-    kind = recognise_kind(weights, options.kind)
-    log.info("%s is used as %s.", weights.path.name, kind)
-    return ClipReward(build(state, weights.hints, quick_gelu), CLIP_KINDS[kind])
+    kind, quick_gelu = recognise_kind(weights, options.kind), uses_quick_gelu(weights)
+    reward = ClipReward(build(prepare(weights.state, options.precision), weights.hints, quick_gelu), CLIP_KINDS[kind])
+    reward.description = f"{kind}, with {'QuickGELU' if quick_gelu else 'GELU'}"
+    return reward
 
 
 def recognise_kind(weights: Weights, wanted: str | None = None) -> str:
@@ -167,9 +173,9 @@ def load_clip_of_towers(weights: Weights, options: LoadOptions) -> ClipReward:
     if width is None:
         raise RewardError("its image tower has no projection, so that no text can be compared with what it sees; use a CLIP's.")
     file = options.text_tower or find(
-        [weights.path.parent, *options.text_folders], lambda shapes: text_embedding(shapes) == width and not has_image_tower(shapes)
+        [weights.path.parent, *options.text_folders], lambda _, shapes: text_embedding(shapes) == width and not has_image_tower(shapes)
     )
-    whole = "a whole CLIP" + (f", such as model.safetensors of {_WHOLE_CLIPS[width]}" if width in _WHOLE_CLIPS else "")
+    whole = "a whole CLIP" + (f", such as {CLIPS[width]}" if width in CLIPS else "")
     if file is None:
         folder = options.text_folders[0] if options.text_folders else weights.path.parent
         raise RewardError(f"it is an image tower alone; put a text tower with a text_projection to {width} into {folder}, or use {whole}.")
@@ -177,7 +183,8 @@ def load_clip_of_towers(weights: Weights, options: LoadOptions) -> ClipReward:
     if (found := text_embedding(text.shapes)) != width:
         ends = f"a text_projection to {found}" if found else "no text_projection"
         raise RewardError(f"the text tower {file.name} has {ends}, but the image tower ends in {width} numbers; use {whole}.")
-    log.info("%s reads prompts with the text tower %s.", weights.path.name, file.name)
     scale = weights.state.get("logit_scale", torch.tensor(math.log(100)))
     state = image_part(weights.state) | text_part(text.state) | {"logit_scale": scale}
-    return load_clip(Weights(weights.path, state, {**text.hints, **weights.hints}), options)
+    reward = load_clip(Weights(weights.path, state, {**text.hints, **weights.hints}), options)
+    reward.description += f", prompts read by {file.name}"
+    return reward

@@ -4,8 +4,9 @@ Both published layouts are read, open_clip's (and OpenAI's, which is the same) a
 Two things leave no trace in a shape:
 
 - Attention heads. All published ViTs have 64 wide heads, but at most 16 of them in the image tower (H, g, bigG: 80, 88 and 104 wide).
-- The activation. OpenAI trained with QuickGELU, LAION with GELU; OpenAI's archives are known by their `input_resolution` entry, and in
-  transformers' layout the sizes OpenAI published (up to L/14) are taken for theirs.
+- The activation. OpenAI trained with QuickGELU, LAION with GELU; OpenAI's archives are known by their `input_resolution` entry. Else the name
+  of the file or its folder decides where it says openai, laion or quickgelu, and at last the size: in transformers' layout those that OpenAI
+  published (up to L/14) are taken for theirs.
 
 Hints override both rules: vision_heads, text_heads and quick_gelu in the safetensors metadata, or a folder's config.json.
 """
@@ -14,13 +15,14 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from .base import RewardError
-from .files import Hints, Shapes, StateDict
+from .files import Hints, Shapes, StateDict, Weights
 
 _TRANSFORMERS_KEYS = (
     (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
@@ -44,6 +46,15 @@ _TEXT_PREFIXES = ("transformer.", "token_embedding.", "positional_embedding", "l
 _OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
 _OPENAI_WIDTH = 1024
 """Of the image tower of L/14, the widest ViT OpenAI published."""
+_WORDS = {"quickgelu": True, "openai": True, "laion": False}
+"""In a name: whether the weights count as OpenAI's own, as some of LAION's do, which were trained with QuickGELU too."""
+_UNSUPPORTED = {
+    "visual.layer1.": "a CLIP with a ResNet for its image tower",
+    "visual.trunk.": "a CLIP with an image tower of timm's",
+    "text_decoder.": "a CoCa",
+    "text.": "a CLIP with a text tower of another make",
+    "vision_model.head.": "a SigLIP",
+}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _VOCABULARY = 49408
 
@@ -82,6 +93,8 @@ def check_heads(tower: str, width: int, heads: int) -> None:
 
 
 def check_floats(state: StateDict) -> None:
+    if sparse := next((key for key, tensor in state.items() if tensor.layout != torch.strided), None):
+        raise RewardError(f"{sparse} is stored as a sparse tensor; save it as a dense one.")
     if unreadable := {tensor.dtype for tensor in state.values()}.difference(_FLOATS):
         raise RewardError(f"the weights are stored as {', '.join(map(str, unreadable))}; save them as float16, bfloat16 or float32.")
 
@@ -92,6 +105,11 @@ def has_image_tower(keys: Iterable[str]) -> bool:
 
 def has_text_tower(keys: Iterable[str]) -> bool:
     return "token_embedding.weight" in keys or "text_model.embeddings.token_embedding.weight" in keys
+
+
+def unsupported(keys: Iterable[str]) -> str | None:
+    """What a model is that resembles a CLIP but is built otherwise; None for all else."""
+    return next((kind for prefix, kind in _UNSUPPORTED.items() if any(key.startswith(prefix) for key in keys)), None)
 
 
 def has_transformers_layout(keys: Iterable[str]) -> bool:
@@ -115,10 +133,21 @@ def _columns(shapes: Shapes, projection: str, transposed: str) -> int | None:
     return None
 
 
-def is_openai(shapes: Shapes) -> bool:
+def is_openai(file: Path, shapes: Shapes) -> bool:
     """Whether the weights count as OpenAI's own (see above)."""
+    if "input_resolution" in shapes:
+        return True
+    name = f"{file.parent.name}/{file.name}".lower()
+    for word, theirs in _WORDS.items():
+        if word in name:
+            return theirs
     width, *_ = shapes.get("vision_model.embeddings.patch_embedding.weight") or (math.inf,)
-    return "input_resolution" in shapes or width <= _OPENAI_WIDTH
+    return width <= _OPENAI_WIDTH
+
+
+def uses_quick_gelu(weights: Weights) -> bool:
+    """Whether the activation is QuickGELU (see above)."""
+    return weights.hints.get("quick_gelu", str(is_openai(weights.path, weights.shapes))).lower() == "true"
 
 
 def image_part(state: StateDict) -> StateDict:
@@ -222,12 +251,11 @@ def _on_meta(state: StateDict, vision: VisionArchitecture, text: TextArchitectur
         return CLIP(state["visual.proj"].shape[1], vision_cfg, text_cfg, quick_gelu=quick_gelu)
 
 
-def prepare(state: StateDict, hints: Hints, precision: Callable[[torch.dtype], torch.dtype]) -> tuple[StateDict, bool]:
-    """A state dict in either layout -> open_clip's, in one precision chosen from that of the image tower, and whether to use QuickGELU."""
-    openai = is_openai({key: tuple(tensor.shape) for key, tensor in state.items()})
+def prepare(state: StateDict, precision: Callable[[torch.dtype], torch.dtype]) -> StateDict:
+    """A state dict in either layout -> open_clip's, in one precision chosen from that of the image tower."""
     state = {key: tensor for key, tensor in state.items() if key not in _OPENAI_SIZES}
     if has_transformers_layout(state):
         state = to_open_clip_layout(state)
     check_floats(state)
     dtype = precision(state["visual.conv1.weight"].dtype)
-    return {key: tensor.to(dtype) for key, tensor in state.items()}, hints.get("quick_gelu", str(openai)).lower() == "true"
+    return {key: tensor.to(dtype) for key, tensor in state.items()}

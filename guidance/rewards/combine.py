@@ -50,6 +50,11 @@ class CombinedReward(Reward):
         return max((reward.unread(prompt) for reward in cast(Iterable[Reward], self.rewards)), key=len)
 
 
+def parts_of(reward: Reward) -> list[Reward]:
+    """Those of a combination; of any other reward itself."""
+    return [part for part, _ in _parts(reward, 1.0)]
+
+
 def _parts(reward: Reward, weight: float) -> list[tuple[Reward, float]]:
     if not isinstance(reward, CombinedReward):
         return [(reward, weight)]

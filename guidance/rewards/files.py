@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .base import RewardError
+from .published import advice
 
 StateDict = dict[str, Tensor]
 Hints = Mapping[str, str]
@@ -79,10 +80,10 @@ def read(path: str | Path) -> Weights:
     return Weights(file, state, hints, wrapper)
 
 
-def find(folders: Iterable[Path], fits: Callable[[Shapes], bool]) -> Path | None:
-    """The first file below the folders whose shapes fit."""
+def find(folders: Iterable[Path], fits: Callable[[Path, Shapes], bool]) -> Path | None:
+    """The first file below the folders that fits, by its name and shapes."""
     files = (file for folder in dict.fromkeys(folders) for file in sorted(folder.rglob("*")))
-    return next((file for file in files if file.suffix.lower() in _SUFFIXES and file.is_file() and fits(shapes(file))), None)
+    return next((file for file in files if file.suffix.lower() in _SUFFIXES and file.is_file() and fits(file, shapes(file))), None)
 
 
 def shapes(file: Path) -> Shapes:
@@ -112,7 +113,7 @@ def _weights_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise RewardError(f"There is no reward file {path.name}; put it into the reward models folder and refresh.")
+        raise RewardError(f"There is no reward file {path.name}; {advice(path.name, str(path.parent))}.")
     for name in _WEIGHT_NAMES:
         for file in (path / name, *sorted(path.glob(f"{Path(name).stem}-00001-of-*{Path(name).suffix}"))):
             if file.is_file():

@@ -1,6 +1,6 @@
 """Colour space and resizing on tensors, differentiable and defined for every real pixel value."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +38,10 @@ def resize_shortest_side(pixels: Tensor, size: int) -> Tensor:
     return F.interpolate(pixels, (size * height // shortest, size * width // shortest), mode="bicubic", antialias=True)
 
 
-def center_crop(pixels: Tensor, size: int) -> Tensor:
-    """The middle, of at most `size` pixels a side."""
+def center_crop(pixels: Tensor, size: int, rounded: Callable[[float], int] = round) -> Tensor:
+    """The middle, of at most `size` pixels a side. torchvision rounds half a pixel to even, transformers down."""
     height, width = pixels.shape[-2:]
-    top, left = max(0, round((height - size) / 2)), max(0, round((width - size) / 2))
+    top, left = max(0, rounded((height - size) / 2)), max(0, rounded((width - size) / 2))
     return pixels[..., top : top + size, left : left + size]
 
 

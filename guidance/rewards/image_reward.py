@@ -17,6 +17,7 @@ from .blip import TextEncoder, VisionTransformer
 from .clip import layer_activation_bytes, preprocess
 from .clip_checkpoint import check_floats, check_heads
 from .files import Hints, LoadOptions, Shapes, StateDict, Weights, summary
+from .published import BERT
 
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072
 """Of the head's output on the training set, from the published code."""
@@ -53,6 +54,7 @@ class ImageReward(Reward):
     """How well a picture shows its prompt and how good it is. The encoders may be bfloat16 or float16; the head is float32."""
 
     name = "ImageReward"
+    description = "ImageReward"
     needs_prompt = True
 
     def __init__(self, visual_encoder: VisionTransformer, text_encoder: TextEncoder, weight: Tensor, bias: Tensor, vocabulary: Vocabulary):
@@ -151,7 +153,7 @@ def find_vocabulary(folder: Path, words: int) -> Vocabulary:
     for file in (folder / "vocab.txt", folder / "tokenizer.json"):
         if file.is_file():
             return _read_vocabulary(file, words)
-    raise RewardError(f"it reads prompts with BERT's vocabulary; put vocab.txt of google-bert/bert-base-uncased (Hugging Face) into {folder}.")
+    raise RewardError(f"it reads prompts with BERT's vocabulary; put {BERT} into {folder}.")
 
 
 def _read_vocabulary(file: Path, words: int) -> Vocabulary:
@@ -162,7 +164,7 @@ def _read_vocabulary(file: Path, words: int) -> Vocabulary:
     found = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if found not in (words, words - _ADDED_WORDS) or any(tokenizer.token_to_id(word) is None for word in _SPECIAL):
         raise RewardError(
-            f"{file.name} beside it has {found} words and the weights {words - _ADDED_WORDS}; take that of google-bert/bert-base-uncased."
+            f"{file.name} beside it has {found} words and the weights {words - _ADDED_WORDS}; take {BERT}."
         )
     return Vocabulary(tokenizer)
 

@@ -1,5 +1,6 @@
 """Reward files: what kind they are is read from their content, and no code in them is run."""
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,11 @@ import torch
 from .aesthetic import is_aesthetic_head, load_aesthetic
 from .base import Reward, RewardError
 from .clip import load_clip, load_clip_of_towers
-from .clip_checkpoint import has_image_tower, has_text_tower
+from .clip_checkpoint import has_image_tower, has_text_tower, unsupported
 from .files import Hints, LoadOptions, Shapes, Weights, read, summary
 from .image_reward import is_image_reward, load_image_reward
+
+log = logging.getLogger(__name__)
 
 _SUPPORTED = "PickScore, HPS v2 and v2.1, any CLIP with ViT towers, LAION's aesthetic heads (v2) and ImageReward"
 
@@ -38,11 +41,14 @@ def load_reward(path: str | Path, options: LoadOptions | None = None) -> Reward:
     reward.reference_std = _number(weights.hints, "reference_std", reward.reference_std)
     if reward.reference_std <= 0:
         raise RewardError(f"The metadata of {weights.path.name} gives reference_std as {reward.reference_std}; it must be positive.")
+    log.info("%s is used as %s.", weights.path.name, reward.description)
     return reward
 
 
 def _build(weights: Weights, options: LoadOptions) -> Reward:
     name, shapes = weights.path.name, weights.shapes
+    if other := unsupported(shapes):
+        raise RewardError(f"{name} is {other}, which cannot be read; of CLIPs only those with ViT towers and CLIP's own text tower can.")
     for recognises, build in _KINDS:
         if recognises(shapes):
             try:
@@ -50,7 +56,8 @@ def _build(weights: Weights, options: LoadOptions) -> Reward:
             except RewardError as error:
                 raise RewardError(f"{name}: {error}") from error
             except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-                raise RewardError(f"{name} is of a known kind, but its weights do not fit together ({summary(error)}).") from error
+                advice = "download it again, or use the published file where this one was converted"
+                raise RewardError(f"{name} is of a known kind, but its weights do not fit together ({summary(error)}); {advice}.") from error
     if has_text_tower(shapes):
         raise RewardError(f"{name} is a text tower alone; choose the image tower that belongs to it, and this as its text tower.")
     found = ", ".join(sorted(shapes)[:3]) or "no tensors"
@@ -58,8 +65,10 @@ def _build(weights: Weights, options: LoadOptions) -> Reward:
 
 
 def _number(hints: Hints, key: str, default: float) -> float:
+    if key not in hints:
+        return default
     try:
-        number = float(hints.get(key, default))
+        number = float(hints[key])
     except ValueError:
         number = math.nan
     if not math.isfinite(number):

@@ -146,6 +146,7 @@ def broken(breakage):
 
 BROKEN = {
     "nan": "returned a score that is not a finite number",
+    "a list": "returned a list; it must return a tensor of one number for each picture",
     "one number for all": "returned scores of shape (); it must return one number for each of 1 pictures",
     "a number for each pixel": "returned scores of shape (1, 3)",
     "no gradient": "This reward has no gradient to guide by",

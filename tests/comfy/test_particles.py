@@ -1,20 +1,25 @@
 """Noise of each candidate's own and particles inside ComfyUI's samplers, on models whose answers are known."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 from reward_guidance.tests.harness.inprocess import load_comfyui
 
 load_comfyui()
 
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
+from comfy.patcher_extension import WrappersMP
 from reward_guidance.guidance.estimators import Settings, Smoothing
 from reward_guidance.guidance.particles import Population
 from reward_guidance.guidance.process import Diffusion, Flow
+from reward_guidance.guidance.rewards import ImageStatistic
+from reward_guidance.nodes import selection
 from reward_guidance.nodes.particles import SAMPLERS, FirstAnswered, ParticleSampler, Swarm
-from reward_guidance.nodes.runtime import RewardBeside, RewardGuidance
+from reward_guidance.nodes.runtime import LoadedReward, RewardBeside, RewardGuidance, as_many_as_fit
 from reward_guidance.nodes.sampling import SEEDS, Sampling, joined, rows, sampled
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
@@ -90,6 +95,49 @@ def test_a_sampler_of_unknown_noise_makes_one_candidate_at_a_time(monkeypatch):
     assert sampling(model_of(CLOUD, True), "euler").at_once(0, latent, 8) == 8
 
 
+def leave_room_for(count, model, shape, monkeypatch):
+    """Let ComfyUI find so much memory free that this many samples fit, and half of another."""
+    weights, each = model.model_size() - model.loaded_size(), model.model.memory_required([2, *shape[1:]])
+    free = weights + comfy.model_management.extra_reserved_memory() + int((count + 0.5) * each)
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: free)
+
+
+@pytest.mark.parametrize(("room", "expected"), [(0, 1), (1, 1), (3, 3), (7, 7), (100, 8)])
+def test_as_many_candidates_at_once_as_memory_holds(monkeypatch, room, expected):
+    model, latent = model_of(CLOUD, True), {"samples": torch.zeros(1, 48, 4, 4)}
+    leave_room_for(room, model, latent["samples"].shape, monkeypatch)
+    assert as_many_as_fit(model, latent["samples"].shape) == max(1, room)
+    assert sampling(model, "euler").at_once(0, latent, 8) == expected
+    assert sampling(model, "euler").at_once(5, latent, 8) == 5
+
+
+class Heard:
+    """In place of what tells the page."""
+
+    def __init__(self, hidden, **facts):
+        self.history = []
+
+    def __call__(self, progress):
+        self.history.append(progress)
+
+
+def test_more_candidates_than_fit_are_sampled_in_several_turns(monkeypatch):
+    """Eight by threes, of each of two latents."""
+    model, latent, batches = model_of(CLOUD, True), {"samples": torch.zeros(2, 48, 1, 1)}, []
+    model.add_wrapper(WrappersMP.APPLY_MODEL, lambda executor, x, *rest, **options: batches.append(len(x)) or executor(x, *rest, **options))
+    leave_room_for(3, model, latent["samples"].shape, monkeypatch)
+    monkeypatch.setattr(selection, "Reporter", Heard)
+    monkeypatch.setattr(selection, "check_belongs", ignore)
+    vae = SimpleNamespace(decode=lambda latents: latents[:, :3].movedim(1, -1) / 4 + 0.5)
+    node = selection.BestOfN.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+    settings = {"seed": 5, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0, "prompt": "", "stop_above": 100.0}
+    reward = LoadedReward(ImageStatistic("brightness"))
+    out = node.execute(model, positive=CONDITION, negative=CONDITION, latent_image=latent, vae=vae, reward=reward, n=8, keep=8, chunk=0, **settings)
+    assert [len(turn.seeds) for turn in out.ui["reward_guidance"]] == [3, 3, 2] * 2
+    assert batches == [3, 3, 3, 3, 2, 2] * 2
+    assert sorted(out.args[3]) == list(range(5, 5 + 16))
+
+
 def test_rows_of_a_latent_stay_together():
     mask = torch.arange(2.0).view(2, 1, 1, 1)
     latent = {"samples": torch.arange(4.0).view(4, 1, 1, 1), "noise_mask": mask, "batch_index": [4, 5, 6, 7], SEEDS: [1, 2, 3, 4], "type": "x"}
@@ -104,6 +152,10 @@ def test_rows_of_a_latent_stay_together():
     assert "downscale_ratio_spacial" not in made
     assert joined([latent, latent])[SEEDS] == [1, 2, 3, 4] * 2
     assert "batch_index" not in joined([latent, {"samples": latent["samples"]}])
+    larger = {"samples": latent["samples"][:1], "noise_mask": torch.full((1, 1, 2, 2), 0.5)}
+    together = joined([latent, {"samples": latent["samples"][:1]}, larger])
+    assert together["noise_mask"].flatten().tolist() == [0, 1, 0, 1, 1, 0.5]
+    assert rows(together, [5, 0])["noise_mask"].flatten().tolist() == [0.5, 0]
 
 
 def particle_run(model, sampler, n, seed=0, groups=1, every=2, reward=ring_reward, threshold=0.5, temperature=1.0, report=ignore, steps=STEPS):

@@ -1,6 +1,7 @@
 """What nodes make of pictures and precisions, inside this process."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 from reward_guidance.tests.harness.inprocess import load_comfyui
@@ -72,11 +73,32 @@ def test_a_reward_is_managed_for_whatever_tensors_it_has(persistent):
     assert reward.target.device.type == "meta"
 
 
+@pytest.mark.parametrize("thing", [Counting, torch.nn.Linear(2, 2), None], ids=["class", "module", "nothing"])
+def test_what_is_no_reward_is_not_managed(thing):
+    with pytest.raises(GuidanceError, match="manage_reward takes a Reward, not .*; derive a class from Reward"):
+        manage_reward(thing)
+
+
 def test_parts_are_scored_once():
     first, second = Counting(), Counting()
     parts = score_parts(torch.rand(3, 8, 8, 3), LoadedReward(CombinedReward([first, second], [1, 2])), "")
     assert [len(scores) for _, scores in parts] == [3, 3, 3]
     assert (first.seen, second.seen) == ([3], [3])
+
+
+def test_the_same_pictures_are_not_scored_again():
+    counting, images = Counting(), torch.rand(3, 8, 8, 3)
+    loaded = LoadedReward(counting)
+    first = score_images(images, loaded, "")
+    assert torch.equal(score_images(images, loaded, ""), first)
+    assert counting.seen == [3]
+    score_images(images, loaded, "another prompt")
+    score_images(images.clone(), loaded, "")
+    score_images(images, replace(loaded, reward=counting), "")
+    assert counting.seen == [3] * 4
+    assert len(loaded.scored) == 1
+    del images
+    assert len(loaded.scored) == 0
 
 
 @pytest.mark.parametrize(

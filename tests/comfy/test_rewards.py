@@ -87,6 +87,21 @@ def test_every_kind_of_file_guides(bench, models, name):
     assert not torch.equal(sample(1.0), sample(0.0))
 
 
+TAKEN_FOR = {
+    "HPS_v2.1_tiny.safetensors": "HPS v2.1, with GELU",
+    "tiny_clip_folder/model.safetensors": "CLIP score, with GELU",
+    "ImageReward_tiny.safetensors": "ImageReward",
+    "sac+logos+ava1-l14-linearMSE.pth": "LAION aesthetic, with the image tower of tiny_l14",
+    "clip_vision/tiny_vision_g.safetensors": "CLIP score, with QuickGELU, prompts read by tiny_g.safetensors",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_node_shows_what_a_file_is_taken_for(bench, models, name):
+    bench.client.free()
+    assert bench.run(scored(loaded(name))).outputs["loaded"]["text"] == [f"used as {TAKEN_FOR[name]}"]
+
+
 def test_kind_can_be_overruled(bench, models):
     hps, clip = (numbers(bench.run(scored(loaded(FILES[0], clip_kind=kind))), "raw") for kind in ("auto", "CLIP score"))
     assert [a / b for a, b in zip(clip, hps, strict=True)] == pytest.approx([1 / 0.07] * 2, rel=1e-2)
@@ -133,6 +148,48 @@ def test_scores_are_written_into_saved_pictures_beside_the_workflow(bench, model
         assert (record["reward"], record["prompt"]) == ("less brightness + HPS_v2.1_tiny", text)
         assert [part["reward"] for part in record["parts"]] == ["brightness", "HPS_v2.1_tiny"]
         assert [len(part["scores"]) for part in record["parts"]] == [2, 2]
+
+
+def entries(bench, file):
+    return json.loads(opened(bench, file).text["reward_guidance"])
+
+
+WORKFLOW = {"workflow": {"id": "mine", "nodes": [], "links": [], "version": 0.4}}
+
+
+def test_pictures_that_are_saved_later_have_the_scores_too(bench):
+    """Scored first, then with a node connected that saves them, then saved under another name; and nothing is scored or saved again in vain."""
+    graph = Graph()
+    images, prompt = pictures(graph, 0x000000, 0xFF4020), f"{PROMPT} {next(SEEDS)}"
+    graph.add("score", "RewardGuidanceScoreImages", images=images, reward=statistic("brightness")(graph), prompt=prompt)
+    first = bench.run(graph.prompt, extra_pnginfo=WORKFLOW)
+    assert "score" in first.node_seconds
+    for name in ("later", "renamed"):
+        graph.add("save", "SaveImage", images=["score", 3], filename_prefix=f"{name}_{next(SEEDS)}")
+        result = bench.run(graph.prompt, extra_pnginfo=WORKFLOW)
+        for file in result.outputs["save"]["images"]:
+            assert entries(bench, file)["score"]["prompt"] == prompt
+    assert set(bench.run(graph.prompt, extra_pnginfo=WORKFLOW).node_seconds) == set()
+
+
+def test_chosen_pictures_have_their_own_scores_whatever_is_chosen(bench):
+    graph = Graph()
+    images = pictures(graph, 0x202020, 0xF0F0F0)
+    scores = [graph.add("score", "RewardGuidanceScoreImages", images=images, reward=statistic("brightness")(graph))[0], 0]
+    for by in ({"scores": scores}, {"reward": ["reward", 0]}):
+        for keep, name in ((2, "chosen"), (1, "chosen"), (1, "renamed")):
+            graph.add("select", "RewardGuidanceSelectBest", images=["score", 3], keep=keep, prompt="", **by)
+            graph.add("save", "SaveImage", images=["select", 0], filename_prefix=f"{name}_{next(SEEDS)}_%batch_num%")
+            files = bench.run(graph.prompt, extra_pnginfo=WORKFLOW).outputs["save"]["images"]
+            assert len(files) == keep
+            for i, file in enumerate(files):
+                assert file["filename"].split("_")[2] == str(i)
+                own = entries(bench, file)["select"]
+                shade = opened(bench, file).getpixel((0, 0))[0] / 255
+                score = shade if "scores" in by else (shade - 0.4) / 0.12
+                assert own["scores" if "scores" in by else "standardized"][i] == pytest.approx(score, abs=0.01)
+                assert own["indices"][i] == [1, 0][i]
+                assert own.get("reward") == (None if "scores" in by else "brightness")
 
 
 def test_a_prompt_from_a_program_has_no_place_for_scores_in_its_pictures(bench, models):
@@ -190,6 +247,33 @@ def test_a_missing_part_is_asked_for_and_then_found(bench, models, part, name, w
     finally:
         file.write_bytes(content)
     assert bench.queue(scored(loaded(name))).error is None
+
+
+HUGGING_FACE = "(Hugging Face)"
+BERT = f"vocab.txt of google-bert/bert-base-uncased {HUGGING_FACE}"
+NOT_THERE = {
+    "new/PickScore_v1.safetensors": f"put model.safetensors of yuvalkirstain/PickScore_v1 {HUGGING_FACE} into ",
+    "new/PickScore_v1/model.safetensors": f"put model.safetensors of yuvalkirstain/PickScore_v1 {HUGGING_FACE} into ",
+    "new/HPS_v2_compressed.pt": f"put HPS_v2_compressed.pt of xswu/HPSv2 {HUGGING_FACE} into ",
+    "new/HPS_v2.1_compressed.pt": f"put HPS_v2.1_compressed.pt of xswu/HPSv2 {HUGGING_FACE} into ",
+    "new/ImageReward.pt": f"put ImageReward.pt of zai-org/ImageReward {HUGGING_FACE}, and {BERT} beside it into ",
+    "new/sac+logos+ava1-l14-linearMSE.pth": "put sac+logos+ava1-l14-linearMSE.pth of christophschuhmann/improved-aesthetic-predictor (GitHub), and",
+    "clip_vision/CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": f"put model.safetensors of laion/CLIP-ViT-H-14-laion2B-s32B-b79K {HUGGING_FACE} into ",
+    "new/mine.safetensors": "new/mine.safetensors is not in ",
+}
+
+
+@pytest.mark.parametrize(("name", "words"), NOT_THERE.items(), ids=NOT_THERE)
+def test_a_missing_reward_file_is_asked_for(bench, models, name, words):
+    refused = bench.queue(scored(loaded(name)))
+    assert words in refused.error
+    folder = models / ("clip_vision" if name.startswith("clip_vision") else "reward_models")
+    assert f"{folder.resolve()}" in refused.error
+    if "mine" in name:
+        assert ", where there is " in refused.error
+        assert FILES[0] in refused.error
+    else:
+        assert refused.error.endswith(f", saved as {name.removeprefix('clip_vision/')}; then press R.)")
 
 
 def redness(graph):

@@ -16,6 +16,8 @@ OUTPUTS = {
     "RewardGuidanceKSamplerParticles": ("latents", "scores", "report"),
     "RewardGuidanceSelectBest": ("images", "latents", "scores", "indices", "seeds"),
 }
+BT601 = (0.299, 0.587, 0.114)
+"""By which brightness is measured."""
 LISTS = ("scores", "indices", "seeds", "report")
 
 
@@ -286,6 +288,20 @@ def test_particles_a_few_at_a_time_are_the_same_to_rounding(bench):
     assert distance(one, other) < 1e-3
 
 
+@pytest.mark.parametrize("guide", [best_of, particles])
+def test_a_long_prompt_is_said_to_be_cut(bench, clip_reward, guide):
+    """In the last line of the report, once, and not where all of it is read."""
+
+    def report(prompt):
+        by = guide(reward=clip_reward, held_out=clip_reward, prompt=prompt)
+        return bench.run(showing(latents("flux", by, seed=next(SEEDS)))).outputs["sampler_report"]["text"][0].splitlines()
+
+    short, long = report("a red circle"), report("a large red circle on a blue ground, masterpiece, best quality, and the end")
+    assert len(long) == len(short) + 1
+    assert long[-1].startswith("tiny_clip reads only the beginning of the prompt; it does not see: ")
+    assert long[-1].endswith("and the end")
+
+
 # Select Best
 
 
@@ -381,7 +397,7 @@ def test_videos_are_chosen_whole(bench):
         prompt[name] = {"class_type": "SaveImage", "inputs": {"images": link, "filename_prefix": "test"}}
     result = bench.run(showing(prompt, "select"))
     every, shown, again = ([np.asarray(image, float) for image in bench.client.images(result, name)] for name in ("all", "shown", "again"))
-    means = np.array(every).reshape(3, -1).mean(1)
+    means = (np.array(every) @ BT601).reshape(3, -1).mean(1)
     assert numbers(result, "indices", "select") == np.argsort(-means)[:2].tolist()
     assert len(shown) == len(every) * 2 // 3
     assert np.array_equal(shown, again)
@@ -457,6 +473,41 @@ def test_scores_that_are_no_numbers(refused):
         return {"images": pictures(graph, [0, 1]), "scores": graph.add("nan", "ProbeNumbers", numbers="0.5, nan")}
 
     refused(selecting(build), "Score 1 is not a number")
+
+
+def test_scores_that_are_missing(refused):
+    def build(graph):
+        return {"images": pictures(graph, [0, 1]), "scores": graph.add("some", "ProbeNumbers", numbers="0.5, none")}
+
+    refused(selecting(build), "Select Best got scores that are not numbers: [0.5, None]")
+
+
+@pytest.mark.parametrize("by", ["reward", "scores"])
+def test_a_list_of_no_pictures(refused, by):
+    def build(graph):
+        links = {"reward": statistic()(graph), "scores": graph.add("given", "ProbeNumbers", numbers="1, 2")}
+        return {"images": [empty(graph)[0], 2], by: links[by]}
+
+    refused(selecting(build), "There is nothing to choose from: the list of pictures is empty")
+
+
+def test_pictures_that_are_not_alike(refused):
+    """A list of pictures, of which one is transparent, or larger."""
+
+    def build(graph, other):
+        links = [other(graph), pictures(graph, [0x808080])]
+        return {"images": graph.add("list", "ProbeList", first=links[0], second=links[1]), "reward": statistic()(graph)}
+
+    def transparent(graph):
+        mask = graph.add("mask", "SolidMask", value=0.5, width=32, height=32)
+        image = graph.add("opaque", "EmptyImage", width=32, height=32, batch_size=1, color=0)
+        return graph.add("transparent", "JoinImageWithAlpha", image=image, alpha=mask)
+
+    def larger(graph):
+        return graph.add("larger", "EmptyImage", width=64, height=32, batch_size=1, color=0)
+
+    for other, found in ((transparent, "32 x 32 with 3 channels, 32 x 32 with 4 channels"), (larger, "32 x 32 with 3 channels, 64 x 32 with 3")):
+        refused(selecting(lambda graph, other=other: build(graph, other)), f"different sizes or channels cannot be chosen among: {found}")
 
 
 @pytest.mark.parametrize("guide", [best_of, particles])

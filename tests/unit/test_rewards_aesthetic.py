@@ -49,7 +49,7 @@ def test_the_tower_may_be_a_checkpoint_or_a_folder(files, tmp_path):
 
 
 def test_other_towers_are_passed_over(files):
-    """LAION's L/14 has the same shapes but another space; in open_clip's layout only OpenAI's own archive says whose it is."""
+    """LAION's L/14 has the same shapes but another space; in open_clip's layout only OpenAI's own archive, or the name, says whose it is."""
     from reward_guidance.guidance.rewards.clip_checkpoint import to_open_clip_layout
 
     head_file, tower = files
@@ -57,7 +57,8 @@ def test_other_towers_are_passed_over(files):
     folder = tower.parent
     save_file(transformers_model().state_dict(), folder / "another_size.safetensors")
     laion = to_open_clip_layout(aesthetic_tower().state_dict())
-    save_file(laion, folder / "laion.safetensors")
+    save_file(laion, folder / "clip.safetensors")
+    save_file(aesthetic_tower().state_dict(), folder / "clip-vit-l-14-laion2b.safetensors")
     save_file({"vision_model.embeddings.patch_embedding.weight": torch.zeros(())}, folder / "damaged.safetensors")
     (folder / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{broken")
     (folder / "legacy.pt").write_bytes(b"\x80\x02.")
@@ -65,13 +66,16 @@ def test_other_towers_are_passed_over(files):
     tower.unlink()
     with pytest.raises(RewardError, match="needs the image tower"):
         load_reward(head_file, LoadOptions(image_folders=(folder,)))
-    torch.save(laion | {"input_resolution": torch.tensor(32)}, folder / "openai.pt")
-    assert load_reward(head_file, LoadOptions(image_folders=(folder,))).tower is not None
+    for name, sizes in (("ViT-L-14.pt", {"input_resolution": torch.tensor(32)}), ("ViT-L-14-openai.pt", {})):
+        torch.save(laion | sizes, folder / name)
+        reward = load_reward(head_file, LoadOptions(image_folders=(folder,)))
+        assert reward.description == f"LAION aesthetic, with the image tower of {name.removesuffix('.pt')}"
+        (folder / name).unlink()
 
 
 def test_a_missing_tower_is_asked_for(files, tmp_path):
     head_file, tower = files
-    words = "it needs the image tower of OpenAI's CLIP ViT-L/14; put model.safetensors of openai/clip-vit-large-patch14 into"
+    words = "it needs the image tower of OpenAI's CLIP ViT-L/14; put model.safetensors of openai/clip-vit-large-patch14 (Hugging Face) into"
     for options, folder in ((LoadOptions(), head_file.parent), (LoadOptions(image_folders=(tmp_path / "none",)), tmp_path / "none")):
         with pytest.raises(RewardError) as caught:
             load_reward(head_file, options)

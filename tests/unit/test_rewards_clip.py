@@ -17,6 +17,7 @@ from reward_guidance.tests.standins.rewards import (
     save_hps,
     save_open_clip,
     save_towers,
+    save_transformers,
     transformers_model,
 )
 from safetensors.torch import load_file, save_file
@@ -146,6 +147,38 @@ def test_openai_archive_means_quick_gelu(tmp_path):
     sizes = {name: torch.tensor(12) for name in ("input_resolution", "context_length", "vocab_size")}
     torch.save(open_clip_model().state_dict() | sizes, tmp_path / "a.pt")
     assert isinstance(load_reward(tmp_path / "a.pt").model.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
+
+
+@pytest.mark.parametrize(
+    ("name", "quick_gelu"),
+    [
+        ("{}.safetensors", None),
+        ("CLIP-ViT-L-14-laion2B-s32B-b82K-{}.safetensors", False),
+        ("laion {}/clip.safetensors", False),
+        ("ViT-L-14-openai-{}.safetensors", True),
+        ("OpenAI/{}.safetensors", True),
+        ("vit_b_32-quickgelu-laion400m_e31-{}.safetensors", True),
+    ],
+)
+@pytest.mark.parametrize("layout", ["open_clip", "transformers"])
+def test_the_name_tells_the_activation_where_the_file_does_not(tmp_path, name, quick_gelu, layout):
+    """By the layout, weights of these sizes count as OpenAI's in transformers', and as LAION's in open_clip's."""
+    path = tmp_path / "models" / name.format(layout)
+    path.parent.mkdir(parents=True)
+    state = transformers_model().state_dict()
+    expected = (layout == "transformers") if quick_gelu is None else quick_gelu
+    state = state if layout == "transformers" else to_open_clip_layout(state)
+    for hints, quick in (({}, expected), ({"quick_gelu": "true"}, True), ({"quick_gelu": "false"}, False)):
+        save_file(state, path, HEADS | hints)
+        reward = load_reward(path)
+        assert isinstance(reward.model.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU) == quick
+        assert reward.description == f"CLIP score, with {'QuickGELU' if quick else 'GELU'}"
+
+
+def test_a_config_decides_before_the_name(tmp_path):
+    folder = tmp_path / "laion"
+    save_transformers(folder, "quick_gelu")
+    assert load_reward(folder).description == "CLIP score, with QuickGELU"
 
 
 def test_open_clip_folder(tmp_path):

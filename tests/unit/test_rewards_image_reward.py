@@ -80,8 +80,8 @@ def test_needs_a_prompt(reward):
 VOCABULARIES = {
     "missing": (None, "ImageReward.safetensors: it reads prompts with BERT's vocabulary; put vocab.txt of google-bert/bert-base-uncased .* into "),
     "of another model": ("\n".join(WORDS * 2), f"vocab.txt beside it has {2 * len(WORDS)} words and the weights {len(WORDS)}; take"),
-    "too short": ("\n".join(WORDS[:-7]), f"has {len(WORDS) - 7} words and the weights {len(WORDS)}; take that of google-bert"),
-    "without [SEP]": ("\n".join(["x" if word == "[SEP]" else word for word in WORDS]), "take that of google-bert"),
+    "too short": ("\n".join(WORDS[:-7]), f"has {len(WORDS) - 7} words and the weights {len(WORDS)}; take vocab.txt of google-bert"),
+    "without [SEP]": ("\n".join(["x" if word == "[SEP]" else word for word in WORDS]), "take vocab.txt of google-bert"),
     "empty": ("", "vocab.txt beside it has 0 words"),
     "not text": (b"\xff\xfe\x00", "vocab.txt beside it is damaged; download it again"),
 }

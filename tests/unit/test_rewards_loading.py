@@ -11,8 +11,11 @@ import time
 import open_clip
 import pytest
 import torch
+import transformers
 from reward_guidance.guidance.rewards import ClipReward, ImageReward, LoadOptions, RewardError, evaluate, load_reward
+from reward_guidance.guidance.rewards.image_reward import _word_pieces
 from reward_guidance.tests.standins import rewards as standins
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 
@@ -83,14 +86,39 @@ STATES = {
     "no tensors": ({}, "it holds no tensors"),
     "a missing weight": (without("ln_final.bias"), "do not fit together .*Missing key.*ln_final.bias"),
     "a needed shape": (without("visual.positional_embedding"), "do not fit together .*visual.positional_embedding"),
-    "an unknown weight": (STATE | {"visual.trunk.x": torch.zeros(1)}, "do not fit together .*Unexpected key.*visual.trunk.x"),
+    "an unknown weight": (STATE | {"visual.other.x": torch.zeros(1)}, "do not fit together .*Unexpected key.*visual.other.x"),
     "a wrong shape": (STATE | {"ln_final.bias": torch.zeros(9)}, "do not fit together .*size mismatch"),
     "another vocabulary": (STATE | {"token_embedding.weight": torch.zeros(32000, 8)}, "vocabulary has 32000 tokens; only CLIP's own"),
     "integers": ({k: v.to(torch.int8) for k, v in STATE.items()}, "stored as torch.int8; save them as float16"),
     "float8": (STATE | {"text_projection": STATE["text_projection"].to(torch.float8_e4m3fn)}, "stored as torch.float8_e4m3fn"),
     "no width": (STATE | {"visual.conv1.weight": torch.zeros(0, 3, 8, 8)}, "do not fit together"),
-    "a ResNet tower": (without("visual.conv1.weight") | {"visual.conv1.weight": torch.zeros(64, 3, 3, 3)}, "do not fit together"),
+    "a small first layer": (STATE | {"visual.conv1.weight": torch.zeros(64, 3, 3, 3)}, "or use the published file where"),
 }
+
+
+def other_clips():
+    """Of open_clip and of transformers: what it is called -> its weights."""
+    vision = {"layers": 1, "width": 8, "head_width": 8, "patch_size": 8, "image_size": 8}
+    text = {"context_length": 8, "width": 8, "heads": 1, "layers": 1}
+    resnet = {"layers": (1, 1, 1, 1), "width": 16, "image_size": 32}
+    siglip = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    siglip_towers = {"text_config": siglip, "vision_config": siglip | {"image_size": 32, "patch_size": 8}}
+    model = open_clip.model
+    return {
+        "a CLIP with a ResNet for its image tower": model.CLIP(8, model.CLIPVisionCfg(**resnet), model.CLIPTextCfg(**text)),
+        "a CLIP with a text tower of another make": model.CustomTextCLIP(8, model.CLIPVisionCfg(**vision), model.CLIPTextCfg(**text)),
+        "a CoCa": open_clip.CoCa(8, open_clip.coca_model.MultimodalCfg(**text, dim_head=8), model.CLIPTextCfg(**text), model.CLIPVisionCfg(**vision)),
+        "a CLIP with an image tower of timm's": model.CustomTextCLIP(
+            8, model.CLIPVisionCfg(timm_model_name="test_vit", image_size=160), model.CLIPTextCfg(**text)
+        ),
+        "a SigLIP": transformers.SiglipModel(transformers.SiglipConfig(**siglip_towers)),
+    }
+
+
+def test_clips_that_are_built_otherwise(tmp_path):
+    for kind, model in other_clips().items():
+        torch.save(model.state_dict(), tmp_path / "reward.pt")
+        assert_refused(tmp_path / "reward.pt", f"reward.pt is {kind}, which cannot be read; of CLIPs only those with ViT towers")
 
 
 @pytest.mark.parametrize("save", [save_file, torch.save], ids=["safetensors", "checkpoint"])
@@ -125,7 +153,9 @@ def test_other_objects_and_programs(tmp_path):
 
 
 def test_missing_files_and_folders(tmp_path):
-    assert_refused(tmp_path / "PickScore.safetensors", "There is no reward file PickScore.safetensors")
+    where = f"of yuvalkirstain/PickScore_v1 .Hugging Face. into {tmp_path}, saved as PickScore.safetensors"
+    assert_refused(tmp_path / "PickScore.safetensors", f"There is no reward file PickScore.safetensors; put model.safetensors {where}")
+    assert_refused(tmp_path / "mine.safetensors", f"There is no reward file mine.safetensors; put it into {tmp_path}.")
     assert_refused(tmp_path, "holds no weights; it needs one of model.safetensors")
 
 
@@ -140,6 +170,21 @@ def test_weights_that_are_not_finite_are_said_at_the_first_score(tmp_path):
     save_file(STATE | {"visual.proj": torch.full((8, 8), torch.nan)}, tmp_path / "reward.safetensors")
     with pytest.raises(RewardError, match="weights are damaged"):
         evaluate(load_reward(tmp_path / "reward.safetensors"), torch.rand(1, 3, 8, 8), "a cat")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 100.0, -200.0])
+def test_a_damaged_scale(tmp_path, value):
+    """Its exponential is the scale of a CLIP score, but not of HPS."""
+    save_file(STATE | {"logit_scale": torch.tensor(value)}, tmp_path / "reward.safetensors")
+    assert_refused(tmp_path / "reward.safetensors", "reward.safetensors: its logit_scale is damaged; download it again")
+    assert load_reward(tmp_path / "reward.safetensors", LoadOptions(kind="HPS v2.1")).reference_std == 0.03
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize(("state", "key"), [(STATE, "visual.proj"), (standins.head(8).state_dict(), "layers.0.weight")], ids=["CLIP", "head"])
+def test_a_sparse_tensor(tmp_path, state, key):
+    torch.save(state | {key: state[key].to_sparse()}, tmp_path / "reward.pt")
+    assert_refused(tmp_path / "reward.pt", f"{key} is stored as a sparse tensor; save it as a dense one")
 
 
 def assert_refused(path, message):
@@ -173,36 +218,61 @@ def test_weights_of_another_reward_in_a_renamed_file(tmp_path):
     assert_refused(tmp_path / "PickScore_v1.pt", "PickScore_v1.pt: it needs the image tower of OpenAI's CLIP ViT-L/14")
 
 
-MUTATIONS = 48
-"""Of each file."""
+MUTATIONS, VALUES = 36, 10
+"""Of each file: of its bytes, and of the numbers in it."""
+HOSTILE = "hostile.pt"
+LOADS = {
+    "clip.safetensors": "clip.safetensors",
+    "clip.pt": "clip.pt",
+    "clip_legacy.pt": "clip_legacy.pt",
+    "hps.pt": "hps.pt",
+    "image_reward.safetensors": "image_reward.safetensors",
+    "image_reward.pt": "image_reward.pt",
+    "vocab.txt": "image_reward.safetensors",
+    "blip/tokenizer.json": "blip/image_reward.pt",
+    "head.pth": "head.pth",
+    "towers/l14.safetensors": "head.pth",
+    "towers/vision.safetensors": "towers/vision.safetensors",
+    "texts/text.safetensors": "towers/vision.safetensors",
+    "transformers/model.safetensors": "transformers",
+    "folder/config.json": "folder",
+    "sharded/model-00002-of-00002.safetensors": "sharded",
+    HOSTILE: HOSTILE,
+}
+"""A file to damage -> what to load then, which reads it."""
+NUMBERS = [name for name in LOADS if name.endswith((".safetensors", ".pt", ".pth")) and name not in ("clip_legacy.pt", HOSTILE)]
+
+
+def tiny_transformers():
+    torch.manual_seed(0)
+    shared = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text, vision = {**shared, "max_position_embeddings": 8}, {**shared, "image_size": 8, "patch_size": 8}
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
 
 
 def save_targets(folder):
-    """Files to damage: name -> what to load then, which reads it."""
+    for name in LOADS:
+        (folder / name).parent.mkdir(exist_ok=True)
     save_file(STATE, folder / "clip.safetensors")
     torch.save(STATE, folder / "clip.pt")
     torch.save(STATE, folder / "clip_legacy.pt", _use_new_zipfile_serialization=False)
     torch.save({"state_dict": {f"module.{key}": value.half() for key, value in STATE.items()}}, folder / "hps.pt")
     standins.save_image_reward(folder / "image_reward.safetensors")
-    torch.save(load_file(folder / "image_reward.safetensors"), folder / "image_reward.pt")
+    for copy in (folder / "image_reward.pt", folder / "blip" / "image_reward.pt"):
+        torch.save(load_file(folder / "image_reward.safetensors"), copy)
+    _word_pieces(standins.WORDS).save(str(folder / "blip" / "tokenizer.json"))
     standins.save_aesthetic(folder / "head.pth", folder / "towers" / "l14.safetensors")
-    (folder / "folder").mkdir()
+    model = tiny_transformers()
+    model.save_pretrained(folder / "transformers")
+    state = model.state_dict()
+    save_file({key: value for key, value in state.items() if key.startswith("vis")}, folder / "towers" / "vision.safetensors")
+    save_file({key: value for key, value in state.items() if key.startswith("text")}, folder / "texts" / "text.safetensors")
     save_file(STATE, folder / "folder" / "model.safetensors")
-    (folder / "folder" / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu"}, "text_config": {"num_attention_heads": 1}}))
-    torch.save({"a": RunsCode(), **STATE}, folder / "hostile.pt")
-    return {
-        "clip.safetensors": "clip.safetensors",
-        "clip.pt": "clip.pt",
-        "clip_legacy.pt": "clip_legacy.pt",
-        "hps.pt": "hps.pt",
-        "image_reward.safetensors": "image_reward.safetensors",
-        "image_reward.pt": "image_reward.pt",
-        "vocab.txt": "image_reward.safetensors",
-        "head.pth": "head.pth",
-        "towers/l14.safetensors": "head.pth",
-        "folder/config.json": "folder",
-        "hostile.pt": "hostile.pt",
-    }
+    heads = {"num_attention_heads": 1}
+    (folder / "folder" / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu", **heads}, "text_config": heads}))
+    for i, keys in enumerate((sorted(STATE)[::2], sorted(STATE)[1::2]), 1):
+        save_file({key: STATE[key] for key in keys}, folder / "sharded" / f"model-{i:05}-of-00002.safetensors")
+    torch.save({"a": RunsCode(), **STATE}, folder / HOSTILE)
 
 
 def mutated(content, keys, random):
@@ -220,6 +290,28 @@ def mutated(content, keys, random):
     for _ in range(random.randint(1, 20)):
         content[random.randrange(limit)] ^= 1 << random.randrange(8)
     return content
+
+
+FILLINGS = (torch.nan, torch.inf, -torch.inf, 3e38, -1e20, 0.0)
+DTYPES = (torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.int64, torch.bool, torch.complex64)
+
+
+def with_other_numbers(file, random):
+    """A valid file, in which some tensors, or one number of each, are not what they were."""
+    content = load_file(file) if file.suffix == ".safetensors" else torch.load(file)
+    state = content.get("state_dict", content)
+    keys = sorted(key for key, tensor in state.items() if tensor.is_floating_point())
+    filling, dtype = random.choice(FILLINGS), random.choice(DTYPES)
+    fill, whole = random.random() < 0.7, random.random() < 0.5
+    for key in random.sample(keys, random.choice([1, 3, len(keys)])):
+        tensor = state[key] = state[key].clone() if fill else state[key].to(dtype)
+        if fill:
+            tensor.view(-1)[slice(None) if whole else random.randrange(tensor.numel())] = filling
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as weights:
+            save_file(state, file, weights.metadata())
+    else:
+        torch.save(content, file)
 
 
 class Watch:
@@ -242,38 +334,63 @@ def watch():
 
 
 KEYS = (*STATE, "state_dict", "vision_config", "layers.2.weight", "blip.visual_encoder.norm.bias", "[SEP]", "cat")
-TARGETS = ("clip.safetensors", "clip.pt", "clip_legacy.pt", "hps.pt", "image_reward.safetensors", "image_reward.pt", "vocab.txt", "head.pth")
-TARGETS += ("towers/l14.safetensors", "folder/config.json", "hostile.pt")
+KEYS += ("visual_projection.weight", "text_projection.weight", "text_model.final_layer_norm.bias", "vision_model.post_layernorm.weight")
 
 
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("targets")
-    return folder, save_targets(folder)
+    save_targets(folder)
+    return folder
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", TARGETS)
-def test_damaged_files_are_scored_or_refused_in_a_sentence(targets, watch, name):
-    folder, loads = targets
-    file, options = folder / name, LoadOptions(image_folders=(folder / "towers",))
-    content, generator, refused = file.read_bytes(), random.Random(name), 0
-    keys = [key for key in KEYS if key.encode() in content]
-    for _ in range(MUTATIONS):
-        file.write_bytes(mutated(content, keys, generator))
+def score(folder, name):
+    options = LoadOptions(image_folders=(folder / "towers",), text_folders=(folder / "texts",))
+    return evaluate(load_reward(folder / LOADS[name], options), torch.rand(1, 3, 8, 8), "a cat")
+
+
+def count_refused(folder, name, watch, times, damage):
+    """Of so many damaged files; the others are scored. `damage` is called with the file, which is whole, and a generator."""
+    file, generator, refused = folder / name, random.Random(name), 0
+    content = file.read_bytes()
+    for _ in range(times):
+        damage(file, generator)
         started, watch.watching = time.monotonic(), True
         try:
-            evaluate(load_reward(folder / loads[name], options), torch.rand(1, 3, 8, 8), "a cat")
+            score(folder, name)
         except RewardError as error:
             refused += 1
             assert re.fullmatch(r"[^\n]{20,400}[.)]", str(error))
         finally:
             watch.watching = False
+            file.write_bytes(content)
         assert time.monotonic() - started < 10
-    file.write_bytes(content)
     assert watch.seen == []
-    assert refused > MUTATIONS // 6
+    return refused
+
+
+@pytest.mark.parametrize("name", [name for name in LOADS if name != HOSTILE])
+def test_undamaged_files_are_scored(targets, name):
+    score(targets, name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", LOADS)
+def test_damaged_files_are_scored_or_refused_in_a_sentence(targets, watch, name):
+    content = (targets / name).read_bytes()
+    keys = [key for key in KEYS if key.encode() in content]
+
+    def damage(file, generator):
+        file.write_bytes(mutated(content, keys, generator))
+
+    assert count_refused(targets, name, watch, MUTATIONS, damage) > MUTATIONS // 6
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NUMBERS)
+def test_files_with_other_numbers_are_scored_or_refused_in_a_sentence(targets, watch, name):
+    assert 0 < count_refused(targets, name, watch, VALUES, with_other_numbers) < VALUES
 
 
 def test_there_are_many_mutations():
-    assert len(TARGETS) * MUTATIONS >= 500
+    assert (len(LOADS) - 1) * MUTATIONS + len(NUMBERS) * VALUES >= 500

@@ -94,8 +94,9 @@ def test_aesthetic_head_on_openais_tower(monkeypatch):
     text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
     with torch.device("meta"):
         clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=768)).state_dict()
-    monkeypatch.setattr(aesthetic, "read", lambda file: Weights(Path("model.safetensors"), clip))
-    monkeypatch.setattr(aesthetic, "find", lambda folders, fits: Path("model.safetensors") if fits(Weights(Path(), clip).shapes) else None)
+    tower = Weights(Path("model.safetensors"), clip)
+    monkeypatch.setattr(aesthetic, "read", lambda file: tower)
+    monkeypatch.setattr(aesthetic, "find", lambda folders, fits: tower.path if fits(tower.path, tower.shapes) else None)
     reward = load("aesthetic", "sac+logos+ava1-l14-linearMSE.pth")
     assert isinstance(reward, AestheticReward)
     assert (list(reward.weight.shape), reward.tower.image_size) == ([768], (224, 224))

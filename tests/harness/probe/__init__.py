@@ -43,6 +43,7 @@ BREAKAGES = {
     "nan now and then": lambda scores: torch.where((scores * 1000).floor() % 2 == 0, torch.nan, scores),
     "one number for all": lambda scores: scores.mean(),
     "a number for each pixel": lambda scores: scores[:, None].expand(-1, 3),
+    "a list": lambda scores: scores.tolist(),
     "no gradient": lambda scores: scores.detach(),
     "flat": lambda scores: scores * 0,
     "steep": lambda scores: (scores - scores.detach()).sqrt(),
@@ -80,7 +81,7 @@ class ProbeNumbers(io.ComfyNode):
 
     @classmethod
     def execute(cls, numbers: str) -> io.NodeOutput:
-        return io.NodeOutput([float(number) for number in numbers.split(",")])
+        return io.NodeOutput([None if number.strip() == "none" else float(number) for number in numbers.split(",")])
 
 
 class ProbeEmptyBatch(io.ComfyNode):
@@ -89,19 +90,35 @@ class ProbeEmptyBatch(io.ComfyNode):
         return io.Schema(
             node_id="ProbeEmptyBatch",
             category="probe",
-            description="No picture and no latent.",
+            description="No picture and no latent, in a batch; and a list of no pictures.",
             inputs=[],
-            outputs=[io.Image.Output(), io.Latent.Output()],
+            outputs=[io.Image.Output(), io.Latent.Output(), io.Image.Output(is_output_list=True)],
         )
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(torch.empty(0, 64, 64, 3), {"samples": torch.empty(0, 16, 8, 8)})
+        return io.NodeOutput(torch.empty(0, 64, 64, 3), {"samples": torch.empty(0, 16, 8, 8)}, [])
+
+
+class ProbeList(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ProbeList",
+            category="probe",
+            description="A list of two pictures that need not be alike.",
+            inputs=[io.Image.Input("first"), io.Image.Input("second")],
+            outputs=[io.Image.Output(is_output_list=True)],
+        )
+
+    @classmethod
+    def execute(cls, first, second) -> io.NodeOutput:
+        return io.NodeOutput([first, second])
 
 
 class Probe(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ProbeModelCalls, ProbeBrokenReward, ProbeNumbers, ProbeEmptyBatch]
+        return [ProbeModelCalls, ProbeBrokenReward, ProbeNumbers, ProbeEmptyBatch, ProbeList]
 
 
 async def comfy_entrypoint() -> Probe:
