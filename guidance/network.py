@@ -297,12 +297,12 @@ class Potential(Form):
 
 
 class Leap(Form):
-    """z + G(z): noise is moved in one step, as far as it is to go (arXiv 2508.09968); what is no noise any more is never seen."""
+    """D + G(x) at nothing but noise, whose D is called x itself: it is moved in one step, as far as it is to go (arXiv 2508.09968)."""
 
     inputs = 1
 
     def __call__(self, network, process, denoise, x, sigma, text, strength=1.0):
-        return x + strength * network((x,), process.angle(sigma), text)
+        return denoise(x) + strength * network((x,), process.angle(sigma), text)
 
 
 FORMS: dict[str, Form] = {

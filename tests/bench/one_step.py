@@ -326,7 +326,6 @@ def at_one_call(contest: Contest, arena: Arena, chosen: argparse.Namespace) -> N
     contest.add("unguided", "1", lambda run: contest.plain(JUDGING + run))
     for n in (2, 4, 8):
         contest.add(f"best of {n}", str(n), lambda run, n=n: contest.best_of(n, run))
-    labels = labelled(arena, chosen.labels)
     for temperature in chosen.temperatures:
         began = time.process_time()
         networks = [leap(arena, chosen.leap_steps, run, temperature * arena.temperature, chosen.batch) for run in range(chosen.runs)]
@@ -336,6 +335,7 @@ def at_one_call(contest: Contest, arena: Arena, chosen: argparse.Namespace) -> N
             contest.add(name, "1", lambda run, s=strength, n=networks: contest.tilted(n[run], "leap", 1, s, run))
     if chosen.quick:
         return
+    labels = labelled(arena, chosen.labels)
     networks = [weighted_tilt(arena, labels, chosen.steps, run) for run in range(chosen.runs)]
     for steps in (1, 4, 8):
         name = f"network, `weighted`, {steps} of its own steps"
