@@ -5,10 +5,11 @@
 
 It holds ComfyUI's source and the packages that ComfyUI and the rewards import and machine.txt, what such a machine has, does not name.
 Carry it there with the checkout: `python tests/bench/cost --profile gpu` finds it by itself. `--prove` runs the trial profile on the CPU in
-an environment that has nothing but those packages of this one that machine.txt names.
+an environment that has nothing but those packages of this one that machine.txt names, and what these require.
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ PACK = CHECKOUT / ".gpu"
 CARRIED = ("comfy-aimdo", "comfy-kitchen", "torchsde", "trampoline", "open_clip_torch", "ftfy", "wcwidth")
 """Each has a wheel for every Python; comfy-kitchen's is the one without kernels of its own."""
 PLATFORM = ["--python-version", "3.12", "--implementation", "cp", "--platform", "manylinux_2_17_x86_64", "--platform", "manylinux2014_x86_64"]
+UNREAD = {"models", "tests", "tests-unit", "blueprints", "comfy_api_nodes", "input", "output", "temp", "user", "custom_nodes"}
+"""Folders of ComfyUI's."""
 LARGEST = 100_000
 """Bytes of a file of ComfyUI's that is not source; the others are vocabularies of text encoders, which nothing here reads."""
 MEGABYTES = 64
@@ -51,7 +54,7 @@ def fill() -> None:
 def needless(folder: str, names: list[str]) -> set[str]:
     """Of a folder of ComfyUI's, what the benchmark does not import."""
     unread = {name for name in names if not name.endswith(".py") and Path(folder, name).is_file() and Path(folder, name).stat().st_size > LARGEST}
-    return unread | {"__pycache__", "models", "tests", "tests-unit", "blueprints", "comfy_api_nodes", "input", "output", "temp", "user", "custom_nodes"}
+    return unread | {"__pycache__"} | (UNREAD if "main.py" in names else set())
 
 
 def size() -> float:
@@ -62,21 +65,33 @@ def size() -> float:
 
 
 def prove() -> int:
+    """Whether anything but particles could not be measured; for these, ComfyUI's nodes want packages that are too large to carry."""
     with tempfile.TemporaryDirectory() as folder:
-        python = bare(Path(folder, "bare"))
-        command = [python, str(Path(__file__).parent), "--profile", "trial", "--out", str(Path(folder, "out")), "--strict"]
-        return subprocess.run(command, env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}).returncode
+        command = [bare(Path(folder, "bare")), str(Path(__file__).parent), "--profile", "trial", "--seconds", "1500", "--out", folder]
+        subprocess.run(command, check=True, env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"})
+        missed = json.loads(Path(folder, "cost_trial.json").read_text())["left out"]
+    return int(any(not what.startswith("particles: ModuleNotFoundError") for what in missed))
 
 
 def bare(folder: Path) -> str:
     """The Python of an environment with links to the packages that the machine has, and to nothing else."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     site = next(folder.glob("lib/python*/site-packages"))
-    known = {plain(name) for name in Path(__file__).with_name("machine.txt").read_text().split()}
-    for distribution in distributions():
-        if plain(distribution.name) in known:
-            link(distribution, site)
+    here, found = {plain(distribution.name): distribution for distribution in distributions()}, set[str]()
+    wanted = [plain(name) for name in Path(__file__).with_name("machine.txt").read_text().split()]
+    while wanted:
+        name = wanted.pop()
+        if name in here and name not in found:
+            found.add(name)
+            link(here[name], site)
+            wanted += required(here[name])
     return str(folder / "bin" / "python")
+
+
+def required(distribution: Distribution) -> list[str]:
+    """Where this version of a package needs another that the machine's does not."""
+    needs = [need for need in distribution.requires or () if "extra ==" not in need]
+    return [plain(re.split(r"[^\w.-]", need)[0]) for need in needs]
 
 
 def link(distribution: Distribution, site: Path) -> None:

@@ -115,7 +115,7 @@ def running(command: Sequence[str]) -> Iterator[subprocess.Popen]:
     """A process on one thread, gone at the end."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(list(command), cwd=CHECKOUT, text=True, env=environment, **pipes) as process:  # type: ignore[call-overload]
+    with subprocess.Popen(list(command), cwd=CHECKOUT, text=True, env=environment, **pipes) as process:
         try:
             yield process
         finally:

@@ -21,7 +21,7 @@ Attach = Callable
 
 def fixed(decoder: TAESD, halvings: int) -> TAESD:
     """The decoder for every picture so much coarser."""
-    decoder.halvings = lambda height, width: halvings  # type: ignore[method-assign]
+    decoder.halvings = lambda height, width: halvings
     return decoder
 
 
