@@ -5,7 +5,7 @@ at them, as PickScore looks at 224 of 1024 pixels. `folded` is what nodes/decode
 The error is the root mean square over the pixels that the reward sees, by their standard deviation; the cosine is that of the gradients of
 the reward by the latent. Prints a markdown table.
 
-usage: python tests/bench/coarse.py [--pictures 32]
+usage: python tests/bench/coarse.py [--pictures 8]
 """
 
 import argparse
@@ -37,7 +37,7 @@ ENLARGED = (2, 4)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=32)
+    parser.add_argument("--pictures", type=int, default=8)
     count, draw, models = parser.parse_args().pictures, torch.Generator().manual_seed(0), shapesworld()
     encoder, decoder = (str(models / "vae_approx" / f"taesd3_{part}.safetensors") for part in ("encoder", "decoder"))
     encode = comfy.taesd.taesd.TAESD(encoder, None, 16).taesd_encoder
