@@ -31,6 +31,7 @@ from reward_guidance.nodes.decoders import TAESD
 from reward_guidance.tests.bench.cost import sizes
 from reward_guidance.tests.bench.cost.report import Report
 from reward_guidance.tests.bench.cost.roofline import Roofline, roofline
+from reward_guidance.tests.bench.cost.scaling import exponent
 from reward_guidance.tests.bench.cost.world import HALVINGS, fixed
 from reward_guidance.tests.bench.shapesworld import World
 from reward_guidance.tests.harness.models import shapesworld as models
@@ -52,6 +53,10 @@ NOISE_STEPS = 4
 TARGETS = {"SDXL": 1.10, "SD3.5-medium": 1.06, "Flux-dev": 1.03}
 """Of a guided step by the plain one, with the decoder taesd."""
 TINY = {f"taesd, {name}": halvings for name, halvings in HALVINGS.items()}
+GROWING = (512, 1024, 2048)
+"""Pixels of a side. The reward sees 224 of them, whatever they are."""
+SPARSE = "taesd, half size"
+"""The decoder for which looking at every other step is told too."""
 META = torch.device("meta")
 
 Prices = dict[str, float]
@@ -115,10 +120,10 @@ def decoder(family: sizes.Family) -> nn.Module:
     return made.float().requires_grad_(False)
 
 
-def tiny_decoder(family: sizes.Family, halvings: int) -> TAESD:
+def tiny_decoder(family: sizes.Family) -> TAESD:
     made = sizes.decoder("taesd", family, False, getattr(comfy.supported_models, family.config).latent_format())
     made.module.to("meta", torch.float32)
-    return fixed(made, halvings)
+    return made
 
 
 def told(family: sizes.Family, rows: int) -> dict[str, Tensor]:
@@ -146,7 +151,7 @@ def parts(name: str) -> dict[str, tuple[Call, tuple[int, ...]]]:
     return {
         "model": (ask, latents),
         "decoder": (vae.decode, latents),
-        **{each: (tiny_decoder(family, halvings).pixels, latents) for each, halvings in TINY.items()},
+        **{each: (fixed(tiny_decoder(family), halvings).pixels, latents) for each, halvings in TINY.items()},
         "reward": (lambda x: judge(x).image_embeds, (3, 224, 224)),
     }
 
@@ -186,7 +191,8 @@ def least(name: str) -> dict[str, Roofline]:
 def guided(plain: float, there_and_back: Callable[[str], float]) -> dict[str, float]:
     """Steps by the plain one."""
     decoders = {"latent_rgb": 0.0, **{name: there_and_back(name) for name in TINY}, "vae": there_and_back("decoder")}
-    return {name: 1 + (there_and_back("reward") + price) / plain for name, price in decoders.items()}
+    added = {name: (there_and_back("reward") + price) / plain for name, price in decoders.items()}
+    return {name: 1 + more for name, more in added.items()} | {f"{SPARSE}, every 2 steps": 1 + added[SPARSE] / 2}
 
 
 def floor(name: str, prices: Prices) -> dict[str, float]:
@@ -194,6 +200,14 @@ def floor(name: str, prices: Prices) -> dict[str, float]:
     by_reward = guided(plain, lambda part: prices[part] + prices[f"{part} backward"])
     calls = NOISE_STEPS if sizes.FAMILIES[name].one_step else 1
     return by_reward | {"guidance network": 1 + calls * prices["guided step"] / plain}
+
+
+def growth(name: str) -> Prices:
+    """Exponents of FLOPs by the pixels of a side; the decoder taesd chooses its size itself."""
+    family, calls = sizes.FAMILIES[name], parts(name)
+    asked = {"model": calls["model"][0], "taesd": tiny_decoder(family).pixels, "vae": calls["decoder"][0]}
+    counted = {part: [[forward(call, of_rows(family.shape(side, 1)[1:], 1))] for side in GROWING] for part, call in asked.items()}
+    return {part: exponent(GROWING, curve).middle for part, curve in counted.items()}
 
 
 def table(report: Report, title: str, columns: dict[str, dict[str, float]], digits: int) -> None:
@@ -216,6 +230,7 @@ def main() -> None:
         spent = {name: {part: seconds(of) * 1000 for part, of in parts.items()} for name, parts in times.items()}
         table(report, f"Least ms of a plain step, and of a pass there and back, {what}", spent, 3)
         table(report, f"Guided by plain step, least time, {what}", {name: guided(part["model"], part.__getitem__) for name, part in spent.items()}, 4)
+    table(report, f"Exponents of FLOPs by pixels a side, {GROWING[0]} to {GROWING[-1]}", {name: growth(name) for name in arguments.families}, 3)
     table(report, "Targets", {name: {"taesd": target} for name, target in TARGETS.items()}, 4)
 
 
