@@ -5,7 +5,7 @@ ENVIRONMENT = python=$$($(PYTHON) tests/harness/environment.py) && bin=$$(dirnam
 VERSIONS = 0.30.0 0.24.0 0.20.1
 QUICK = $(addprefix tests/comfy/test_,nodes.py stock.py bad_input.py rewards.py selection.py workflows.py)
 
-.PHONY: demo test ui lint unit quick versions browser bench schemas pictures thumbnails clean
+.PHONY: demo test ui lint unit quick versions browser bench bench-cost bench-gpu-pack schemas pictures thumbnails clean
 
 demo: ## a real ComfyUI, unguided and guided, in demo.png
 	@$(ENVIRONMENT) && "$$python" tests/harness demo
@@ -32,7 +32,13 @@ ui: ## the same ComfyUI for a person
 	@$(ENVIRONMENT) && "$$python" tests/harness ui
 
 bench: ## the numbers in the README
-	@$(ENVIRONMENT) && for file in tests/bench/*.py tests/bench/cost; do echo "== $$file" && "$$python" "$$file" || exit 1; done
+	@$(ENVIRONMENT) && for file in tests/bench/*.py; do echo "== $$file" && "$$python" "$$file" || exit 1; done
+
+bench-cost: ## what guidance costs, on reduced models or on a GPU; minutes
+	@$(ENVIRONMENT) && "$$python" tests/bench/cost
+
+bench-gpu-pack: ## what a bare machine with a GPU lacks for that, in .gpu, and the proof that it is all
+	@$(ENVIRONMENT) && "$$python" tests/bench/cost/pack.py --prove
 
 schemas: ## tests/comfy/node_schemas.json and locales/en/nodeDefs.json, from what the nodes say now
 	@$(ENVIRONMENT) && RENEW_SCHEMAS=1 "$$bin/pytest" tests/comfy/test_schema.py tests/comfy/test_words.py

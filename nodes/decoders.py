@@ -21,6 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from ..guidance.errors import GuidanceError
 
 DECODERS = ("auto", "taesd", "vae", "latent_rgb")
+SHORTEST = 512
+"""Pixels of the shorter side that are decoded at least: more than twice what the rewards' towers look at, 224."""
+HALVINGS = 2
+"""How often the size of a picture is halved at most."""
 
 
 class Decoder:
@@ -34,6 +38,10 @@ class Decoder:
 
     def pixels(self, latents: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def activation_bytes(self, height: int, width: int) -> int:
+        """Rough memory of decoding a latent of that size with a graph."""
+        return self.bytes_per_pixel * height * width * self.upscale**2
 
 
 class LatentRGB(Decoder):
@@ -56,7 +64,10 @@ class LatentRGB(Decoder):
 
 
 class TAESD(Decoder):
-    """The tiny autoencoder of the latent format from models/vae_approx: close to the VAE at a fraction of the cost."""
+    """The tiny autoencoder of the latent format from models/vae_approx: close to the VAE at a fraction of the cost.
+
+    A picture whose half has a shorter side of at least SHORTEST is decoded at half its size; one of twice that size, at a quarter.
+    """
 
     name = "taesd"
     module: Any
@@ -77,13 +88,49 @@ class TAESD(Decoder):
         latents = latents.to(next(self.module.parameters()).dtype)
         if self.video:
             return self.module.decode(latents.unsqueeze(2)).to(latents.device).float()[:, :, -1]
-        return (self.module.decode(latents).float() + 1) / 2
+        return (self.module[self.halvings(*latents.shape[-2:])].decode(latents).float() + 1) / 2
+
+    def halvings(self, height: int, width: int) -> int:
+        """How often a picture is halved, of a latent of that size."""
+        sizes = [self.upscale * min(height, width) >> n for n in range(1, HALVINGS + 1)]
+        return 0 if self.video else sum(size >= SHORTEST for size in sizes)
+
+    def activation_bytes(self, height: int, width: int) -> int:
+        """In proportion to the arithmetic that is left."""
+        return int(super().activation_bytes(height, width) * (1, 0.6, 0.25)[self.halvings(height, width)])
 
 
 def _picture_taesd(path: str, channels: int) -> nn.Module:
-    """In the precision that ComfyUI decodes in on this device."""
+    """For every size to decode to, in the precision that ComfyUI decodes in on this device."""
     dtype = comfy.model_management.vae_dtype(comfy.model_management.get_torch_device(), [torch.bfloat16, torch.float32])
-    return comfy.taesd.taesd.TAESD(None, path, channels).to(dtype)
+    tiny = comfy.taesd.taesd.TAESD(None, path, channels)
+    del tiny.taesd_encoder
+    return nn.ModuleList(coarser(tiny, halvings) for halvings in range(HALVINGS + 1)).to(dtype)
+
+
+def coarser(tiny: comfy.taesd.taesd.TAESD, halvings: int) -> nn.Module:
+    """A copy without the last upsamplings: of a fraction of the size, from the whole latent."""
+    made, left_out = copy.deepcopy(tiny), 0
+    layers = made.taesd_decoder
+    upsamplings = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Upsample)]
+    for i in range(upsamplings[-halvings] if halvings else len(layers), len(layers)):
+        if i in upsamplings:
+            layers[i] = nn.Identity()
+            left_out += 1
+        for conv in layers[i].modules():
+            if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
+                conv.weight.data = halved(conv.weight.data, left_out)
+    return made
+
+
+def halved(kernel: Tensor, times: int) -> Tensor:
+    """3x3 kernels (O,I,3,3) for pictures of half the size, so many times over.
+
+    Behind an upsampling, which repeats each value of a row, a kernel (a, b, c) makes two values of each. Their mean is what
+    (a/2, a/2 + b + c/2, c/2) makes of the row as it was. Exact up to the next ReLU.
+    """
+    fold = torch.tensor([[0.5, 0, 0], [0.5, 1, 0.5], [0, 0, 0.5]]).to(kernel).matrix_power(times)
+    return fold @ kernel @ fold.T
 
 
 def _video_taesd(path: str, channels: int) -> nn.Module:

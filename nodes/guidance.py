@@ -94,7 +94,8 @@ def judging_inputs() -> list[io.Input]:
         io.Combo.Input(
             "decoder",
             options=list(DECODERS),
-            tooltip="How estimates become pixels. auto: taesd if its file is in models/vae_approx, else the vae, else latent_rgb.",
+            tooltip="How estimates become pixels. auto: taesd if its file is in models/vae_approx, else the vae, else latent_rgb. "
+            "taesd shows pictures of 1024 pixels and more at half their size.",
             **rare,
         ),
         io.Int.Input(

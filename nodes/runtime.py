@@ -208,8 +208,7 @@ class LatentReward:
     def activation_bytes(self, shape: torch.Size) -> int:
         """Rough memory of decoding and scoring a batch of latents, forward and backward."""
         pictures = shape[0] * (min(self.frames, shape[2]) if len(shape) == 5 else 1)
-        height, width = (side * self.decoder.upscale for side in shape[-2:])
-        return pictures * (self.decoder.bytes_per_pixel * height * width + self.loaded.reward.activation_bytes)
+        return pictures * (self.decoder.activation_bytes(*shape[-2:]) + self.loaded.reward.activation_bytes)
 
 
 def patchers_of(reward: LatentReward, held_out: LatentReward | None) -> list[GradientPatcher]:

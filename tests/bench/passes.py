@@ -1,10 +1,15 @@
 """FLOPs of one pass of a picture through each part, forward and backward, of ShapesWorld and of published sizes; and what they make of a step.
 
 The floor of a guided step is that of the plain one, and a pass through the decoder and the reward and back: what no implementation can do
-without. It is told in FLOPs, and in the least time on an H100 where nothing but attention is fused (cost/roofline.py), for one picture.
-Models of published sizes live on the meta device, which computes shapes and nothing else. Prints markdown tables.
+without. It is told in FLOPs, and in the least time on an H100 (cost/roofline.py), for one picture: where nothing but attention is fused, as
+PyTorch runs it by itself, and where all that is no product of matrices is fused into one that is.
+Models of published sizes live on the meta device, which computes shapes and nothing else. Prints markdown tables; writes them to
+output/cost/passes.json.
+
+usage: python tests/bench/passes.py [FAMILY ...]
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -24,8 +29,10 @@ from reward_guidance.guidance.fitting import WIDTHS
 from reward_guidance.guidance.network import Architecture, GuidanceNetwork, Text
 from reward_guidance.nodes.decoders import TAESD
 from reward_guidance.tests.bench.cost import sizes
-from reward_guidance.tests.bench.cost.roofline import roofline
-from reward_guidance.tests.bench.cost.world import coarser
+from reward_guidance.tests.bench.cost.report import Report
+from reward_guidance.tests.bench.cost.roofline import Roofline, roofline
+from reward_guidance.tests.bench.cost.scaling import exponent
+from reward_guidance.tests.bench.cost.world import HALVINGS, fixed
 from reward_guidance.tests.bench.shapesworld import World
 from reward_guidance.tests.harness.models import shapesworld as models
 from reward_guidance.tests.standins.shapesworld import text
@@ -38,11 +45,18 @@ ROWS = 4
 PICKSCORE = CLIPVisionConfig(
     hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, image_size=224, patch_size=14, projection_dim=1024
 )
-SIDES = {"SD1.5": 512, "SDXL": 1024, "SD3.5-medium": 1024, "Flux-dev": 1024}
+SIDES = {"SD1.5": 512, "SD-Turbo": 512, "SDXL": 1024, "SD3.5-medium": 1024, "Flux-dev": 1024}
 FINETUNED = "SD1.5", "SDXL"
 """Models whose way back has a price too."""
-TINY = {"taesd": 0, "taesd, half size": 1, "taesd, quarter size": 2}
-"""How many of its upsamplings are left out."""
+NOISE_STEPS = 4
+"""Of the network, for one of a one-step generator."""
+TARGETS = {"SDXL": 1.10, "SD3.5-medium": 1.06, "Flux-dev": 1.03}
+"""Of a guided step by the plain one, with the decoder taesd."""
+TINY = {f"taesd, {name}": halvings for name, halvings in HALVINGS.items()}
+GROWING = (512, 1024, 2048)
+"""Pixels of a side. The reward sees 224 of them, whatever they are."""
+SPARSE = "taesd, half size"
+"""The decoder for which looking at every other step is told too."""
 META = torch.device("meta")
 
 Prices = dict[str, float]
@@ -106,10 +120,10 @@ def decoder(family: sizes.Family) -> nn.Module:
     return made.float().requires_grad_(False)
 
 
-def tiny_decoder(family: sizes.Family, halvings: int) -> TAESD:
+def tiny_decoder(family: sizes.Family) -> TAESD:
     made = sizes.decoder("taesd", family, False, getattr(comfy.supported_models, family.config).latent_format())
     made.module.to("meta", torch.float32)
-    return coarser(made, halvings)
+    return made
 
 
 def told(family: sizes.Family, rows: int) -> dict[str, Tensor]:
@@ -137,7 +151,7 @@ def parts(name: str) -> dict[str, tuple[Call, tuple[int, ...]]]:
     return {
         "model": (ask, latents),
         "decoder": (vae.decode, latents),
-        **{each: (tiny_decoder(family, halvings).pixels, latents) for each, halvings in TINY.items()},
+        **{each: (fixed(tiny_decoder(family), halvings).pixels, latents) for each, halvings in TINY.items()},
         "reward": (lambda x: judge(x).image_embeds, (3, 224, 224)),
     }
 
@@ -161,44 +175,63 @@ def rows_of(name: str) -> int:
     return 1 if sizes.FAMILIES[name].cfg == 1 else 2
 
 
-def least(name: str) -> Prices:
-    """Milliseconds of a plain step, and of a pass of one picture through each other part and back."""
+def least(name: str) -> dict[str, Roofline]:
+    """Of a plain step, and of a pass of one picture through each other part and back."""
     calls, found = parts(name), {}
     ask, latents = calls["model"]
     with torch.no_grad():
-        found["model"] = roofline(lambda: ask(of_rows(latents, rows_of(name)))).seconds * 1000
+        found["model"] = roofline(lambda: ask(of_rows(latents, rows_of(name))))
     for part, (call, shape) in calls.items():
         if part != "model":
             into = of_rows(shape, 1).requires_grad_()
-            found[part] = roofline(lambda call=call, into=into: call(into).sum().backward()).seconds * 1000
+            found[part] = roofline(lambda call=call, into=into: call(into).sum().backward())
     return found
 
 
 def guided(plain: float, there_and_back: Callable[[str], float]) -> dict[str, float]:
     """Steps by the plain one."""
     decoders = {"latent_rgb": 0.0, **{name: there_and_back(name) for name in TINY}, "vae": there_and_back("decoder")}
-    return {name: 1 + (there_and_back("reward") + price) / plain for name, price in decoders.items()}
+    added = {name: (there_and_back("reward") + price) / plain for name, price in decoders.items()}
+    return {name: 1 + more for name, more in added.items()} | {f"{SPARSE}, every 2 steps": 1 + added[SPARSE] / 2}
 
 
 def floor(name: str, prices: Prices) -> dict[str, float]:
     plain = rows_of(name) * prices["model"]
     by_reward = guided(plain, lambda part: prices[part] + prices[f"{part} backward"])
-    return by_reward | {"guidance network": 1 + prices["guided step"] / plain}
+    calls = NOISE_STEPS if sizes.FAMILIES[name].one_step else 1
+    return by_reward | {"guidance network": 1 + calls * prices["guided step"] / plain}
 
 
-def table(head: str, columns: dict[str, dict[str, float]], form: str) -> None:
-    print(f"\n| {head} | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
+def growth(name: str) -> Prices:
+    """Exponents of FLOPs by the pixels of a side; the decoder taesd chooses its size itself."""
+    family, calls = sizes.FAMILIES[name], parts(name)
+    asked = {"model": calls["model"][0], "taesd": tiny_decoder(family).pixels, "vae": calls["decoder"][0]}
+    counted = {part: [[forward(call, of_rows(family.shape(side, 1)[1:], 1))] for side in GROWING] for part, call in asked.items()}
+    return {part: exponent(GROWING, curve).middle for part, curve in counted.items()}
+
+
+def table(report: Report, title: str, columns: dict[str, dict[str, float]], digits: int) -> None:
+    """Names across and down; numbers with so many digits that count."""
     for name in dict.fromkeys(name for values in columns.values() for name in values):
-        print(f"| {name} | {' | '.join(format(values[name], form) if name in values else '' for values in columns.values())} |", flush=True)
+        report.add(title, {"": name} | {head: f"{values[name]:.{digits}g}" if name in values else None for head, values in columns.items()})
 
 
 def main() -> None:
-    found, times = {name: published(name) for name in SIDES}, {name: least(name) for name in SIDES}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", default=list(SIDES))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "output" / "cost")
+    arguments = parser.parse_args()
+    report = Report(arguments.out, "passes")
+    found, times = {name: published(name) for name in arguments.families}, {name: least(name) for name in arguments.families}
     own = {"ShapesWorld": shapesworld(World(models(), cfg=1.0, steps=20, kind="diffusion"))}
-    table("FLOPs", own | found, ".2e")
-    table("guided / plain step, FLOPs", {name: floor(name, prices) for name, prices in found.items()}, ".3f")
-    table("least ms of a plain step and of passes there and back", times, ".2f")
-    table("guided / plain step, least time", {name: guided(prices["model"], prices.__getitem__) for name, prices in times.items()}, ".3f")
+    table(report, "FLOPs of a pass", own | found, 3)
+    table(report, "Guided by plain step, FLOPs", {name: floor(name, prices) for name, prices in found.items()}, 4)
+    for what, seconds in {"as PyTorch runs it": lambda of: of.seconds, "all fused": lambda of: of.fused}.items():
+        spent = {name: {part: seconds(of) * 1000 for part, of in parts.items()} for name, parts in times.items()}
+        table(report, f"Least ms of a plain step, and of a pass there and back, {what}", spent, 3)
+        table(report, f"Guided by plain step, least time, {what}", {name: guided(part["model"], part.__getitem__) for name, part in spent.items()}, 4)
+    table(report, f"Exponents of FLOPs by pixels a side, {GROWING[0]} to {GROWING[-1]}", {name: growth(name) for name in arguments.families}, 3)
+    table(report, "Targets", {name: {"taesd": target} for name, target in TARGETS.items()}, 4)
 
 
 if __name__ == "__main__":

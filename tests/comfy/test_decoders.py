@@ -8,13 +8,17 @@ load_comfyui()
 
 import comfy.latent_formats
 import comfy.sd
+import comfy.taesd.taesd
 import comfy.utils
 import folder_paths
 import torch
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.rewards import evaluate, load_reward
-from reward_guidance.nodes.decoders import FullVAE, make_decoder
+from reward_guidance.nodes import decoders
+from reward_guidance.nodes.decoders import TAESD, FullVAE, halved, make_decoder
 from reward_guidance.nodes.runtime import gradients
+from reward_guidance.tests.standins.shapesworld import world
+from torch.nn import functional as F
 
 FORMATS = {
     "sd15": (comfy.latent_formats.SD15, "vae-ft-mse-840000-ema-pruned.ckpt"),
@@ -52,8 +56,10 @@ def decode(decoder, point):
 @pytest.mark.parametrize("name", FORMATS)
 def test_gradients_are_those_of_finite_differences(standins, name, choice):
     latent_format = FORMATS[name][0]()
-    decoder = make_decoder(choice, latent_format, load_vae(standins, name) if choice == "vae" else None)
-    point = latents(latent_format)
+    check_gradient(make_decoder(choice, latent_format, load_vae(standins, name) if choice == "vae" else None), latents(latent_format))
+
+
+def check_gradient(decoder, point):
     target = torch.rand(decode(decoder, point).shape, generator=torch.Generator().manual_seed(1))
     with gradients(*decoder.modules), torch.enable_grad():
         variable = point.clone().requires_grad_()
@@ -62,6 +68,59 @@ def test_gradients_are_those_of_finite_differences(standins, name, choice):
     step = 1e-2
     ends = [(decode(decoder, point + sign * step * direction) * target).double().sum() for sign in (1, -1)]
     assert float(ends[0] - ends[1]) / (2 * step) == pytest.approx(float(gradient.norm()), rel=0.05)
+
+
+def test_what_is_left_out_is_decided_by_the_shorter_side(standins):
+    decoder = make_decoder("taesd", comfy.latent_formats.SD15(), None)
+    sizes = {(8, 8): 0, (64, 64): 0, (127, 300): 0, (128, 128): 1, (255, 128): 1, (256, 256): 2, (2048, 2048): 2}
+    assert {size: decoder.halvings(*size) for size in sizes} == sizes
+    assert decoder.activation_bytes(128, 128) < decoder.activation_bytes(127, 128)
+    assert make_decoder("taesd", comfy.latent_formats.Wan21(), None).halvings(256, 256) == 0
+
+
+def test_a_small_picture_is_decoded_as_comfyui_does(standins):
+    sd15 = comfy.latent_formats.SD15()
+    stock = comfy.taesd.taesd.TAESD(None, folder_paths.get_full_path("vae_approx", "taesd_decoder.safetensors"), 4)
+    point = latents(sd15)
+    with torch.no_grad():
+        assert torch.equal(decode(make_decoder("taesd", sd15, None), point), (stock.decode(point) + 1) / 2)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_halved_kernels_make_the_mean_of_what_the_whole_ones_make(times):
+    kernel, row = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(0)), torch.randn(1, 3, 6, 6)
+    whole = F.avg_pool2d(F.conv2d(F.interpolate(row, scale_factor=2**times), kernel, padding=1), 2**times)
+    torch.testing.assert_close(F.conv2d(row, halved(kernel, times), padding=1)[..., 1:-1, 1:-1], whole[..., 1:-1, 1:-1])
+
+
+@pytest.mark.parametrize("halvings", [1, 2])
+def test_gradients_through_a_coarser_decoder_are_those_of_finite_differences(standins, monkeypatch, halvings):
+    monkeypatch.setattr(decoders, "SHORTEST", 32 >> halvings)
+    decoder = make_decoder("taesd", comfy.latent_formats.SD15(), None)
+    assert decode(decoder, latents(comfy.latent_formats.SD15())).shape == (2, 3, 32 >> halvings, 32 >> halvings)
+    check_gradient(decoder, latents(comfy.latent_formats.SD15()))
+
+
+@torch.no_grad()
+def test_a_reward_that_sees_half_of_a_coarser_picture_leads_where_the_whole_picture_does(monkeypatch):
+    """Pictures of 256 pixels, decoded to 128, of which a trained reward looks at 64."""
+    folder, draw = models.shapesworld(), torch.Generator().manual_seed(0)
+    encoder, tiny = (str(folder / "vae_approx" / f"taesd3_{part}.safetensors") for part in ("encoder", "decoder"))
+    scenes = world.wishes(4, draw)
+    pictures, prompts = F.interpolate(world.render(scenes, draw), scale_factor=4, mode="bicubic"), list(map(world.caption, scenes))
+    point = comfy.taesd.taesd.TAESD(encoder, None, 16).taesd_encoder(pictures)
+    decoder, reward = TAESD(comfy.latent_formats.SD3(), tiny), load_reward(folder / "reward_models" / "shapes_clip.safetensors").float()
+    whole, coarse = [], []
+    for shortest, into in ((256, whole), (128, coarse)):
+        monkeypatch.setattr(decoders, "SHORTEST", shortest)
+        with torch.enable_grad():
+            variable = point.clone().requires_grad_()
+            pixels = decoder.pixels(variable)
+            seen = F.interpolate(pixels, (64, 64), mode="bicubic", antialias=True)
+            into += [seen, *torch.autograd.grad(evaluate(reward, seen, prompts).sum(), variable)]
+        assert pixels.shape[-1] == shortest
+    assert (whole[0] - coarse[0]).square().mean() < 0.003 * whole[0].var()
+    assert torch.cosine_similarity(whole[1].flatten(1), coarse[1].flatten(1)).min() > 0.95
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])

@@ -158,7 +158,7 @@ class Slow(Reward):
 
 
 def test_interrupt_stops_inside_the_reward_loop():
-    decoder = SimpleNamespace(pixels=lambda latents: latents[:, :1].expand(-1, 3, -1, -1), modules=(), upscale=1, bytes_per_pixel=0)
+    decoder = SimpleNamespace(pixels=lambda latents: latents[:, :1].expand(-1, 3, -1, -1), modules=(), activation_bytes=lambda height, width: 0)
     reward = LatentReward(LoadedReward(Slow()), decoder, "")
     calls = []
     model = RewardGuidance(reward, "shift", Settings(smoothing=Smoothing(4)), report=calls.append).attach(flow_model())

@@ -28,12 +28,22 @@ TABLE = "An image, beside what could be used instead"
 
 @dataclass(frozen=True)
 class Sizes:
-    families: list[str]
+    families: tuple[str, ...]
+    """The one-step generator among them is asked once; the others are asked `steps` times."""
     side: int
     steps: int
     iterations: int
     """Of noise optimisation; its authors take 50."""
     repeats: int
+
+
+@dataclass(frozen=True)
+class Method:
+    run: Callable[[], Tensor]
+    calls: int
+    """Of the model, for an image."""
+    backward: str = ""
+    """What goes backward through the model."""
 
 
 class Contest:
@@ -43,14 +53,11 @@ class Contest:
         self.world, self.of = world, of
         decoder = PlainVAE(sizes.vae(world.family, world.reduced), world.latent_format)
         self.reward = LatentReward(managed("PickScore", world.reduced), decoder, sizes.PROMPT)
-        self.network = noise_network(world)
-        self.many, self.one = self.problem(of.steps), self.problem(1, cfg=1.0)
+        self.steps = 1 if world.family.one_step else of.steps
+        self.problem = Problem(world.model, self.reward, self.draw)
 
-    def problem(self, steps: int, cfg: float | None = None) -> Problem:
-        def draw(model, sampler, count: int) -> Tensor:
-            return self.world.sample(self.noise(count), steps, model, sampler, cfg)
-
-        return Problem(self.world.model, self.reward, draw)
+    def draw(self, model, sampler, count: int) -> Tensor:
+        return self.world.sample(self.noise(count), self.steps, model, sampler)
 
     def noise(self, count: int = 1) -> Tensor:
         return self.world.noise(self.of.side, count)
@@ -59,34 +66,35 @@ class Contest:
     def guided(self) -> Tensor:
         """Ours: the lagged shift, through the tiny decoder."""
         attach = self.world.guidance(self.world.reward("PickScore", "taesd"))
-        return self.many.draw(attach(self.world.model), None, 1)
+        return self.draw(attach(self.world.model), None, 1)
 
     @torch.inference_mode()
-    def tilted(self) -> Tensor:
+    def tilted(self, network: LoadedNetwork) -> Tensor:
         """Ours for one-step models: a network tilts the noise in four steps of its own."""
-        return self.world.sample(tilt(self.network, self.noise(), self.world.positive, 4, 1.0), 1, cfg=1.0)
+        return self.world.sample(tilt(network, self.noise(), self.world.positive, 4, 1.0), 1)
 
     @torch.inference_mode()
-    def plain(self, problem: Problem) -> Tensor:
-        return problem.sample()
+    def plain(self) -> Tensor:
+        return self.problem.sample()
 
-    def methods(self) -> dict[str, tuple[Callable[[], Tensor], int, str]]:
-        """Name -> method, its model calls by those of an unguided image, and what goes backward through the model."""
-        iterations = self.of.iterations
-        many = {
-            "unguided": (partial(self.plain, self.many), 1, ""),
-            "`shift`, taesd (ours)": (self.guided, 1, ""),
-            "best of 4": (partial(best_of_n, self.many), 4, ""),
-            "FK steering, 4 particles": (partial(fk_steering, self.many), 4, ""),
-            "FlowChef": (partial(flowchef, self.many), 1, ""),
-            "DPS, FreeDoM": (partial(dps, self.many), 1, "every call"),
+    def methods(self) -> dict[str, Method]:
+        """By name. Ours is the second."""
+        problem, steps, iterations = self.problem, self.of.steps, self.of.iterations
+        if self.world.family.one_step:
+            return {
+                "one step, unguided": Method(self.plain, 1),
+                "one step, guidance network (ours)": Method(partial(self.tilted, noise_network(self.world)), 1),
+                "one step, best of 4": Method(partial(best_of_n, problem), 4),
+                f"one step, ReNO, {iterations} iterations": Method(partial(noise_optimisation, problem, iterations), iterations, "every call"),
+            }
+        return {
+            "unguided": Method(self.plain, steps),
+            "`shift`, taesd (ours)": Method(self.guided, steps),
+            "best of 4": Method(partial(best_of_n, problem), 4 * steps),
+            "FK steering, 4 particles": Method(partial(fk_steering, problem), 4 * steps),
+            "FlowChef": Method(partial(flowchef, problem), steps),
+            "DPS, FreeDoM": Method(partial(dps, problem), steps, "every call"),
         }
-        one = {
-            "one step, unguided": (partial(self.plain, self.one), 0, ""),
-            "one step, guidance network (ours)": (self.tilted, 0, ""),
-            f"one step, ReNO, {iterations} iterations": (partial(noise_optimisation, self.one, iterations), 0, "every call"),
-        }
-        return many | one
 
 
 def noise_network(world: World) -> LoadedNetwork:
@@ -99,25 +107,25 @@ def noise_network(world: World) -> LoadedNetwork:
 def rows(report: Report, world: World, of: Sizes) -> None:
     contest = Contest(world, of)
     known = contest.methods()
+    base = list(known)[1]
 
     def measured(name: str, by: Callable[[Callable[[], object]], T]) -> T:
         with torch.no_grad(), loaded_reward(contest.reward):
-            return by(known[name][0])
+            return by(known[name].run)
 
     turns = by_turns({name: partial(measured, name, seconds) for name in known}, of.repeats)
-    for name, (_, calls, backward) in known.items():
-        base = "`shift`, taesd (ours)" if calls else "one step, guidance network (ours)"
+    for name, method in known.items():
         report.add(
             TABLE,
             {
                 "method": name,
                 "model": world.name,
                 "pixels": of.side,
-                "steps": of.steps if calls else 1,
-                "model calls": calls * of.steps or (of.iterations if "ReNO" in name else 1),
-                "backward through the model": backward,
-                "s per image": Spread.of([turn[name] for turn in turns]),
-                "as a multiple of ours": Spread.of([turn[name] / turn[base] for turn in turns]),
+                "steps": contest.steps,
+                "model calls": method.calls,
+                "backward through the model": method.backward,
+                "s per image": Spread.of(turn[name] for turn in turns),
+                "as a multiple of ours": Spread.of(turn[name] / turn[base] for turn in turns),
                 "peak, MB": round(measured(name, peak_bytes) / MEGABYTE),
             },
         )

@@ -1,12 +1,13 @@
 """Where the time of a sampling step goes, and how much memory it takes."""
 
 import json
+import signal
 import statistics
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +27,9 @@ T = TypeVar("T")
 
 
 def now() -> Any:
-    """A moment in the device's own time."""
+    """A moment in the device's own time; of a CPU in that of this process, whatever else the machine does."""
     if not GPU:
-        return time.perf_counter()
+        return time.process_time()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
@@ -171,7 +172,8 @@ class Spread:
     std: float
 
     @staticmethod
-    def of(values: list[float]) -> "Spread":
+    def of(values: Iterable[float]) -> "Spread":
+        values = list(values)
         return Spread(statistics.median(values), statistics.stdev(values) if len(values) > 1 else 0.0)
 
     def __str__(self) -> str:
@@ -188,7 +190,31 @@ def by_turns(runs: Mapping[str, Callable[[], T]], repeats: int) -> list[dict[str
 def seconds(run: Callable[[], object]) -> float:
     """Of a whole run, the device's work done."""
     wait()
-    start = time.perf_counter()
+    start = now()
     run()
+    end = now()
     wait()
-    return time.perf_counter() - start
+    return between(start, end)
+
+
+# --- time that is left
+
+
+class OutOfTime(Exception):
+    """A measurement takes longer than there is time for."""
+
+
+@contextmanager
+def within(limit: float) -> Iterator[None]:
+    """Raises OutOfTime once so many seconds are over, wherever that is; and again every few, should something have caught it."""
+
+    def ring(*_) -> None:
+        raise OutOfTime(f"takes more than {limit:g} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, limit, 5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

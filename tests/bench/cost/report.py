@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .clock import GPU
+from . import clock
 
 Row = dict[str, Any]
 
@@ -22,11 +22,14 @@ class Report:
     name: str
     tables: dict[str, list[Row]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    printed: str = ""
+    """The table that was added to last."""
 
     def add(self, table: str, row: Row) -> None:
         rows = self.tables.setdefault(table, [])
-        if not rows:
+        if table != self.printed:
             print(f"\n### {table}\n\n{line(row)}\n{line('---' for _ in row)}")
+        self.printed = table
         print(line(map(shown, row.values())), flush=True)
         rows.append(row)
         self.write()
@@ -43,7 +46,7 @@ class Report:
 
 
 def machine() -> dict[str, str]:
-    name = torch.cuda.get_device_name() if GPU else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if clock.GPU else f"CPU, {platform.machine()}, {torch.get_num_threads()} threads"
     return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
 
 

@@ -27,11 +27,15 @@ H100 = Device("H100", 989e12, 3.35e12)
 
 
 class Roofline(TorchDispatchMode):
-    """Adds up what runs inside. Nothing is fused but attention: every operation reads what it is given and writes what it makes."""
+    """Adds up what runs inside.
+
+    `seconds`: nothing is fused but attention, and every operation reads what it is given and writes what it makes. `fused`: products of
+    matrices and convolutions alone, as if all between them came with them.
+    """
 
     def __init__(self, device: Device = H100):
         super().__init__()
-        self.device, self.flops, self.bytes, self.seconds = device, 0.0, 0.0, 0.0
+        self.device, self.flops, self.bytes, self.seconds, self.fused = device, 0.0, 0.0, 0.0, 0.0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
@@ -44,7 +48,9 @@ class Roofline(TorchDispatchMode):
         traffic = BYTES * sum(each.numel() for each in tree_leaves(moved) if isinstance(each, Tensor))
         self.flops += flops
         self.bytes += traffic
-        self.seconds += max(flops / self.device.flops, traffic / self.device.bytes)
+        seconds = max(flops / self.device.flops, traffic / self.device.bytes)
+        self.seconds += seconds
+        self.fused += seconds if flops else 0
 
 
 class Attention(torch.autograd.Function):

@@ -1,5 +1,8 @@
 """How the cost of a guided step grows, beside that of the plain one."""
 
+import math
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,12 +12,15 @@ from harness.chart import draw_chart
 from reward_guidance.guidance.particles import Population
 from reward_guidance.nodes.runtime import RewardBeside
 
-from .clock import by_turns, seconds
+from .clock import Spread, by_turns, seconds
 from .report import Report
-from .steps import Variant, sampled, typical
+from .steps import Effort, Variant, milliseconds, sampled, typical
 from .world import World
 
-TABLE = "How the cost grows"
+TABLE, EXPONENTS = "How the cost grows", "How fast it grows: e in cost ~ x^e"
+VARIANTS = {"plain": None, "guided": Variant("PickScore", "taesd")}
+Turns = Sequence[dict[str, float]]
+"""Seconds of repeats."""
 
 
 @dataclass(frozen=True)
@@ -25,58 +31,61 @@ class Sizes:
     steps: tuple[int, ...]
     smoothing: tuple[int, ...]
     particles: tuple[int, ...]
+    effort: Effort
 
 
 def rows(report: Report, world: World, of: Sizes) -> None:
-    """A row for each place, and a curve in milliseconds for each way to grow."""
+    """A row for each place, a curve in milliseconds for each way to grow, and how steep it is."""
     small = of.sides[0]
 
-    def stepwise(side: int, batch: int, smoothing: int = 0) -> tuple[float, float]:
+    def stepwise(side: int, batch: int, smoothing: int = 0) -> Turns:
         variants = {"plain": None, "guided": Variant("PickScore", "taesd", smoothing)}
-        runs = {name: partial(sampled, world, side, batch, variant) for name, variant in variants.items()}
-        return fastest([{name: typical(steps) for name, steps in turn.items()} for turn in by_turns(runs, REPEATS)])
+        runs = {name: partial(sampled, world, side, batch, variant, of.effort.steps) for name, variant in variants.items()}
+        return [{name: typical(steps) for name, steps in turn.items()} for turn in by_turns(runs, of.effort.repeats)]
+
+    def whole(steps: int) -> Turns:
+        runs = {name: partial(seconds, partial(sampled, world, small, 1, variant, steps)) for name, variant in VARIANTS.items()}
+        return by_turns(runs, of.effort.repeats)
 
     grow(report, world, "batch", of.batches, lambda batch: stepwise(small, batch))
-    grow(report, world, "pixels", of.sides, lambda side: stepwise(side, 1))
-    grow(report, world, "smoothing k", of.smoothing, lambda k: stepwise(small, 1, k))
-    grow(report, world, "steps of an image", of.steps, lambda steps: whole(world, small, steps))
+    grow(report, world, "pixels a side", of.sides, lambda side: stepwise(side, 1))
+    grow(report, world, "steps of an image", of.steps, whole)
+    grow(report, world, "looks at the reward, smoothing k", of.smoothing, lambda k: stepwise(small, 1, k))
 
 
 def crowds(report: Report, world: World, of: Sizes) -> None:
     """The same for reward particles."""
-    grow(report, world, "particles of an image", of.particles, lambda particles: population(world, of.sides[0], particles))
+    grow(report, world, "particles of an image", of.particles, lambda particles: population(world, of, particles))
 
 
-def grow(report: Report, world: World, along: str, places, at) -> None:
-    curves: dict[str, list[tuple[float, float]]] = {"plain": [], "guided": [], "what guidance adds": []}
+def grow(report: Report, world: World, along: str, places: Sequence[int], at: Callable[[int], Turns]) -> None:
+    curves: dict[str, list[list[float]]] = {"plain": [], "guided": [], "what guidance adds": []}
     for place in places:
-        plain, guided = at(place)
-        values = (plain * 1000, guided * 1000, (guided - plain) * 1000)
+        turns = at(place)
+        plain, guided = ([turn[name] for turn in turns] for name in VARIANTS)
+        added = [g - p for p, g in zip(plain, guided, strict=True)]
+        values = [plain, guided, added]
         for curve, value in zip(curves.values(), values, strict=True):
-            curve.append((place, value))
-        names = ("plain, ms", "guided, ms", "added, ms")
-        ratio = {"guided / plain": guided / plain}
-        report.add(TABLE, {"model": world.name, "along": along, "at": place} | dict(zip(names, values, strict=True)) | ratio)
-    picture = draw_chart(f"{world.name}: milliseconds", along, curves, logarithmic=places[0] > 0 and places[-1] <= 64)
+            curve.append(value)
+        times = dict(zip(("plain, ms", "guided, ms", "added, ms"), map(milliseconds, values), strict=True))
+        ratio = Spread.of(g / p for p, g in zip(plain, guided, strict=True))
+        report.add(TABLE, {"model": world.name, "along": along, "at": place} | times | {"guided / plain": ratio})
+    exponents = {name: exponent(places, curve) for name, curve in curves.items()}
+    report.add(EXPONENTS, {"model": world.name, "along": along, "from": places[0], "to": places[-1]} | exponents)
+    middles = {name: [(x, statistics.median(ys) * 1000) for x, ys in zip(places, curve, strict=True)] for name, curve in curves.items()}
+    picture = draw_chart(f"{world.name}: milliseconds", along, middles, logarithmic=places[-1] <= 64)
     picture.save(report.folder / f"{report.name}_{along.split()[0]}.png")
 
 
-def whole(world: World, side: int, steps: int) -> tuple[float, float]:
-    """Seconds of an image, plain and guided."""
-    runs = {name: partial(sampled, world, side, 1, variant, steps) for name, variant in VARIANTS.items()}
-    return fastest(by_turns({name: partial(seconds, run) for name, run in runs.items()}, REPEATS))
+def exponent(places: Sequence[int], curve: Sequence[Sequence[float]]) -> Spread | None:
+    """The slope of least squares through the logarithms, of each repeat; none where a cost is lost in the noise."""
+    if min(map(min, curve)) <= 0:
+        return None
+    xs = list(map(math.log, places))
+    return Spread.of(statistics.linear_regression(xs, list(map(math.log, ys))).slope for ys in zip(*curve, strict=True))
 
 
-VARIANTS = {"plain": None, "guided": Variant("PickScore", "taesd")}
-REPEATS = 3
-
-
-def fastest(turns: list[dict[str, float]]) -> tuple[float, float]:
-    """Of the plain and of the guided runs; what else a machine does only adds."""
-    return min(turn["plain"] for turn in turns), min(turn["guided"] for turn in turns)
-
-
-def population(world: World, side: int, particles: int, steps: int = 8) -> tuple[float, float]:
+def population(world: World, of: Sizes, particles: int, steps: int = 8) -> Turns:
     """Seconds for so many samples, without and with a look at their rewards every fourth step."""
     from reward_guidance.nodes.particles import ParticleSampler  # a node, for which ComfyUI wants more packages
 
@@ -89,6 +98,6 @@ def population(world: World, side: int, particles: int, steps: int = 8) -> tuple
             crowd = Population(particles, temperature=0.05, generator=torch.Generator().manual_seed(0))
             sampler.sampler_function = ParticleSampler(sampler.sampler_function, reward, crowd, every=4)
             model = RewardBeside(reward).attach(model)
-        world.sample(world.noise(side, particles), steps, model, sampler)
+        world.sample(world.noise(of.sides[0], particles), steps, model, sampler)
 
-    return fastest(by_turns({"plain": partial(seconds, partial(run, False)), "guided": partial(seconds, partial(run, True))}, REPEATS))
+    return by_turns({"plain": partial(seconds, partial(run, False)), "guided": partial(seconds, partial(run, True))}, of.effort.repeats)

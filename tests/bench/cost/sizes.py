@@ -48,6 +48,7 @@ class Family:
     """Of the published one."""
     frames: int = 0
     """Of the latent of a video; 0 for pictures."""
+    one_step: bool = False
 
     def shape(self, side: int, batch: int) -> tuple[int, ...]:
         """Of latents for pictures `side` pixels a side, or for videos of a shorter side of that, 16:9."""
@@ -77,6 +78,19 @@ FAMILIES = {
             "transformer_depth_output": [1, 1, 1, 1, 1, 1, 0, 0],
         },
         (77, 768), 0, 7.0, KL4, 859_520_964,
+    ),
+    "SD-Turbo": Family(
+        "SD20",
+        _UNET | {
+            "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+            "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1, "context_dim": 1024,
+            "use_linear_in_transformer": True, "adm_in_channels": None, "use_temporal_attention": False,
+        },
+        {
+            "model_channels": 64, "num_res_blocks": [1, 1, 1, 1], "transformer_depth": [1, 1, 1, 0],
+            "transformer_depth_output": [1, 1, 1, 1, 1, 1, 0, 0],
+        },
+        (77, 1024), 0, 1.0, KL4, 865_910_724, one_step=True,
     ),
     "SDXL": Family(
         "SDXL",

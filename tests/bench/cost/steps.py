@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,6 @@ from .clock import Spread, Timeline, by_turns, clocked, peak_bytes, synchronisat
 from .report import Report, share
 from .world import World, weights
 
-STEPS = 4
 MEGABYTE = 2**20
 
 
@@ -27,7 +26,7 @@ class Variant:
 
 
 @torch.inference_mode()
-def sampled(world: World, side: int, batch: int, variant: Variant | None, steps: int = STEPS) -> list[Counter[str]]:
+def sampled(world: World, side: int, batch: int, variant: Variant | None, steps: int) -> list[Counter[str]]:
     """Seconds of each part, step by step."""
     timeline = Timeline()
     noise = world.noise(side, batch)
@@ -51,16 +50,25 @@ class Measured:
     """Of one variant, in turns with the plain step."""
 
     plain: Spread
+    """Milliseconds of a step."""
     guided: Spread
     ratio: Spread
     parts: dict[str, float]
     """Shares of the guided step."""
 
 
-def measure(world: World, side: int, batch: int, variants: list[Variant], repeats: int) -> list[Measured]:
-    runs = {"plain": lambda: sampled(world, side, batch, None)}
-    runs |= {str(variant): partial(sampled, world, side, batch, variant) for variant in variants}
-    turns = by_turns(runs, repeats)
+@dataclass(frozen=True)
+class Effort:
+    """How much of each is measured."""
+
+    steps: int
+    repeats: int
+
+
+def measure(world: World, side: int, batch: int, variants: list[Variant], effort: Effort) -> list[Measured]:
+    runs = {"plain": partial(sampled, world, side, batch, None, effort.steps)}
+    runs |= {str(variant): partial(sampled, world, side, batch, variant, effort.steps) for variant in variants}
+    turns = by_turns(runs, effort.repeats)
     plain = [typical(turn["plain"]) for turn in turns]
 
     def of(variant: Variant) -> Measured:
@@ -68,16 +76,23 @@ def measure(world: World, side: int, batch: int, variants: list[Variant], repeat
         guided = [typical(each) for each in steps]
         names = {part for each in steps for step in each for part in step}
         parts = {part: statistics.median(typical(each, part) for each in steps) / statistics.median(guided) for part in names}
-        return Measured(Spread.of(plain), Spread.of(guided), Spread.of([g / p for g, p in zip(guided, plain, strict=True)]), parts)
+        ratio = Spread.of(g / p for g, p in zip(guided, plain, strict=True))
+        return Measured(milliseconds(plain), milliseconds(guided), ratio, parts)
 
     return [of(variant) for variant in variants]
 
 
-def rows(report: Report, table: str, world: World, side: int, batch: int, variants: list[Variant], repeats: int) -> None:
-    """A row for each variant."""
+def milliseconds(values: Iterable[float]) -> Spread:
+    """Of seconds."""
+    return Spread.of(value * 1000 for value in values)
+
+
+def rows(report: Report, table: str, world: World, side: int, batch: int, variants: list[Variant], effort: Effort) -> None:
+    """A row for each variant. Memory is looked at once everything has run."""
+    timed = measure(world, side, batch, variants, effort)
     plain = partial(sampled, world, side, batch, None, 1)
     plain_peak, plain_waits = peak_bytes(plain), synchronisations(plain)
-    for variant, found in zip(variants, measure(world, side, batch, variants, repeats), strict=True):
+    for variant, found in zip(variants, timed, strict=True):
         reward = world.reward(variant.reward, variant.decoder)
         once = partial(sampled, world, side, batch, variant, 1)
         peak = peak_bytes(once) - plain_peak
@@ -91,8 +106,8 @@ def rows(report: Report, table: str, world: World, side: int, batch: int, varian
                 "batch": batch,
                 "reward": variant.reward,
                 "decoder": variant.decoder + (f", every {variant.every} steps" if variant.every > 1 else ""),
-                "plain step, ms": found.plain.middle * 1000,
-                "guided step, ms": found.guided.middle * 1000,
+                "plain step, ms": found.plain,
+                "guided step, ms": found.guided,
                 "guided / plain": found.ratio,
                 "decode": share(found.parts.get("decode", 0) + backward),
                 "reward forward": share(found.parts.get("reward", 0)),
@@ -110,6 +125,7 @@ WOULD_BRING = [
     Variant("PickScore", "taesd", every=2),
     Variant("PickScore", "taesd, float32"),
     Variant("PickScore", "taesd, channels last"),
+    Variant("PickScore", "taesd, whole size"),
     Variant("PickScore", "taesd, half size"),
     Variant("PickScore", "taesd, quarter size"),
 ]

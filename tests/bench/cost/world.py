@@ -9,22 +9,19 @@ import torch
 from reward_guidance.guidance.estimators import Settings, Smoothing
 from reward_guidance.nodes.decoders import TAESD, Decoder
 from reward_guidance.nodes.runtime import LatentReward, LoadedReward, RewardGuidance, manage_reward
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import sizes
 
-HALVINGS = {"half size": 1, "quarter size": 2}
+HALVINGS = {"whole size": 0, "half size": 1, "quarter size": 2}
+"""Of what the tiny autoencoder makes, in place of those that it chooses by the size of the picture."""
 Attach = Callable
 """MODEL -> MODEL."""
 
 
-def coarser(decoder: TAESD, halvings: int) -> TAESD:
-    """Without its last upsamplings: it makes pictures of a fraction of the size from the whole latent. A reward sees 224 pixels of a thousand."""
-    layers = decoder.module.taesd_decoder
-    upsamplings = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Upsample)]
-    for i in upsamplings[len(upsamplings) - halvings :]:
-        layers[i] = nn.Identity()
-    decoder.upscale //= 2**halvings
+def fixed(decoder: TAESD, halvings: int) -> TAESD:
+    """The decoder for every picture so much coarser."""
+    decoder.halvings = lambda height, width: halvings
     return decoder
 
 
@@ -56,7 +53,7 @@ class World:
             made.modules[0].float()
         if change == "channels last":
             made.modules[0].to(memory_format=torch.channels_last)
-        return coarser(made, HALVINGS[change]) if change in HALVINGS else made
+        return fixed(made, HALVINGS[change]) if change in HALVINGS else made
 
     def guidance(self, reward: LatentReward, smoothing: int = 0, every: int = 1, estimator: str = "shift") -> Attach:
         settings = Settings(temperature=0.05, smoothing=Smoothing(smoothing), every=every)

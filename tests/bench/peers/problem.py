@@ -28,10 +28,12 @@ class PlainVAE(Decoder):
     def __init__(self, vae, latent_format):
         self.vae, self.latent_format = vae, latent_format
         self.modules = (vae.first_stage_model,)
-        self.bytes_per_pixel = 2 * vae.memory_used_decode((1, 1, 1, 1), vae.vae_dtype) // 64
+        self.bytes_per_pixel = 2 * vae.memory_used_decode((1,) * (vae.latent_dim + 2), vae.vae_dtype) // 64
 
     def pixels(self, latents: Tensor) -> Tensor:
-        return (self.vae.first_stage_model.decode(self.latent_format.process_out(latents).to(self.vae.vae_dtype)).float() + 1) / 2
+        shaped = self.latent_format.process_out(latents.unsqueeze(2) if self.vae.latent_dim == 3 else latents)
+        pixels = (self.vae.first_stage_model.decode(shaped.to(self.vae.vae_dtype)).float() + 1) / 2
+        return pixels[:, :, -1] if pixels.ndim == 5 else pixels
 
 
 @dataclass(frozen=True)
