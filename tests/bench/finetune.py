@@ -337,7 +337,7 @@ class Comparison:
     def __init__(self, bench: Bench, judge: Judge, work: Path, strengths: Sequence[float]):
         self.bench, self.judge, self.world, self.work, self.strengths = bench, judge, bench.world, work, strengths
         self.finetunes: dict[str, tuple[Finetune, list[Check]]] = {}
-        self.prices = {"here": passes.shapesworld(self.world), **{name: passes.published(name) for name in passes.SIDES}}
+        self.prices = {"here": passes.shapesworld(self.world), **{name: passes.published(name) for name in passes.FINETUNED}}
 
     def finetune(self, name: str, recipe: Recipe) -> None:
         say(f"finetune {name}: {recipe}")
