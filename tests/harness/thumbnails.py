@@ -80,8 +80,9 @@ def selection(stage: Stage, name: str) -> Image.Image:
     """All candidates with their scores, and a frame around those that were saved."""
     result = stage.play(name)
     saved = stage.pictures(result)
-    scores = max((each["standardized"] for each in json.loads(saved[0].info["reward_guidance"]).values()), key=len)
-    chosen = sorted(range(len(scores)), key=lambda i: -scores[i])[: len(saved)]
+    entries = json.loads(saved[0].info["reward_guidance"]).values()
+    scores = max((entry["standardized"] for entry in entries if "indices" not in entry), key=len)
+    [chosen] = [entry["indices"] for entry in entries if "indices" in entry]
     annotated = [picture for picture in stage.client.images(result) if picture.height > PICTURE]
     candidates = [picture.crop(((picture.width - PICTURE) // 2, 0, (picture.width + PICTURE) // 2, PICTURE)) for picture in annotated]
     sheet = blank()
