@@ -165,10 +165,10 @@ def test_the_best_are_saved_with_their_scores(run, client):
     files = run("score_and_select_sd35").saved
     for file in files:
         records = json.loads(Image.open(client.open(file)).text["reward_guidance"]).values()
-        candidates, *chosen = sorted((record["scores"] for record in records), key=len, reverse=True)
-        best = sorted(candidates, reverse=True)[: len(files)]
-        assert len(candidates) == BATCH and len(chosen) == 2  # those of Select Best, and scored once more
-        assert all(scores == pytest.approx(best, abs=1e-4) for scores in chosen)
+        candidates, again = sorted((entry["standardized"] for entry in records if "indices" not in entry), key=len, reverse=True)
+        [kept] = [entry for entry in records if "indices" in entry]
+        assert len(candidates) == BATCH and kept["scores"] == [candidates[i] for i in kept["indices"]]
+        assert kept["scores"] == sorted(candidates, reverse=True)[: len(files)] == pytest.approx(again, abs=1e-4)
     assert len(files) == 2
 
 
