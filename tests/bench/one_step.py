@@ -38,6 +38,7 @@ from reward_guidance.guidance.training import Batch, Plan, Source, Task, Trainin
 from reward_guidance.nodes.collecting import Studio
 from reward_guidance.nodes.runtime import gradients, text_of_conditioning, trainable
 from reward_guidance.nodes.training import generator_of
+from reward_guidance.tests.bench.shapesworld_network import numbers
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance
@@ -342,10 +343,6 @@ def at_one_call(contest: Contest, arena: Arena, chosen: argparse.Namespace) -> N
         contest.add(name, "1", lambda run, k=steps, n=networks: contest.tilted(n[run], "noise", k, 1.0, run))
     pairs = [correction(arena, labels, chosen.steps, run) for run in range(chosen.runs)]
     contest.add("network, pictures corrected", "1", lambda run: contest.corrected(*pairs[run], run))
-
-
-def numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
 
 
 def main() -> None:
