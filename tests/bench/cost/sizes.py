@@ -65,31 +65,26 @@ _FLUX = formats.flux_sizes(3072, 19, 38) | {"context_in_dim": 4096}
 KL4 = lambda reduced: formats.kl(4, width=32 if reduced else 128)  # noqa: E731
 KL16 = lambda reduced: formats.kl(16, quantised=False, width=32 if reduced else 128)  # noqa: E731
 WAN_VAE = lambda reduced: formats.wan_vae(16 if reduced else 96)  # noqa: E731
+_FIRST_UNET = _UNET | {
+    "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1, "adm_in_channels": None,
+    "use_temporal_attention": False,
+}  # fmt: skip
+"""Of SD1.5 and SD2, which differ in their text."""
+_FIRST_UNET_REDUCED = {
+    "num_res_blocks": [1, 1, 1, 1], "transformer_depth": [1, 1, 1, 0], "transformer_depth_output": [1, 1, 1, 1, 1, 1, 0, 0],
+}  # fmt: skip
 FAMILIES = {
     "SD1.5": Family(
         "SD15",
-        _UNET | {
-            "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-            "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1, "context_dim": 768,
-            "use_linear_in_transformer": False, "adm_in_channels": None, "use_temporal_attention": False,
-        },
-        {
-            "model_channels": 32, "num_res_blocks": [1, 1, 1, 1], "transformer_depth": [1, 1, 1, 0],
-            "transformer_depth_output": [1, 1, 1, 1, 1, 1, 0, 0],
-        },
+        _FIRST_UNET | {"context_dim": 768, "use_linear_in_transformer": False},
+        _FIRST_UNET_REDUCED | {"model_channels": 32},
         (77, 768), 0, 7.0, KL4, 859_520_964,
     ),
     "SD-Turbo": Family(
         "SD20",
-        _UNET | {
-            "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-            "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1, "context_dim": 1024,
-            "use_linear_in_transformer": True, "adm_in_channels": None, "use_temporal_attention": False,
-        },
-        {
-            "model_channels": 64, "num_res_blocks": [1, 1, 1, 1], "transformer_depth": [1, 1, 1, 0],
-            "transformer_depth_output": [1, 1, 1, 1, 1, 1, 0, 0],
-        },
+        _FIRST_UNET | {"context_dim": 1024, "use_linear_in_transformer": True},
+        _FIRST_UNET_REDUCED | {"model_channels": 64},
         (77, 1024), 0, 1.0, KL4, 865_910_724, one_step=True,
     ),
     "SDXL": Family(
