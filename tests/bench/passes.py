@@ -2,7 +2,8 @@
 
 The floor of a guided step is that of the plain one, and a pass through the decoder and the reward and back: what no implementation can do
 without. It is told in FLOPs, and in the least time on an H100 (cost/roofline.py), for one picture: where nothing but attention is fused, as
-PyTorch runs it by itself, and where all that is no product of matrices is fused into one that is.
+PyTorch runs it by itself, and where all that is no product of matrices is fused into one that is. Memory is what the looked-at estimate's way
+there and back holds at most, one picture in bfloat16; the VAE, as the node runs it, computes its blocks again on the way back.
 Models of published sizes live on the meta device, which computes shapes and nothing else. Prints markdown tables; writes them to
 output/cost/passes.json.
 
@@ -12,7 +13,8 @@ usage: python tests/bench/passes.py [FAMILY ...]
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
+from math import prod
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -27,17 +29,20 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.ldm.modules.diffusionmodules.model import AttnBlock, pytorch_attention
 from reward_guidance.guidance.fitting import WIDTHS
 from reward_guidance.guidance.network import Architecture, GuidanceNetwork, Text
-from reward_guidance.nodes.decoders import TAESD
+from reward_guidance.nodes.decoders import TAESD, checkpointed
 from reward_guidance.tests.bench.cost import sizes
+from reward_guidance.tests.bench.cost.memory import held
 from reward_guidance.tests.bench.cost.report import Report
-from reward_guidance.tests.bench.cost.roofline import Roofline, roofline
+from reward_guidance.tests.bench.cost.roofline import BYTES, Roofline, fused_attention, roofline
 from reward_guidance.tests.bench.cost.scaling import exponent
 from reward_guidance.tests.bench.cost.world import HALVINGS, fixed
 from reward_guidance.tests.bench.shapesworld import World
 from reward_guidance.tests.harness.models import shapesworld as models
+from reward_guidance.tests.standins.published import PUBLISHED
 from reward_guidance.tests.standins.shapesworld import text
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import interpolate
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -55,6 +60,8 @@ TARGETS = {"SDXL": 1.10, "SD3.5-medium": 1.06, "Flux-dev": 1.03}
 TINY = {f"taesd, {name}": halvings for name, halvings in HALVINGS.items()}
 GROWING = (512, 1024, 2048)
 """Pixels of a side. The reward sees 224 of them, whatever they are."""
+LAYOUTS = {"PickScore": "PickScore", "HPS v2.1": "HPS", "ImageReward": "ImageReward"}
+"""Of rewards, by their published keys."""
 SPARSE = "taesd, half size"
 """The decoder for which looking at every other step is told too."""
 META = torch.device("meta")
@@ -195,6 +202,27 @@ def guided(plain: float, there_and_back: Callable[[str], float]) -> dict[str, fl
     return {name: 1 + more for name, more in added.items()} | {f"{SPARSE}, every 2 steps": 1 + added[SPARSE] / 2}
 
 
+def memory(name: str) -> dict[str, float]:
+    """GB that a look at the reward holds at most, by its decoder; the VAE as the node runs it."""
+    family, calls = sizes.FAMILIES[name], parts(name)
+    judge, latents = calls["reward"][0], of_rows(calls["model"][1], 1)
+    vae = checkpointed(decoder(family).to(META))
+    ways: dict[str, Call] = {"latent_rgb": lambda x: x[:, :3], "taesd": tiny_decoder(family).pixels, "vae": vae.decode}
+
+    def look(decode: Call) -> None:
+        pixels = decode(latents.clone().requires_grad_())
+        judge(interpolate(pixels, (224, 224), mode="bicubic", antialias=True)).sum().backward()
+
+    with fused_attention():
+        return {way: held(partial(look, decode)) / 1e9 for way, decode in ways.items()}
+
+
+def carried() -> dict[str, dict[str, float]]:
+    """GB of the weights of rewards, in bfloat16."""
+    numbers = {name: sum(map(prod, PUBLISHED[layout].shapes.values())) for name, layout in LAYOUTS.items()}
+    return {name: {"weights": BYTES * count / 1e9} for name, count in numbers.items()}
+
+
 def floor(name: str, prices: Prices) -> dict[str, float]:
     plain = rows_of(name) * prices["model"]
     by_reward = guided(plain, lambda part: prices[part] + prices[f"{part} backward"])
@@ -230,6 +258,8 @@ def main() -> None:
         spent = {name: {part: seconds(of) * 1000 for part, of in parts.items()} for name, parts in times.items()}
         table(report, f"Least ms of a plain step, and of a pass there and back, {what}", spent, 3)
         table(report, f"Guided by plain step, least time, {what}", {name: guided(part["model"], part.__getitem__) for name, part in spent.items()}, 4)
+    table(report, "GB of a look at the reward, weights aside", {name: memory(name) for name in arguments.families}, 2)
+    table(report, "GB of rewards", carried(), 3)
     table(report, f"Exponents of FLOPs by pixels a side, {GROWING[0]} to {GROWING[-1]}", {name: growth(name) for name in arguments.families}, 3)
     table(report, "Targets", {name: {"taesd": target} for name, target in TARGETS.items()}, 4)
 

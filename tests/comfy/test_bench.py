@@ -150,3 +150,19 @@ def test_the_floor_counts_what_is_left_out(cost, monkeypatch):
     assert sorted(order, key=floor.__getitem__) == order
     assert 1 < floor["guidance network"] < 1.03
     assert all(0 < each.fused < each.seconds < math.inf for each in least.values())
+
+
+def test_memory_is_what_is_held_at_once(cost):
+    """Without a graph, what goes in and comes out of one operation; with one, what each keeps for the way back."""
+    from bench.cost.memory import held
+
+    numbers, deep = 100, 50
+    assert held(lambda: torch.empty(numbers, device="meta") + 1 + 1 + 1) == 2 * 2 * numbers
+
+    def there_and_back():
+        x = torch.empty(numbers, device="meta", requires_grad=True)
+        for _ in range(deep):
+            x = x.exp()
+        x.sum().backward()
+
+    assert deep <= held(there_and_back) / (2 * numbers) <= deep + 4

@@ -68,7 +68,7 @@ def install() -> None:
     if not shutil.which("apt-get") or (root and not os.environ.get("CI")):
         return
     say("installing Chromium")
-    for arguments in (["update"], ["install", "--yes", "--no-install-recommends", "chromium", "fonts-dejavu-core"]):
+    for arguments in (["update"], ["install", "--yes", "--no-install-recommends", "chromium", "fonts-dejavu-core", "fonts-wqy-microhei"]):
         subprocess.run([*root, "apt-get", "-qq", *arguments], env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, stdout=sys.stderr)
 
 

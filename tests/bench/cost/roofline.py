@@ -1,6 +1,7 @@
 """The least time of a run on a device: of every operation, that of its arithmetic or that of its memory traffic, whichever is more."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -74,13 +75,20 @@ class Attention(torch.autograd.Function):
         return 2 * query.numel() * key.shape[-2]
 
 
-def roofline(run: Callable[[], object]) -> Roofline:
-    """Of what the run does on the meta device."""
+@contextmanager
+def fused_attention() -> Iterator[Roofline]:
+    """Counts what runs inside on the meta device, where attention is one operation that keeps no scores."""
     counted = Roofline()
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_, **__) -> Tensor:
         return Attention.apply(counted, query, key, value)
 
     with patch.object(torch.nn.functional, "scaled_dot_product_attention", attention), counted:
+        yield counted
+
+
+def roofline(run: Callable[[], object]) -> Roofline:
+    """Of what the run does on the meta device."""
+    with fused_attention() as counted:
         run()
     return counted
