@@ -1,7 +1,8 @@
 """Everything that follows a reward without training, on one figure: what is reached, against what it costs.
 
-On ShapesWorld, as in shapesworld.py, and on the ring of ring.py, with the samplers of those. Peers follow their papers (peers/), over a range
-of strengths; ours have the nodes' default settings, smoothed and not. A method that keeps one of n samples keeps the one with the highest
+On ShapesWorld, as in shapesworld.py, on the ring of ring.py, and on a cloud of sixteen Gaussians in 64 dimensions of which the ring's reward
+sees two; with the samplers of those. Peers follow their papers (peers/), over a range of strengths; ours, smoothed and not, have the nodes'
+default settings, or on the mixtures those of ring.py and a range of caps. A method that keeps one of n samples keeps the one with the highest
 reward. Cost is in calls of the model for a picture, and in CPU time of sampling and choosing; judging is not counted. A call that is
 followed by a pass back through the model counts once. Prints markdown tables, writes output/frontier/frontier.json and frontier.png.
 
@@ -15,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -38,8 +40,8 @@ from reward_guidance.guidance.process import Flow
 from reward_guidance.nodes.runtime import RewardGuidance
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
-from reward_guidance.tests.standins.mixture import energy_distance
-from reward_guidance.tests.standins.ring import RING, ring_reward, truth
+from reward_guidance.tests.standins.mixture import Mixture, energy_distance
+from reward_guidance.tests.standins.ring import CLOUD, RING, ring_reward, truth
 from torch import Tensor
 
 COSTS = ("model calls", "CPU ms")
@@ -86,8 +88,11 @@ class Arena(ABC):
     source: Source
     one_step: Source | None = None
 
+    caps: Sequence[float]
+    """Of our estimators."""
+
     @abstractmethod
-    def guided(self, estimator: str, smoothing: int) -> ModelPatcher:
+    def guided(self, estimator: str, smoothing: int, cap: float) -> ModelPatcher:
         """By our estimators."""
 
     @abstractmethod
@@ -104,7 +109,7 @@ class Arena(ABC):
 
 
 class Shapes(Arena):
-    name, measures = "ShapesWorld", SCORES | {"energy": "energy"}
+    name, measures, caps = "ShapesWorld", SCORES | {"energy": "energy"}, (Settings.cap,)
 
     def __init__(self, models: Path, per_prompt: int, pool: int, temperature: float, steps: int, runs: int):
         world = World(models, cfg=1.0, steps=steps, sampler="euler_ancestral")
@@ -118,8 +123,8 @@ class Shapes(Arena):
         per_prompt = self.bench.per_prompt
         return Source(world.pipeline.model, world.steps, BatchReward(world, per_prompt), lambda model, seed: world.sample(model, per_prompt, seed))
 
-    def guided(self, estimator: str, smoothing: int) -> ModelPatcher:
-        settings = Settings(temperature=self.bench.temperature, smoothing=Smoothing(smoothing))
+    def guided(self, estimator: str, smoothing: int, cap: float) -> ModelPatcher:
+        settings = Settings(temperature=self.bench.temperature, smoothing=Smoothing(smoothing), cap=cap)
         return RewardGuidance(self.source.reward, estimator, settings).attach(self.source.model)
 
     def population(self, n: int, run: int) -> Tensor:
@@ -133,20 +138,20 @@ class Shapes(Arena):
         return self.bench.truth | {"energy": 0.0}
 
 
-class Ring(Arena):
-    """Particles need noise on the way and have another sampler than the rest; of each population, one is kept at random."""
+class Points(Arena):
+    """Of a mixture. Particles need noise on the way and have another sampler than the rest; of each population, one is kept at random."""
 
-    name, measures = "ring", {"reward": "reward", "energy": "energy"}
+    measures, caps = {"reward": "reward", "energy": "energy"}, (0.5, 2.0, 8.0)
 
-    def __init__(self, count: int, steps: int, runs: int):
-        self.runs, self.pictures = range(runs), count
-        model = analytic_model(RING, Flow(), flow=True, shift=3.0)
+    def __init__(self, name: str, mixture: Mixture, count: int, steps: int, runs: int):
+        self.name, self.runs, self.pictures = name, range(runs), count
+        model = analytic_model(mixture, Flow(), flow=True, shift=3.0)
         self.source = Source(model, steps, PlainReward(ring_reward), lambda model, seed: ring.sample(model, seed, count, steps))
-        self.crowd = particles.Bench("euler_ancestral", steps, count)
-        self.drawn = [truth(run, count) for run in self.runs]
+        self.crowd = particles.Bench("euler_ancestral", steps, count, mixture)
+        self.drawn = [truth(run, count, mixture=mixture) for run in self.runs]
 
-    def guided(self, estimator: str, smoothing: int) -> ModelPatcher:
-        return ring.by_reward(self.source.model, estimator, smoothing)
+    def guided(self, estimator: str, smoothing: int, cap: float) -> ModelPatcher:
+        return ring.by_reward(self.source.model, estimator, smoothing, cap=cap)
 
     def population(self, n: int, run: int) -> Tensor:
         return self.crowd.particles(n, run)
@@ -212,9 +217,9 @@ def methods(arena: Arena, counts: Sequence[int], crowds: Sequence[int]) -> Itera
         yield Method("DPS, FreeDoM", setting, steps, timed(lambda run, s=strength: dps(source.problem(run), s)), "every call")
         yield Method("FlowChef", setting, steps, timed(lambda run, s=strength: flowchef(source.problem(run), s)))
     for estimator, backward in {"jacobian": "every call", "denoised": "", "shift": ""}.items():
-        for k in (0, 4):
-            model = arena.guided(estimator, k)
-            yield Method(f"`{estimator}` (ours)", f"k = {k}", steps, timed(partial(source.sample, model)), backward)
+        for k, cap in product((0, 4), arena.caps):
+            model = arena.guided(estimator, k, cap)
+            yield Method(f"`{estimator}` (ours)", f"k = {k}, cap {cap}", steps, timed(partial(source.sample, model)), backward)
     if arena.one_step:
         problem = arena.one_step.problem
         yield from choosing(arena.one_step, counts, "one step, best of n")
@@ -289,19 +294,20 @@ def compare(arena: Arena, report: Report, chosen: Sequence[Method]) -> list[list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
-    parser.add_argument("--only", choices=("shapesworld", "ring"))
+    parser.add_argument("--only", choices=("shapesworld", "ring", "cloud"))
     parser.add_argument("--methods", default="", help="parts of the names of those to run; all if left out")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--per-prompt", type=int, default=8)
     parser.add_argument("--pool", type=int, default=128)
     parser.add_argument("--steps", type=int, default=30, help="on ShapesWorld")
     parser.add_argument("--temperature", type=float, default=0.05, help="on ShapesWorld")
-    parser.add_argument("--samples", type=int, default=4000, help="on the ring")
+    parser.add_argument("--samples", type=int, default=4000, help="on the ring and the cloud")
     parser.add_argument("--most", type=int, default=16, help="samples to choose among, and particles")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "output" / "frontier")
     chosen = parser.parse_args()
     arenas = {
-        "ring": lambda: Ring(chosen.samples, 20, chosen.runs),
+        "ring": lambda: Points("ring", RING, chosen.samples, 20, chosen.runs),
+        "cloud": lambda: Points("cloud", CLOUD, chosen.samples, 20, chosen.runs),
         "shapesworld": lambda: Shapes(chosen.models or shapesworld(), chosen.per_prompt, chosen.pool, chosen.temperature, chosen.steps, chosen.runs),
     }
     report, pictures = Report(chosen.out, "frontier"), []

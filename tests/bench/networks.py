@@ -31,12 +31,11 @@ from reward_guidance.nodes.runtime import NetworkGuidance, base_of, manage_netwo
 from reward_guidance.tests.standins import objectives
 from reward_guidance.tests.standins.analytic import analytic_model
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance
-from reward_guidance.tests.standins.ring import RING, TiltedRing, ring_reward, truth
+from reward_guidance.tests.standins.ring import CLOUD, RING, TiltedRing, ring_reward, truth
 from torch import Tensor
 
 torch.set_num_threads(1)
 
-CLOUD = Mixture.random(16, 64, torch.Generator().manual_seed(0))
 NORMAL = Mixture(torch.zeros(1, 1, dtype=torch.float64), 1.0, torch.zeros(1, dtype=torch.float64))
 NORMAL_TILTED = Mixture(NORMAL.means + 1.6, 0.2**0.5, NORMAL.logits)
 SAMPLERS = {"Euler": "euler", "DPM++ 2M": "dpmpp_2m"}

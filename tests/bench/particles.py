@@ -22,7 +22,7 @@ from reward_guidance.guidance.particles import Population
 from reward_guidance.guidance.process import Flow
 from reward_guidance.nodes.particles import ParticleSampler
 from reward_guidance.tests.standins.analytic import analytic_model
-from reward_guidance.tests.standins.mixture import energy_distance, resample
+from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
 from reward_guidance.tests.standins.ring import RING, ring_reward, truth
 from torch import Tensor
 
@@ -30,21 +30,21 @@ CONDITION = [[torch.zeros(1, 1, 1), {}]]
 
 
 class Bench:
-    def __init__(self, sampler: str, steps: int, count: int):
-        self.model = analytic_model(RING, Flow(), flow=True, shift=3.0)
-        self.sampler, self.count = sampler, count
+    def __init__(self, sampler: str, steps: int, count: int, mixture: Mixture = RING):
+        self.model = analytic_model(mixture, Flow(), flow=True, shift=3.0)
+        self.sampler, self.count, self.dims = sampler, count, mixture.means.shape[1]
         self.sigmas = comfy.samplers.KSampler(self.model, steps, "cpu", sampler, "simple", model_options=self.model.model_options).sigmas
 
     def sample(self, seed: int, n: int = 1, population: Population | None = None) -> Tensor:
-        """(count, n, 2)"""
+        """(count, n, d)"""
         sampler = comfy.samplers.sampler_object(self.sampler)
         if population:
             sampler.sampler_function = ParticleSampler(sampler.sampler_function, ring_reward, population, every=4)
-        latent = torch.zeros(self.count * n, 2, 1, 1)
+        latent = torch.zeros(self.count * n, self.dims, 1, 1)
         noise = comfy.sample.prepare_noise(latent, seed)
         with torch.inference_mode():
             out = comfy.sample.sample_custom(self.model, noise, 1.0, sampler, self.sigmas, CONDITION, CONDITION, latent, disable_pbar=True, seed=seed)
-        return out.double().view(self.count, n, 2)
+        return out.double().view(self.count, n, self.dims)
 
     def unguided(self, seed: int) -> Tensor:
         return self.sample(seed)[:, 0]

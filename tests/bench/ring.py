@@ -34,9 +34,9 @@ class TiltedShift(Shift):
         return self.watch(denoise, x + self.process.shift_gain(sigma) * self.capped_gradient(sigma), sigma)
 
 
-def by_reward(model, estimator: str, samples: int, temperature: float = 1.0):
+def by_reward(model, estimator: str, samples: int, temperature: float = 1.0, cap: float = 8.0):
     """The model guided by the ring's reward."""
-    settings = Settings(variance=VARIANCE, smoothing=Smoothing(samples, 1.0, grid=0), cap=8.0, momentum=0.0, temperature=temperature)
+    settings = Settings(variance=VARIANCE, smoothing=Smoothing(samples, 1.0, grid=0), cap=cap, momentum=0.0, temperature=temperature)
     return RewardGuidance(PlainReward(ring_reward), estimator, settings).attach(model)
 
 
@@ -51,7 +51,7 @@ def sample(model, seed: int, count: int, steps: int = 20, sampler: str = "euler"
 
 
 def best_of(candidates: torch.Tensor) -> torch.Tensor:
-    """Of each n in candidates (count,n,2), the one the reward likes most."""
+    """Of each n in candidates (count,n,d), the one the reward likes most."""
     count, n, _ = candidates.shape
     return candidates[torch.arange(count), ring_reward(candidates.flatten(0, 1)).view(count, n).argmax(1)]
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from .mixture import Mixture, resample
 
 RING = Mixture.ring(radius=1.5, std=0.15)
+CLOUD = Mixture.random(16, 64, torch.Generator().manual_seed(0))
+"""In 64 dimensions, of which the same reward sees the first two."""
 VARIANCE = 1.15
 """Per element."""
 CENTRE = torch.tensor([1.2, 0.9])
