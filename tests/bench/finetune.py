@@ -2,8 +2,9 @@
 
 On ShapesWorld's diffusion model. The finetune samples without a graph, goes on with one through the last calls of the model, decodes, and
 climbs the reward (DRaFT, arXiv 2309.17400; ReFL, arXiv 2304.05977); it stops at its best held-out reward on pictures kept for validation.
-Passes are counted by hooks, one for each picture that goes through; FLOPs are those of one pass, measured, times the count. Seconds are of
-one CPU core. Prints markdown tables.
+A network is followed alone, and beside a weak training-free guidance, which costs nothing in training, but a look at the reward in every step of
+every picture that is made. Passes are counted by hooks, one for each picture that goes through; FLOPs are those of one pass, measured, times the
+count. Seconds are of one CPU core. Prints markdown tables.
 
 usage: python tests/bench/finetune.py [MODELS_DIR] [--recipes refl,refl-10] [--networks 500-lean,500] [--work DIR]
 """
@@ -36,7 +37,7 @@ from reward_guidance.guidance.samples import SHARD
 from reward_guidance.nodes.runtime import LoadedNetwork, NetworkGuidance, differentiable_model, manage_network
 from reward_guidance.tests.bench import passes
 from reward_guidance.tests.bench.shapesworld import SCORES, Bench, Pictures, World, energy_to_truth
-from reward_guidance.tests.bench.shapesworld_network import Collector, first, numbers, prepared
+from reward_guidance.tests.bench.shapesworld_network import Collector, beside, first, numbers, prepared
 from reward_guidance.tests.harness.environment import cache
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.shapesworld import world
@@ -334,8 +335,9 @@ def cost_of_a_sample(collector: Collector, shards: int = 2) -> tuple[Tally, Tall
 
 
 class Comparison:
-    def __init__(self, bench: Bench, judge: Judge, work: Path, strengths: Sequence[float]):
-        self.bench, self.judge, self.world, self.work, self.strengths = bench, judge, bench.world, work, strengths
+    def __init__(self, bench: Bench, judge: Judge, work: Path, strengths: Sequence[float], beside: Sequence[float]):
+        self.bench, self.judge, self.world, self.work = bench, judge, bench.world, work
+        self.strengths, self.beside = strengths, beside
         self.finetunes: dict[str, tuple[Finetune, list[Check]]] = {}
         self.prices = {"here": passes.shapesworld(self.world), **{name: passes.published(name) for name in passes.FINETUNED}}
 
@@ -366,11 +368,18 @@ class Comparison:
     def network(self, name: str, lesson: Lesson) -> None:
         say(f"network {name}: {lesson}")
         learned = learn(self.world, lesson, self.work)
-        attach = lambda strength: NetworkGuidance(learned.loaded, strength).attach(self.world.pipeline.model)  # noqa: E731
+        alone = lambda strength: NetworkGuidance(learned.loaded, strength).attach(self.world.pipeline.model)  # noqa: E731
+        self.followed(f"network, {name}", learned, alone)
+        for weak in self.beside:
+            both = lambda strength, w=weak: beside(self.bench, w).attach(alone(strength))  # noqa: E731
+            self.followed(f"network, {name}, beside `shift` {weak:g}", learned, both)
+
+    def followed(self, name: str, learned: Learned, attach: Callable[[float], ModelPatcher]) -> None:
+        """At the strength that is best in validation."""
         judged = {strength: self.judge(attach(strength))[1] for strength in self.strengths}
         say(f"held out by strength: {judged}")
         strength = max(judged, key=lambda strength: judged[strength])
-        self.pictures(f"network, {name}, strength {strength:g}", attach(strength), judged[strength])
+        self.pictures(f"{name}, strength {strength:g}", attach(strength), judged[strength])
         finetunes = self.reaching(judged[strength])
         if not finetunes:
             print(f"\nNo finetune comes from less to {judged[strength]:.3f}.\n\n{HEADER}")
@@ -382,7 +391,7 @@ class Comparison:
         for finetune, (_, spent) in finetunes.items():
             self.cost(f"{finetune}, to {judged[strength]:.3f}", spent, against, learned)
         fit = learned.labels.plus(learned.training)
-        self.cost(f"network, {name}", learned.sampling.plus(fit), against, learned)
+        self.cost(name, learned.sampling.plus(fit), against, learned)
         self.cost("another reward, the same samples", fit, against, learned)
         self.cost("another temperature, the same labels", learned.training, against, learned)
         print(f"\n{HEADER}")
@@ -408,6 +417,7 @@ def main() -> None:
     parser.add_argument("--recipes", type=lambda text: text.split(","), default=["refl", "refl-10"], help=", ".join(RECIPES))
     parser.add_argument("--networks", type=lambda text: text.split(","), default=["500-lean", "500"], help=", ".join(LESSONS))
     parser.add_argument("--strengths", type=numbers, default=[4.0, 6.0])
+    parser.add_argument("--beside", type=numbers, default=[0.5], help="strengths of training-free guidance, to which a network is added too")
     parser.add_argument("--per-prompt", type=int, default=8)
     parser.add_argument("--pool", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.1, help="of the truth, in units of the standardized reward")
@@ -416,7 +426,7 @@ def main() -> None:
     world_ = World(chosen.models or shapesworld(), cfg=1.0, steps=20, prompts=world.PROMPTS, kind="diffusion")
     bench = Bench(world_, chosen.per_prompt, chosen.pool, chosen.temperature, candidates=1)
     judge = Judge(world_, chosen.per_prompt)
-    comparison = Comparison(bench, judge, chosen.work or cache() / "bench", chosen.strengths)
+    comparison = Comparison(bench, judge, chosen.work or cache() / "bench", chosen.strengths, chosen.beside)
     print(HEADER)
     comparison.pictures("unguided", world_.pipeline.model, judge(world_.pipeline.model)[1])
     for name in chosen.recipes:
