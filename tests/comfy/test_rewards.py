@@ -311,6 +311,48 @@ def test_a_missing_reward_file_is_asked_for(bench, models, name, words):
         assert refused.error.endswith(f", saved as {name.removeprefix('clip_vision/')}; then press R.)")
 
 
+NOT_CHOSEN = "No reward file is chosen: put one into "
+NO_NAME = {
+    "missing": ({}, "Required input is missing (reward_name)"),
+    "empty": ({"reward_name": ""}, NOT_CHOSEN),
+    "null": ({"reward_name": None}, NOT_CHOSEN),
+}
+
+
+@pytest.mark.parametrize(("inputs", "words"), NO_NAME.values(), ids=NO_NAME)
+def test_no_reward_file_at_all(bench, inputs, words):
+    """As the page may ask for it where there is none to choose."""
+    graph = Graph()
+    graph.add("loaded", "RewardGuidanceLoadReward", **inputs)
+    graph.add("show", "PreviewAny", source=["loaded", 0])
+    assert words in bench.client.run(graph.prompt).error
+
+
+def test_what_lies_beside_a_reward_file_is_read_again_when_it_changes(bench, models):
+    file = models / "reward_models" / "tiny_clip_folder" / "config.json"
+    before = file.read_text()
+    shown = [bench.run(scored(loaded(FILES[1]))).outputs["loaded"]["text"]]
+    try:
+        for activation in ("quick_gelu", "gelu"):
+            config = json.loads(before)
+            config["vision_config"]["hidden_act"] = activation
+            time.sleep(0.01)
+            file.write_text(json.dumps(config))
+            shown.append(bench.run(scored(loaded(FILES[1]))).outputs["loaded"].get("text"))
+    finally:
+        file.write_text(before)
+    assert shown[1:] == [["used as CLIP score, with QuickGELU"], ["used as CLIP score, with GELU"]]
+
+
+def test_a_name_from_another_node_is_remembered(bench, models):
+    graph = Graph()
+    graph.add("name", "ProbeName", name=FILES[0])
+    graph.add("loaded", "RewardGuidanceLoadReward", reward_name=["name", 0])
+    graph.add("score", "RewardGuidanceScoreImages", images=pictures(graph, 0x000000), reward=["loaded", 0], prompt=PROMPT)
+    assert "loaded" in bench.run(graph.prompt).node_seconds
+    assert set(bench.run(graph.prompt).node_seconds) == set()
+
+
 def redness(graph):
     return graph.add("redness", "RednessReward")
 

@@ -116,9 +116,25 @@ class ProbeList(io.ComfyNode):
         return io.NodeOutput([first, second])
 
 
+class ProbeName(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ProbeName",
+            category="probe",
+            description="A name that can be connected wherever one is chosen.",
+            inputs=[io.String.Input("name")],
+            outputs=[io.AnyType.Output()],
+        )
+
+    @classmethod
+    def execute(cls, name: str) -> io.NodeOutput:
+        return io.NodeOutput(name)
+
+
 class Probe(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ProbeModelCalls, ProbeBrokenReward, ProbeNumbers, ProbeEmptyBatch, ProbeList]
+        return [ProbeModelCalls, ProbeBrokenReward, ProbeNumbers, ProbeEmptyBatch, ProbeList, ProbeName]
 
 
 async def comfy_entrypoint() -> Probe:
