@@ -315,7 +315,7 @@ def _score_parts(images: Tensor, loaded: LoadedReward, prompt: str) -> list[tupl
     """The same, a few pictures at a time."""
     if len(images) == 0:
         raise GuidanceError("There is no picture to score: the batch is empty.")
-    chunk = max(1, min(MOST_PICTURES, MOST_PIXELS // images[0, ..., 0].numel()))
+    chunk = max(1, min(MOST_PICTURES, MOST_PIXELS // max(1, images[0, ..., 0].numel())))
     comfy.model_management.load_models_gpu(list(loaded.patchers), memory_required=chunk * loaded.reward.activation_bytes)
     device = comfy.model_management.get_torch_device()
     with torch.inference_mode(False), torch.no_grad(), normal_weights(loaded.reward):
