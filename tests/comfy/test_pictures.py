@@ -85,6 +85,15 @@ def test_what_is_no_reward_is_not_managed(thing):
         manage_reward(thing)
 
 
+def test_a_reward_is_frozen_in_evaluation_mode():
+    """As modules are made, the score of a picture would depend on the others of its batch."""
+    reward = Counting()
+    reward.norm = torch.nn.BatchNorm2d(3)
+    manage_reward(reward)
+    assert not any(module.training for module in reward.modules())
+    assert not any(parameter.requires_grad for parameter in reward.parameters())
+
+
 @pytest.mark.parametrize("spread", [0.0, -1.0, torch.inf, torch.nan])
 def test_a_spread_that_is_none_is_refused(spread):
     reward = Counting()
