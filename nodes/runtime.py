@@ -187,8 +187,9 @@ class LatentReward:
         self.patchers = [*loaded.patchers, *map(manage, decoder.modules)]
 
     def __call__(self, latents: Tensor) -> Tensor:
-        if latents.requires_grad and not self.loaded.reward.differentiable:
-            raise GuidanceError(f"{self.loaded.reward.name} has no gradient to guide by. Use it to choose among pictures, or guide by another reward.")
+        reward = self.loaded.reward
+        if latents.requires_grad and not reward.differentiable:
+            raise GuidanceError(f"{reward.name} has no gradient to guide by. Use it to choose among pictures, or guide by another reward.")
         # An estimator that takes the gradient looks at the end of its step whether all is finite.
         return self.score(latents, [self.prompt], judge if latents.requires_grad else evaluate)
 
