@@ -24,7 +24,9 @@ def at_least(scores: Tensor, threshold: float) -> list[int]:
     """Indices of the scores (N,) that reach the threshold, best first. Raises GuidanceError if none does."""
     chosen = [i for i in _ranked(scores) if scores[i] >= threshold]
     if not chosen:
-        raise GuidanceError(f"No score reaches the threshold of {threshold:g}; the best is {scores.max():g}. Lower the threshold.")
+        highest = scores.max().double()
+        reached = (highest * 100).floor() / 100
+        raise GuidanceError(f"No score reaches the threshold of {threshold:g}; the best is {highest:g}. Lower the threshold to {reached:.2f}.")
     return chosen
 
 

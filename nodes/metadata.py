@@ -9,9 +9,13 @@ METADATA = "reward_guidance"
 
 
 def note(hidden, entry: dict) -> None:
-    """ComfyUI hands the same dictionary to every node of a run, and those that save pictures write all of it."""
+    """ComfyUI hands the same dictionary to every node of a run, and those that save pictures write all of it: after the whole list where a
+    node runs for each batch of one. The entries of several batches are therefore a list too."""
     if hidden.extra_pnginfo is not None:
-        hidden.extra_pnginfo.setdefault(METADATA, {})[hidden.unique_id] = entry
+        entries = hidden.extra_pnginfo.setdefault(METADATA, {})
+        before = entries.get(hidden.unique_id, [])
+        together = [*(before if isinstance(before, list) else [before]), entry]
+        entries[hidden.unique_id] = together if before else entry
 
 
 def takers(hidden, outputs: Sequence[int]) -> str:

@@ -37,6 +37,8 @@ CATEGORY = "reward guidance/rewards"
 IMAGE_TOWERS, TEXT_TOWERS = "clip_vision", "text_encoders"
 AUTO = "auto"
 DTYPES = {AUTO: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPANIONS = "config.json", "open_clip_config.json", "vocab.txt", "tokenizer.json"
+"""What may lie beside a reward's file and is read with it."""
 MOST_PICTURES, MOST_PIXELS = 8, 2**24
 """Of pictures scored at once."""
 
@@ -53,7 +55,9 @@ def reward_names() -> list[str]:
     return [*folder_paths.get_filename_list(FOLDER), *(f"{IMAGE_TOWERS}/{name}" for name in folder_paths.get_filename_list(IMAGE_TOWERS))]
 
 
-def reward_path(name: str) -> str:
+def reward_path(name: str | None) -> str:
+    if not name:
+        raise GuidanceError(f"No reward file is chosen: put one into {folder_paths.get_folder_paths(FOLDER)[0]}, press R, and choose it.")
     tower = name.removeprefix(f"{IMAGE_TOWERS}/")
     path = folder_paths.get_full_path(FOLDER, name) or (folder_paths.get_full_path(IMAGE_TOWERS, tower) if tower != name else None)
     if path is None:
@@ -139,16 +143,21 @@ class LoadReward(io.ComfyNode):
         return io.NodeOutput(manage_reward(reward), ui=ui.PreviewText(f"used as {reward.description}"))
 
     @classmethod
-    def validate_inputs(cls, reward_name: str | None) -> bool | str:
-        """In place of ComfyUI's own message, which could not say where a missing file is to be had. None: it comes from another node."""
+    def validate_inputs(cls, reward_name: str | None = "") -> bool | str:
+        """In place of ComfyUI's own message, which could not say where a missing file is to be had. None: it comes from another node. Where
+        there is no file to choose from, there may be no name at all."""
         try:
             return reward_name is None or bool(reward_path(reward_name))
         except GuidanceError as error:
             return str(error)
 
     @classmethod
-    def fingerprint_inputs(cls, reward_name: str, **choices: str) -> float:
-        return os.path.getmtime(reward_path(reward_name))
+    def fingerprint_inputs(cls, reward_name: str | None, image_tower: str | None = AUTO, text_tower: str | None = AUTO, **choices) -> list[float]:
+        """When the files that are known from the choices were written. None: the choice comes from another node."""
+        towers = [_file(kind, name) for kind, name in ((IMAGE_TOWERS, image_tower), (TEXT_TOWERS, text_tower)) if name is not None]
+        file = Path(reward_path(reward_name)) if reward_name else None
+        beside = [file, *(file.with_name(name) for name in COMPANIONS)] if file else []
+        return [path.stat().st_mtime for path in (*beside, *towers) if path and path.is_file()]
 
 
 def _folders(kind: str) -> tuple[Path, ...]:
@@ -306,7 +315,7 @@ def _score_parts(images: Tensor, loaded: LoadedReward, prompt: str) -> list[tupl
     """The same, a few pictures at a time."""
     if len(images) == 0:
         raise GuidanceError("There is no picture to score: the batch is empty.")
-    chunk = max(1, min(MOST_PICTURES, MOST_PIXELS // images[0, ..., 0].numel()))
+    chunk = max(1, min(MOST_PICTURES, MOST_PIXELS // max(1, images[0, ..., 0].numel())))
     comfy.model_management.load_models_gpu(list(loaded.patchers), memory_required=chunk * loaded.reward.activation_bytes)
     device = comfy.model_management.get_torch_device()
     with torch.inference_mode(False), torch.no_grad(), normal_weights(loaded.reward):

@@ -83,10 +83,12 @@ class LoadedReward:
 
 
 def manage_reward(reward: Reward) -> LoadedReward:
-    """Manage a reward's weights, and let interrupts stop it between layers."""
+    """Freeze a reward in evaluation mode, manage its weights, and let interrupts stop it between layers."""
     if not isinstance(reward, Reward):
         raise GuidanceError(f"manage_reward takes a Reward, not {shorten(repr(reward), 90)}; derive a class from Reward and give it an object of it.")
-    for module in reward.modules():
+    if not 0 < reward.reference_std < math.inf:
+        raise GuidanceError(f"{reward.name} has a reference_std of {reward.reference_std}; it must be the typical spread of its scores, above 0.")
+    for module in reward.eval().requires_grad_(False).modules():
         module.register_forward_pre_hook(_stop_if_interrupted)
     return LoadedReward(reward, (manage(reward),) if any(True for _ in chain(reward.parameters(), reward.buffers())) else ())
 
@@ -185,6 +187,9 @@ class LatentReward:
         self.patchers = [*loaded.patchers, *map(manage, decoder.modules)]
 
     def __call__(self, latents: Tensor) -> Tensor:
+        reward = self.loaded.reward
+        if latents.requires_grad and not reward.differentiable:
+            raise GuidanceError(f"{reward.name} has no gradient to guide by. Use it to choose among pictures, or guide by another reward.")
         # An estimator that takes the gradient looks at the end of its step whether all is finite.
         return self.score(latents, [self.prompt], judge if latents.requires_grad else evaluate)
 

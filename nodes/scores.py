@@ -51,8 +51,8 @@ class ScoreImages(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="The scores as a table."),
                 io.Image.Output(
                     display_name="images",
-                    tooltip="The same pictures. Save these, and the scores are written into the PNG files as well, as 'reward_guidance'; "
-                    "%batch_num% in the name of the file tells which of them is its own.",
+                    tooltip="The same pictures. Save these, and the scores are written into the PNG files as well, as 'reward_guidance'. "
+                    "The help page says how the name of a file tells which of them is its own.",
                 ),
                 io.Image.Output(display_name="annotated", tooltip="The pictures with their scores written below."),
             ],

@@ -108,11 +108,13 @@ class SelectBest(io.ComfyNode):
         latent = joined(latents) if latents else None
         batches = images
         if batches is None and latent is not None and vae is not None:
+            require_its_vae(vae[0], latent["samples"])
             batches = [decode(vae[0], latent["samples"])]
         clips = None if batches is None else torch.cat(alike(batches))
         values = scored(batches, reward, prompt) if scores is None else as_numbers(scores)
         counts = {"scores": values, "pictures": clips, "latents": None if latent is None else latent["samples"]}
-        require_one_each({name: len(each) for name, each in counts.items() if each is not None})
+        videos = latent is not None and latent["samples"].ndim == 5
+        require_one_each({name: len(each) for name, each in counts.items() if each is not None}, videos)
         chosen = best(values, keep[0]) if choose[0] == "best" else at_least(values, threshold[0])
         kept = None if latent is None else rows(latent, chosen)
         seeds = (kept or {}).get(SEEDS, [UNKNOWN_SEED] * len(chosen))
@@ -164,10 +166,19 @@ def alike(batches: list[Tensor]) -> list[Tensor]:
     return batches
 
 
-def require_one_each(counts: dict[str, int]) -> None:
+def require_its_vae(vae, latents: Tensor) -> None:
+    if vae.latent_channels != latents.shape[1]:
+        raise GuidanceError(
+            f"The connected VAE decodes {vae.latent_channels} latent channels, but the latents have {latents.shape[1]}. "
+            "Connect the VAE of the model that made them."
+        )
+
+
+def require_one_each(counts: dict[str, int], videos: bool) -> None:
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{count} {name}" for name, count in counts.items())
-        raise GuidanceError(f"Select Best got {found}; it needs one of each for every candidate.")
+        advice = " Of videos, connect the vae in place of the images." if videos and "pictures" in counts else ""
+        raise GuidanceError(f"Select Best got {found}; it needs one of each for every candidate.{advice}")
 
 
 def nothing_for(output: str) -> ExecutionBlocker:

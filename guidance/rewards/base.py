@@ -23,7 +23,7 @@ class Reward(nn.Module):
     forward(pixels, prompts): pixels (B,3,H,W) in [0,1] of any size, one prompt per picture -> raw scores (B,).
     Values a little outside [0,1], as a decoder makes them, are scored too, never clamped: a clamp has no gradient.
     A differentiable reward has a useful gradient with respect to pixels (resize on tensors, never round).
-    Weights are frozen (`requires_grad_(False)`) and the module is in evaluation mode; whoever loads it moves it between devices.
+    Whoever loads it freezes it (`requires_grad_(False)`), puts it into evaluation mode and moves it between devices.
     """
 
     name = "reward"

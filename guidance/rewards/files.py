@@ -1,6 +1,7 @@
 """Weights files: read without running any code in them, and found by the shapes they hold."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -82,8 +83,20 @@ def read(path: str | Path) -> Weights:
 
 def find(folders: Iterable[Path], fits: Callable[[Path, Shapes], bool]) -> Path | None:
     """The first file below the folders that fits, by its name and shapes."""
-    files = (file for folder in dict.fromkeys(folders) for file in sorted(folder.rglob("*")))
+    files = (file for folder in dict.fromkeys(folders) for file in _below(folder))
     return next((file for file in files if file.suffix.lower() in _SUFFIXES and file.is_file() and fits(file, shapes(file))), None)
+
+
+def _below(folder: Path) -> list[Path]:
+    """The files below a folder, also in folders that are linked, as people share models; of links that lead round, each folder once."""
+    files, seen = list[Path](), set[str]()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [Path(place, name) for name in names]
+    return sorted(files)
 
 
 def shapes(file: Path) -> Shapes:

@@ -150,6 +150,7 @@ BROKEN = {
     "one number for all": "returned scores of shape (); it must return one number for each of 1 pictures",
     "a number for each pixel": "returned scores of shape (1, 3)",
     "no gradient": "This reward has no gradient to guide by",
+    "not differentiable": "brightness has no gradient to guide by",
     "steep": "The reward's gradient is not a finite number",
 }
 

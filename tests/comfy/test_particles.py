@@ -1,6 +1,7 @@
 """Noise of each candidate's own and particles inside ComfyUI's samplers, on models whose answers are known."""
 
 import inspect
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from reward_guidance.nodes import selection
 from reward_guidance.nodes.particles import SAMPLERS, FirstAnswered, ParticleSampler, Swarm
 from reward_guidance.nodes.runtime import LoadedReward, RewardBeside, RewardGuidance, as_many_as_fit
 from reward_guidance.nodes.sampling import SEEDS, Sampling, joined, rows, sampled
+from reward_guidance.tests.harness.environment import CHECKOUT
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
 
@@ -200,6 +202,13 @@ def can_be_cut(name):
 def test_particles_are_offered_the_samplers_that_can_be_cut():
     draws_overlap = {"dpmpp_sde", "dpmpp_sde_gpu"}
     assert {name for name in comfy.samplers.KSampler.SAMPLERS if can_be_cut(name)} == set(SAMPLERS) | draws_overlap
+
+
+def test_the_shipped_workflow_names_samplers_that_particles_take():
+    advice = re.search("The sampler must add noise.*?[.]", (CHECKOUT / "workflows" / "particles_sd35.json").read_text())[0]
+    named = {word for word in re.findall(r"\w+", advice) if word in comfy.samplers.KSampler.SAMPLERS}
+    assert named
+    assert named <= set(SAMPLERS)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -32,6 +32,12 @@ def test_an_empty_batch_is_refused():
         score_images(torch.zeros(0, 8, 8, 3), LoadedReward(ImageStatistic("brightness")), "")
 
 
+@pytest.mark.parametrize("size", [(0, 8), (8, 0)])
+def test_pictures_without_a_pixel_are_refused(size):
+    with pytest.raises(GuidanceError, match="brightness scores pictures of shape"):
+        score_images(torch.zeros(2, *size, 3), LoadedReward(ImageStatistic("brightness")), "")
+
+
 class Counting(Reward):
     """Mean brightness; remembers how many pictures came at once."""
 
@@ -77,6 +83,23 @@ def test_a_reward_is_managed_for_whatever_tensors_it_has(persistent):
 def test_what_is_no_reward_is_not_managed(thing):
     with pytest.raises(GuidanceError, match="manage_reward takes a Reward, not .*; derive a class from Reward"):
         manage_reward(thing)
+
+
+def test_a_reward_is_frozen_in_evaluation_mode():
+    """As modules are made, the score of a picture would depend on the others of its batch."""
+    reward = Counting()
+    reward.norm = torch.nn.BatchNorm2d(3)
+    manage_reward(reward)
+    assert not any(module.training for module in reward.modules())
+    assert not any(parameter.requires_grad for parameter in reward.parameters())
+
+
+@pytest.mark.parametrize("spread", [0.0, -1.0, torch.inf, torch.nan])
+def test_a_spread_that_is_none_is_refused(spread):
+    reward = Counting()
+    reward.reference_std = spread
+    with pytest.raises(GuidanceError, match=f"reward has a reference_std of {spread}; it must be"):
+        manage_reward(reward)
 
 
 def test_parts_are_scored_once():

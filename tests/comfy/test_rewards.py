@@ -3,12 +3,15 @@
 import io
 import itertools
 import json
+import re
+import time
 from urllib.parse import urlencode
 
 import pytest
 import torch
 from PIL import Image
 from reward_guidance.guidance.rewards import evaluate, load_reward
+from reward_guidance.tests.harness import environment
 from reward_guidance.tests.harness.graphs import Graph
 from reward_guidance.tests.harness.guided import latents, mean_reward, one_box, statistic
 from reward_guidance.tests.standins import rewards as standins
@@ -192,6 +195,38 @@ def test_chosen_pictures_have_their_own_scores_whatever_is_chosen(bench):
                 assert own.get("reward") == (None if "scores" in by else "brightness")
 
 
+HELP = environment.CHECKOUT / "nodes" / "web" / "docs"
+
+
+@pytest.mark.parametrize("page", [f"RewardGuidance{node}{end}.md" for node in ("ScoreImages", "SelectBest") for end in ("", "/zh")])
+def test_the_name_that_tells_a_pictures_own_scores_overwrites_nothing(bench, page):
+    """With %batch_num% in a name, ComfyUI always counts from 1."""
+    name = max(re.findall("`(%[^`]+)`", (HELP / page).read_text(encoding="utf-8")), key=len)
+    graph, files = Graph(), []
+    graph.add("score", "RewardGuidanceScoreImages", images=pictures(graph, 0x202020, 0xF0F0F0), reward=statistic()(graph), prompt="")
+    for run in range(2):
+        time.sleep(1)  # the time is in the name
+        graph.add("save", "SaveImage", images=["score", 3], filename_prefix=name)
+        graph.add("reward", "RewardGuidanceImageStatistic", statistic=["brightness", "contrast"][run])
+        files += [file["filename"] for file in bench.run(graph.prompt, extra_pnginfo=WORKFLOW).outputs["save"]["images"]]
+    assert len(set(files)) == 4
+    assert [file.split("_")[2] for file in files] == ["0", "1"] * 2
+
+
+def test_every_batch_of_a_list_has_its_own_scores_in_its_files(bench):
+    graph, shades = Graph(), {"short": (0x404040,), "long": (0x202020, 0xF0F0F0)}
+    for name, colours in shades.items():
+        each = [graph.add(f"{name}_{i}", "EmptyImage", width=32, height=32, batch_size=1, color=colour) for i, colour in enumerate(colours)]
+        graph.add(name, "ImageBatch", image1=each[0], image2=each[-1])
+    graph.add("list", "ProbeList", first=["short", 0], second=["long", 0])
+    graph.add("score", "RewardGuidanceScoreImages", images=["list", 0], reward=statistic("brightness")(graph), prompt="")
+    graph.add("save", "SaveImage", images=["score", 3], filename_prefix=f"list_{next(SEEDS)}")
+    files = bench.run(graph.prompt, extra_pnginfo=WORKFLOW).outputs["save"]["images"]
+    for file in files:
+        said = [score for entry in entries(bench, file)["score"] for score in entry["scores"]]
+        assert said == pytest.approx([opened(bench, each).getpixel((0, 0))[0] / 255 for each in files], abs=0.01)
+
+
 def test_a_prompt_from_a_program_has_no_place_for_scores_in_its_pictures(bench, models):
     result = bench.run(scored(statistic("brightness")))
     assert set(opened(bench, result.outputs["save"]["images"][0]).text) == {"prompt"}
@@ -274,6 +309,48 @@ def test_a_missing_reward_file_is_asked_for(bench, models, name, words):
         assert FILES[0] in refused.error
     else:
         assert refused.error.endswith(f", saved as {name.removeprefix('clip_vision/')}; then press R.)")
+
+
+NOT_CHOSEN = "No reward file is chosen: put one into "
+NO_NAME = {
+    "missing": ({}, "Required input is missing (reward_name)"),
+    "empty": ({"reward_name": ""}, NOT_CHOSEN),
+    "null": ({"reward_name": None}, NOT_CHOSEN),
+}
+
+
+@pytest.mark.parametrize(("inputs", "words"), NO_NAME.values(), ids=NO_NAME)
+def test_no_reward_file_at_all(bench, inputs, words):
+    """As the page may ask for it where there is none to choose."""
+    graph = Graph()
+    graph.add("loaded", "RewardGuidanceLoadReward", **inputs)
+    graph.add("show", "PreviewAny", source=["loaded", 0])
+    assert words in bench.client.run(graph.prompt).error
+
+
+def test_what_lies_beside_a_reward_file_is_read_again_when_it_changes(bench, models):
+    file = models / "reward_models" / "tiny_clip_folder" / "config.json"
+    before = file.read_text()
+    shown = [bench.run(scored(loaded(FILES[1]))).outputs["loaded"]["text"]]
+    try:
+        for activation in ("quick_gelu", "gelu"):
+            config = json.loads(before)
+            config["vision_config"]["hidden_act"] = activation
+            time.sleep(0.01)
+            file.write_text(json.dumps(config))
+            shown.append(bench.run(scored(loaded(FILES[1]))).outputs["loaded"].get("text"))
+    finally:
+        file.write_text(before)
+    assert shown[1:] == [["used as CLIP score, with QuickGELU"], ["used as CLIP score, with GELU"]]
+
+
+def test_a_name_from_another_node_is_remembered(bench, models):
+    graph = Graph()
+    graph.add("name", "ProbeName", name=FILES[0])
+    graph.add("loaded", "RewardGuidanceLoadReward", reward_name=["name", 0])
+    graph.add("score", "RewardGuidanceScoreImages", images=pictures(graph, 0x000000), reward=["loaded", 0], prompt=PROMPT)
+    assert "loaded" in bench.run(graph.prompt).node_seconds
+    assert set(bench.run(graph.prompt).node_seconds) == set()
 
 
 def redness(graph):

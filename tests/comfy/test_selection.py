@@ -543,6 +543,22 @@ def test_counts_that_do_not_match(refused):
     refused(selecting(lambda graph: build(graph, 3, "1, 2")), "Select Best got 2 scores, 3 pictures, 3 latents")
 
 
+def test_frames_beside_the_latents_of_videos(refused):
+    def build(graph):
+        graph.add("latent", "EmptyHunyuanLatentVideo", width=64, height=64, length=5, batch_size=2)
+        return {"images": pictures(graph), "latents": ["latent", 0], "reward": statistic()(graph)}
+
+    refused(selecting(build), "3 pictures, 2 latents; it needs one of each for every candidate. Of videos, connect the vae in place of the images")
+
+
+def test_latents_beside_a_vae_of_another_family(refused):
+    def build(graph):
+        graph.add("latent", "EmptyLatentImage", width=64, height=64, batch_size=2)
+        return {"latents": ["latent", 0], "vae": graph.add("other", "VAELoader", vae_name="ae.safetensors"), "reward": statistic()(graph)}
+
+    refused(selecting(build), "decodes 16 latent channels, but the latents have 4. Connect the VAE of the model that made them")
+
+
 def test_an_output_without_an_input(refused):
     prompt = selecting(lambda graph: {"images": pictures(graph), "reward": statistic()(graph)})
     prompt["kept"] = {"class_type": "SaveLatent", "inputs": {"samples": ["select", 1], "filename_prefix": "latents/kept"}}

@@ -199,6 +199,14 @@ def test_ranking_puts_copies_last():
     assert ranked(rows, scores) == [3, 2, 0, 1]
 
 
+@pytest.mark.parametrize("highest", [0.8220399618, 0.8999999, -0.0001, 0.82, 1234567.8])
+def test_the_threshold_that_is_advised_is_reached(highest):
+    """Of a score that rounds up, too."""
+    with pytest.raises(GuidanceError, match="Lower the threshold") as refused:
+        at_least(torch.tensor([highest]), 1e9)
+    assert at_least(torch.tensor([highest]), float(str(refused.value).removesuffix(".").split()[-1])) == [0]
+
+
 def test_best_and_at_least():
     scores = torch.tensor([1.0, 3, -INF, 3, 2])
     assert best(scores, 1) == [1]
@@ -207,6 +215,8 @@ def test_best_and_at_least():
     assert at_least(scores, 2) == [1, 3, 4]
     with pytest.raises(GuidanceError, match="No score reaches the threshold of 4; the best is 3"):
         at_least(scores, 4)
+    with pytest.raises(GuidanceError, match="Lower the threshold to -inf"):
+        at_least(torch.tensor([-INF]), 0)
     for broken, keep, words in ((scores, 0, "At least 1"), (torch.empty(0), 1, "empty"), (torch.tensor([0.0, math.nan]), 1, "Score 1 is not")):
         with pytest.raises(GuidanceError, match=words):
             best(broken, keep)

@@ -33,6 +33,17 @@ def test_the_tower_is_found_beside_the_head_in_a_folder_or_named(files):
     assert score(found) == score(named) == score(beside)
 
 
+def test_the_tower_is_found_in_a_folder_that_is_linked(files, tmp_path):
+    """As ComfyUI lists it; links that lead round are no trouble."""
+    head_file, tower = files
+    shared = tmp_path / "models" / "clip_vision" / "shared"
+    shared.parent.mkdir(parents=True)
+    shared.symlink_to(tower.parent, target_is_directory=True)
+    (tower.parent / "round").symlink_to(shared.parent, target_is_directory=True)
+    found = load_reward(head_file, LoadOptions(image_folders=(shared.parent,)))
+    assert score(found) == score(load_reward(head_file, LoadOptions(image_tower=tower)))
+
+
 def test_the_tower_may_be_a_checkpoint_or_a_folder(files, tmp_path):
     head_file, tower = files
     expected = score(load_reward(head_file, LoadOptions(image_tower=tower)))

@@ -45,6 +45,7 @@ BREAKAGES = {
     "a number for each pixel": lambda scores: scores[:, None].expand(-1, 3),
     "a list": lambda scores: scores.tolist(),
     "no gradient": lambda scores: scores.detach(),
+    "not differentiable": lambda scores: scores,
     "flat": lambda scores: scores * 0,
     "steep": lambda scores: (scores - scores.detach()).sqrt(),
 }
@@ -64,6 +65,7 @@ class ProbeBrokenReward(io.ComfyNode):
     @classmethod
     def execute(cls, reward, breakage: str) -> io.NodeOutput:
         broken, whole = copy.copy(reward.reward), reward.reward
+        broken.differentiable = breakage != "not differentiable"
         broken.forward = lambda pixels, prompts: BREAKAGES[breakage](whole(pixels, prompts))
         return io.NodeOutput(dataclasses.replace(reward, reward=broken))
 
@@ -116,9 +118,25 @@ class ProbeList(io.ComfyNode):
         return io.NodeOutput([first, second])
 
 
+class ProbeName(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ProbeName",
+            category="probe",
+            description="A name that can be connected wherever one is chosen.",
+            inputs=[io.String.Input("name")],
+            outputs=[io.AnyType.Output()],
+        )
+
+    @classmethod
+    def execute(cls, name: str) -> io.NodeOutput:
+        return io.NodeOutput(name)
+
+
 class Probe(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ProbeModelCalls, ProbeBrokenReward, ProbeNumbers, ProbeEmptyBatch, ProbeList]
+        return [ProbeModelCalls, ProbeBrokenReward, ProbeNumbers, ProbeEmptyBatch, ProbeList, ProbeName]
 
 
 async def comfy_entrypoint() -> Probe:
