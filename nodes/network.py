@@ -77,8 +77,9 @@ class LoadNetwork(io.ComfyNode):
         return io.NodeOutput(manage_network(network, card), card.describe(), ui=ui.PreviewText(card.describe()))
 
     @classmethod
-    def fingerprint_inputs(cls, network_name: str) -> float:
-        return os.path.getmtime(folder_paths.get_full_path_or_raise(FOLDER, network_name))
+    def fingerprint_inputs(cls, network_name: str | None) -> float:
+        """When the file was written. None: the name comes from another node."""
+        return os.path.getmtime(folder_paths.get_full_path_or_raise(FOLDER, network_name)) if network_name else 0.0
 
 
 class SaveNetwork(io.ComfyNode):

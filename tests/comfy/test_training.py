@@ -684,6 +684,15 @@ def test_names_that_lead_out_of_the_folder(refused, networks, name):
     refused(graph.prompt, "is not a name for a file in models/guidance_networks")
 
 
+def test_a_network_whose_name_comes_from_another_node_is_remembered(bench, networks):
+    graph = Graph()
+    graph.add("name", "ProbeName", name=networks("flux"))
+    graph.add("network", "RewardGuidanceLoadNetwork", network_name=["name", 0])
+    graph.add("show", "PreviewAny", source=["network", 1])
+    assert "network" in bench.run(graph.prompt).node_seconds
+    assert set(bench.run(graph.prompt).node_seconds) == set()
+
+
 @pytest.mark.parametrize(("content", "words"), [(b"", "not a safetensors file"), (None, "only half of one")], ids=["empty", "truncated"])
 def test_damaged_networks(refused, networks, network_folder, content, words):
     whole = (network_folder / networks("flux")).read_bytes()
