@@ -1,6 +1,7 @@
 """Nodes that sample from the reward-weighted distribution."""
 
 import logging
+import math
 from collections.abc import Callable
 
 import comfy.samplers
@@ -15,6 +16,8 @@ from .rewards import REWARD
 from .runtime import LatentReward, LoadedReward, RewardGuidance
 
 CATEGORY = "reward guidance"
+NO_TARGET = 100.0
+"""A score that no reward reaches."""
 
 
 def sampler_inputs(sampler_name: io.Input | None = None) -> list[io.Input]:
@@ -190,6 +193,16 @@ def tuning_inputs() -> list[io.Input]:
             **rare,
         ),
         *judging_inputs(),
+        io.Float.Input(
+            "target",
+            default=NO_TARGET,
+            min=-NO_TARGET,
+            max=NO_TARGET,
+            step=0.1,
+            tooltip="A score that is good enough, in units of the reward's usual spread: near it, the direction that led there is kept and fades "
+            "instead of being replaced at every step. 0.5 to 2, with strength 2; 100 is never content.",
+            **rare,
+        ),
     ]
 
 
@@ -210,6 +223,7 @@ def guide(hidden, model, reward: LoadedReward | None, prompt: str, strength: flo
             smoothing=Smoothing(tuning["smoothing"], tuning["radius"]),
             momentum=tuning["momentum"],
             cap=tuning["cap"],
+            target=math.inf if tuning["target"] == NO_TARGET else tuning["target"],
             every=tuning["every"],
         ),
         start=tuning["start_percent"],

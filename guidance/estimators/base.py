@@ -14,6 +14,8 @@ from .smoothing import Smoothing
 Denoiser = Callable[[Tensor], Tensor]
 """x (B,...) -> D(x, σ) (B,...) at the step's noise level."""
 
+FADING, FIRST = 0.15, 0.3
+"""Of a shift that reached its target: what is lost in a step; and the share of the very first that it gets."""
 LatentReward = Callable[[Tensor], Tensor]
 """Denoised latents (B,...) -> standardized rewards (B,), differentiable."""
 
@@ -28,6 +30,8 @@ class Settings:
     momentum: float = 0.5
     cap: float = 0.5
     """Largest RMS of the shift of x, in units of the noise; per sample."""
+    target: float = math.inf
+    """Standardized reward that is good enough: near it, the shift that led there is kept and fades instead of being replaced."""
     every: int = 1
     """Questions of the sampler from one reward gradient to the next; the last one is reused in between."""
     variance: float = 0.2
@@ -39,6 +43,8 @@ class Settings:
         for name in ("strength", "cap", "variance"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise GuidanceError(f"The {name} must be a number of at least 0, not {getattr(self, name)}.")
+        if math.isnan(self.target):
+            raise GuidanceError("The target must be a number, not nan; above every reward, it changes nothing.")
         if not 0 <= self.momentum < 1:
             raise GuidanceError(f"The momentum must be at least 0 and below 1, not {self.momentum}.")
         if self.every < 1:
@@ -66,10 +72,12 @@ class Estimator:
         self.gradient: Tensor | None = None
         self.judged = torch.empty(0)
         """The estimate (B,...) at which the last gradient was taken."""
-        self.rewards = torch.empty(0)
-        """Its rewards (B,), on the CPU."""
+        self.rewards = self.scores = torch.empty(0)
+        """Its rewards (B,), on the CPU; and where the estimate is."""
         self.told: Tensor | None = None
         """What a look at the reward told of the current step (B+1,): the rewards, and 1 if their gradient is finite."""
+        self.shift: Tensor | None = None
+        """That of x (B,...), in units of the noise; where there is a target."""
         self.calls = 0
         self.moved = False
         """Whether any answer was tilted yet."""
@@ -112,18 +120,35 @@ class Estimator:
             std = self.process.posterior_variance(sigma, self.settings.variance) ** 0.5
             offsets = self.settings.smoothing.offsets(denoised, std, self.generator)
             fresh, rewards = tilt_gradient(self.reward, denoised, offsets, self.settings.temperature)
+            self.scores = rewards
             self.told = torch.cat([rewards, fresh.isfinite().all().to(rewards).view(1)])
             self.judged = denoised
             self.gradient = fresh if self.gradient is None else torch.lerp(fresh, self.gradient, self.settings.momentum)
 
     def capped_gradient(self, sigma: float) -> Tensor:
-        """strength·g, limited so that the shift of x has at most `cap` times the noise's RMS."""
+        """strength·g, limited so that the shift of x has at most `cap` times the noise's RMS; near the target, that of before."""
         assert self.gradient is not None
         self.moved = True
+        unit = self.process.noise_std(sigma) / self.process.shift_gain(sigma)
         gradient = self.settings.strength * self.gradient
-        largest = self.settings.cap * self.process.noise_std(sigma) / self.process.shift_gain(sigma)
         rms = gradient.flatten(1).pow(2).mean(1).sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)
-        return gradient * (largest / rms).clamp_max(1).view(-1, *[1] * (gradient.ndim - 1))
+        capped = gradient * per_sample((self.settings.cap * unit / rms).clamp_max(1), gradient)
+        return capped if self.settings.target == math.inf else unit * self.settled(capped / unit)
+
+    def settled(self, shift: Tensor) -> Tensor:
+        """The shift of before, so far as what it led to comes near the target, and a new one (B,...) for the rest; in units of the noise.
+
+        A reward's gradient at a picture that it likes has nothing more to say, but is as long as the cap lets it be.
+        """
+        missing = per_sample((self.settings.target - self.scores).clamp(0, 1), shift)
+        kept = FIRST * shift if self.shift is None else (1 - FADING * (1 - missing)) * self.shift
+        self.shift = torch.lerp(kept, shift, missing)
+        return self.shift
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B,1,...)"""
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def tilt_gradient(reward: LatentReward, denoised: Tensor, offsets: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
@@ -131,7 +156,7 @@ def tilt_gradient(reward: LatentReward, denoised: Tensor, offsets: list[Tensor],
     scores, gradients = zip(*[reward_gradient(reward, denoised + offset) for offset in offsets], strict=True)
     logits = torch.stack(scores) / temperature
     weights = logits.softmax(0)
-    gradient = sum(w.view(-1, *[1] * (denoised.ndim - 1)) * g for w, g in zip(weights, gradients, strict=True)) / temperature
+    gradient = sum(per_sample(w, g) * g for w, g in zip(weights, gradients, strict=True)) / temperature
     value = temperature * (logits.logsumexp(0) - math.log(len(offsets)))
     return gradient, value
 

@@ -127,6 +127,28 @@ def test_cap_bounds_the_shift_of_each_sample(process, sigma):
     assert rms[0] == pytest.approx(1e-6 * process.shift_gain(sigma))
 
 
+def shifts(rewards, count, **settings):
+    """What x is moved by in units of the noise (count,B), for constant slopes of 1 and rewards (B,) whatever the estimate."""
+    moved, level = [], torch.tensor(rewards, dtype=torch.float64)
+    one = estimator("shift", Flow(), lambda point: level + (point - point.detach()).sum(1), **settings)
+    x = torch.zeros(len(rewards), 3, dtype=torch.float64)
+    for _ in range(count + 1):
+        one(lambda point: moved.append((point - x)[:, 0] / 0.5) or point, x, 0.5)
+    return torch.stack(moved[1:])
+
+
+def test_a_target_that_is_far_changes_nothing():
+    rewards = [-3.0, 0.0]
+    assert torch.equal(shifts(rewards, 4), shifts(rewards, 4, target=5.0))
+
+
+def test_a_shift_that_reached_its_target_fades():
+    missed, half, reached = shifts([-1.0, 0.3, 2.0], 6, target=0.8).unbind(1)
+    assert torch.allclose(missed, missed[0].expand(6))
+    assert torch.allclose(reached, 0.3 * missed * 0.85 ** torch.arange(6))
+    assert (missed > half).all() and (half > reached).all()
+
+
 def test_every_reuses_and_momentum_blends_gradients():
     calls = []
 
@@ -193,6 +215,7 @@ NONSENSE = {
     "cap": (-1.0, NAN, INFINITY),
     "strength": (-1.0, NAN, INFINITY),
     "variance": (-1.0, NAN),
+    "target": (NAN,),
 }
 
 
