@@ -236,7 +236,7 @@ HEADER = "| setting | model calls per step | reward | held-out | oracle | energy
 
 ESTIMATORS = (
     Setting("`shift`"),
-    Setting("`shift`, target 0.8, strength 2", strength=2.0, options={"momentum": 0.0, "target": 0.8}),
+    Setting("`shift`, target 0.8, strength 3", strength=3.0, options={"momentum": 0.0, "target": 0.8}),
     Setting("`shift`, 4 points, strength 2", strength=2.0, samples=4),
     Setting("`shift_two_pass`", "shift_two_pass"),
     Setting("`denoised`", "denoised"),
