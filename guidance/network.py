@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import GuidanceError
-from .process import Process
+from .process import Process, column
 
 
 @dataclass(frozen=True)
@@ -312,8 +312,3 @@ FORMS: dict[str, Form] = {
     "noise": NoiseCorrection(),
     "leap": Leap(),
 }
-
-
-def column(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B,1,...) that broadcasts against `like`."""
-    return values.view(-1, *[1] * (like.ndim - 1))

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .network import FORMS, Text, column
-from .process import Spherical
+from .network import FORMS, Text
+from .process import Spherical, column
 from .randomness import generator
 from .samples import Rows, Texts
 from .training import Batch

@@ -238,3 +238,8 @@ class LogLinear(Schedule):
 
     def time(self, sigma):
         return math.log(sigma / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B,1,...) that broadcasts against `like`."""
+    return values.view(-1, *[1] * (like.ndim - 1))

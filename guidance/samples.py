@@ -26,8 +26,8 @@ from torch import Tensor
 from .errors import GuidanceError
 from .files import Base
 from .files import write as write_whole
-from .network import Text, column
-from .process import Process
+from .network import Text
+from .process import Process, column
 from .randomness import generator
 from .training import Batch
 

@@ -23,8 +23,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .errors import GuidanceError
 from .files import write
-from .network import FORMS, Architecture, Denoiser, GuidanceNetwork, Text, column
-from .process import Process
+from .network import FORMS, Architecture, Denoiser, GuidanceNetwork, Text
+from .process import Process, column
 from .randomness import generator
 
 log = logging.getLogger(__name__)

@@ -24,9 +24,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..guidance.errors import GuidanceError
 from ..guidance.estimators import ESTIMATORS, Estimator, Jacobian, NotFiniteError, Settings
 from ..guidance.files import Base, Card
-from ..guidance.network import FORMS, GuidanceNetwork, Text, column
+from ..guidance.network import FORMS, GuidanceNetwork, Text
 from ..guidance.prior import tilted_noise
-from ..guidance.process import Diffusion, Flow, Process
+from ..guidance.process import Diffusion, Flow, Process, column
 from ..guidance.randomness import generator
 from ..guidance.rewards import Reward, evaluate, judge, require_prompt
 from .decoders import Decoder

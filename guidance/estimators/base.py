@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GuidanceError
-from ..process import Process
+from ..process import Process, column
 from .smoothing import Smoothing
 
 Denoiser = Callable[[Tensor], Tensor]
@@ -132,7 +132,7 @@ class Estimator:
         unit = self.process.noise_std(sigma) / self.process.shift_gain(sigma)
         gradient = self.settings.strength * self.gradient
         rms = gradient.flatten(1).pow(2).mean(1).sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)
-        capped = gradient * per_sample((self.settings.cap * unit / rms).clamp_max(1), gradient)
+        capped = gradient * column((self.settings.cap * unit / rms).clamp_max(1), gradient)
         return capped if self.settings.target == math.inf else unit * self.settled(capped / unit)
 
     def settled(self, shift: Tensor) -> Tensor:
@@ -140,15 +140,10 @@ class Estimator:
 
         A reward's gradient at a picture that it likes has nothing more to say, but is as long as the cap lets it be.
         """
-        missing = per_sample((self.settings.target - self.scores).clamp(0, 1), shift)
+        missing = column((self.settings.target - self.scores).clamp(0, 1), shift)
         kept = FIRST * shift if self.shift is None else (1 - FADING * (1 - missing)) * self.shift
         self.shift = torch.lerp(kept, shift, missing)
         return self.shift
-
-
-def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B,1,...)"""
-    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def tilt_gradient(reward: LatentReward, denoised: Tensor, offsets: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
@@ -156,7 +151,7 @@ def tilt_gradient(reward: LatentReward, denoised: Tensor, offsets: list[Tensor],
     scores, gradients = zip(*[reward_gradient(reward, denoised + offset) for offset in offsets], strict=True)
     logits = torch.stack(scores) / temperature
     weights = logits.softmax(0)
-    gradient = sum(per_sample(w, g) * g for w, g in zip(weights, gradients, strict=True)) / temperature
+    gradient = sum(column(w, g) * g for w, g in zip(weights, gradients, strict=True)) / temperature
     value = temperature * (logits.logsumexp(0) - math.log(len(offsets)))
     return gradient, value
 

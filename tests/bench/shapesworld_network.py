@@ -107,11 +107,16 @@ def train(fitting: Fitting) -> None:
     print(f"{fitting.report()}\ntrained in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
 
 
-def learned(world_: World, work: Path, count: int = 2000, steps: int = 1500, temperature: float = 0.3) -> LoadedNetwork:
-    """A network from so many samples, of which it needs the latents and their scores alone."""
+def lesson(world_: World, work: Path, count: int = 2000, steps: int = 1500, temperature: float = 0.3) -> Fitting:
+    """A training on so many samples, of which it needs the latents and their scores alone."""
     collector = Collector.begin(world_, work, levels=1)
     collector.fill(count)
-    fitting = prepared(first(collector.collection.load(), count), "potential", temperature, steps, "small", fresh=True)
+    return prepared(first(collector.collection.load(), count), "potential", temperature, steps, "small", fresh=True)
+
+
+def learned(world_: World, work: Path, count: int, steps: int) -> LoadedNetwork:
+    """The network of a lesson."""
+    fitting = lesson(world_, work, count, steps)
     train(fitting)
     return manage_network(fitting.network(), fitting.card())
 

@@ -18,7 +18,7 @@ from bench import networks
 from bench.networks import LABELS, line, table
 from bench.ring import sample
 from bench.shapesworld import Bench, Pictures, World
-from bench.shapesworld_network import Collector, first, prepared
+from bench.shapesworld_network import lesson
 from comfy.model_patcher import ModelPatcher
 from harness.chart import draw_chart, in_rows
 from harness.environment import cache
@@ -30,8 +30,8 @@ from reward_guidance.tests.standins.ring import nearness, ring_reward, truth
 from torch import Tensor
 
 REWARDS = "reward", "held-out reward"
-LABELLED, STRENGTH = 2000, 4.0
-"""Of ShapesWorld, as selection.py has them."""
+STRENGTH = 4.0
+"""Of the network on ShapesWorld, as selection.py has it."""
 PICTURE = Path(__file__).parents[2] / "output" / "training_curve.png"
 
 
@@ -84,9 +84,7 @@ class Shapes(School):
     def __init__(self, steps: int, per_prompt: int, pool: int, work: Path):
         self.world = World(shapesworld(), cfg=1.0, steps=30, sampler="euler_ancestral")
         self.bench = Bench(self.world, per_prompt, pool, temperature=0.05, candidates=1)
-        collector = Collector.begin(self.world, work, levels=1)
-        collector.fill(LABELLED)
-        self.fitting = prepared(first(collector.collection.load(), LABELLED), "potential", 0.3, steps, "small", fresh=True)
+        self.fitting = lesson(self.world, work, steps=steps)
         self.training = self.fitting.training
 
     def unguided(self):

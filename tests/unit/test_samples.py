@@ -13,8 +13,8 @@ from reward_guidance.guidance import samples
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.files import Base
 from reward_guidance.guidance.fitting import overview
-from reward_guidance.guidance.network import Architecture, Text, column
-from reward_guidance.guidance.process import Flow
+from reward_guidance.guidance.network import Architecture, Text
+from reward_guidance.guidance.process import Flow, column
 from reward_guidance.guidance.rewards import CombinedReward, Reward
 from reward_guidance.guidance.samples import SHARD, Collection, Description, FreshPairs, Sample, StoredPairs, change
 from reward_guidance.guidance.training import Plan, Task, Training, fit, label
@@ -255,7 +255,7 @@ def test_what_is_not_asked_for_is_not_read(tmp_path):
 import resource, runpy, torch
 runpy.run_path({str(CHECKOUT / "tests" / "conftest.py")!r})
 from pathlib import Path
-from reward_guidance.guidance.process import Flow
+from reward_guidance.guidance.process import Flow, column
 from reward_guidance.guidance.samples import Collection, StoredPairs
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 loaded = Collection(Path({str(tmp_path)!r}), Collection.open(Path({str(tmp_path)!r})).description).load()
