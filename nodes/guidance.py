@@ -200,7 +200,7 @@ def tuning_inputs() -> list[io.Input]:
             max=NO_TARGET,
             step=0.1,
             tooltip="A score that is good enough, in units of the reward's usual spread: near it, the direction that led there is kept and fades "
-            "instead of being replaced at every step. 0.5 to 2, with strength 2; 100 is never content.",
+            "instead of being replaced at every step. 0.5 to 2, with strength 3 and momentum 0; 100 is never content.",
             **rare,
         ),
     ]
