@@ -36,7 +36,7 @@ from reward_guidance.guidance.rewards import evaluate
 from reward_guidance.guidance.samples import SHARD
 from reward_guidance.nodes.runtime import LoadedNetwork, NetworkGuidance, differentiable_model, manage_network
 from reward_guidance.tests.bench import passes
-from reward_guidance.tests.bench.shapesworld import SCORES, Bench, Pictures, World, energy_to_truth
+from reward_guidance.tests.bench.shapesworld import SCORES, Bench, Pictures, World, energy_to_truth, say
 from reward_guidance.tests.bench.shapesworld_network import Collector, beside, first, numbers, prepared
 from reward_guidance.tests.harness.environment import cache
 from reward_guidance.tests.harness.models import shapesworld
@@ -84,10 +84,6 @@ class Tally(Counter):
 
 def parts(world_: World) -> list[tuple[str, nn.Module]]:
     return [("model", world_.pipeline.model.model.diffusion_model), ("decoder", world_.pipeline.decoder), ("reward", world_.reward)]
-
-
-def say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)
 
 
 # --- judging

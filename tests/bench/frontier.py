@@ -1,12 +1,13 @@
-"""Everything that follows a reward without training, on one figure: what is reached, against what it costs.
+"""Everything that follows a reward, on one figure: what is reached, against what it costs.
 
 On ShapesWorld, as in shapesworld.py, on the ring of ring.py, and on a cloud of sixteen Gaussians in 64 dimensions of which the ring's reward
-sees two; with the samplers of those. Peers follow their papers (peers/), over a range of strengths; ours, smoothed and not, have the nodes'
-default settings, or on the mixtures those of ring.py and a range of caps. A method that keeps one of n samples keeps the one with the highest
-reward. Cost is in calls of the model for a picture, and in CPU time of sampling and choosing; judging is not counted. A call that is
-followed by a pass back through the model counts once. Prints markdown tables, writes output/frontier/frontier.json and frontier.png.
+sees two; with the samplers of those. Peers follow their papers (peers/), over a range of strengths. Ours have the nodes' default settings and
+others that shapesworld.py measures, or on the mixtures those of ring.py and a range of caps; and there is a guidance network of ours. A method
+that keeps one of n samples keeps the one with the highest reward. Cost is in calls of the model for a picture, and in CPU time of sampling and
+choosing; judging is not counted, and the network's labels and training are not: finetune.py counts them. A call that is followed by a pass back
+through the model counts once. Prints markdown tables, writes output/frontier/frontier.json and frontier.png.
 
-usage: OMP_NUM_THREADS=1 python tests/bench/frontier.py [MODELS_DIR] [--runs 2] [--only ring] [--methods shift,best]
+usage: OMP_NUM_THREADS=1 python tests/bench/frontier.py [MODELS_DIR] [--runs 2] [--only ring] [--methods shift,best] [--work DIR]
 """
 
 import argparse
@@ -26,7 +27,7 @@ from harness.inprocess import load_comfyui
 load_comfyui()
 
 import torch
-from bench import particles, ring
+from bench import networks, particles, ring
 from bench.cost.report import Report, Row
 from bench.peers.gradient_guidance import dps, flowchef
 from bench.peers.noise_optimisation import noise_optimisation
@@ -34,10 +35,13 @@ from bench.peers.problem import Problem
 from bench.selection import Contest
 from bench.shapesworld import SCORES, BatchReward, Bench, Pictures, World, with_error
 from comfy.model_patcher import ModelPatcher
+from harness import environment
 from harness.chart import draw_chart, in_rows
 from reward_guidance.guidance.estimators import Settings, Smoothing
 from reward_guidance.guidance.process import Flow
-from reward_guidance.nodes.runtime import RewardGuidance
+from reward_guidance.guidance.training import fit
+from reward_guidance.nodes.runtime import NetworkGuidance, RewardGuidance
+from reward_guidance.tests.bench.shapesworld_network import learned
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance
@@ -47,6 +51,9 @@ from torch import Tensor
 COSTS = ("model calls", "CPU ms")
 STRENGTHS = (0.1, 0.25, 0.5, 1.0, 2.0)
 ITERATIONS = (10, 25, 50)
+BACKWARD = {"jacobian": "every call", "denoised": "", "shift": ""}
+"""Of our estimators, which pass back through the model."""
+CAPS = (0.5, 2.0, 8.0)
 
 
 @dataclass(frozen=True)
@@ -88,12 +95,13 @@ class Arena(ABC):
     source: Source
     one_step: Source | None = None
 
-    caps: Sequence[float]
-    """Of our estimators."""
+    @abstractmethod
+    def estimators(self) -> Iterator[tuple[str, str, ModelPatcher]]:
+        """Each of our estimators, a setting of it, and the model guided so."""
 
     @abstractmethod
-    def guided(self, estimator: str, smoothing: int, cap: float) -> ModelPatcher:
-        """By our estimators."""
+    def learned(self) -> Iterator[tuple[str, str, ModelPatcher]]:
+        """The same of what uses a guidance network."""
 
     @abstractmethod
     def population(self, n: int, run: int) -> Tensor:
@@ -109,23 +117,33 @@ class Arena(ABC):
 
 
 class Shapes(Arena):
-    name, measures, caps = "ShapesWorld", SCORES | {"energy": "energy"}, (Settings.cap,)
+    name, measures = "ShapesWorld", SCORES | {"energy": "energy"}
 
-    def __init__(self, models: Path, per_prompt: int, pool: int, temperature: float, steps: int, runs: int):
+    def __init__(self, models: Path, per_prompt: int, pool: int, temperature: float, steps: int, runs: int, work: Path):
         world = World(models, cfg=1.0, steps=steps, sampler="euler_ancestral")
         self.bench = Bench(world, per_prompt, pool, temperature, candidates=0)
         self.runs, self.pictures = range(runs), per_prompt * len(world.prompts)
         self.source = self.of(world)
         self.one_step = self.of(World(models, cfg=1.0, steps=1, kind="one_step"))
-        self.contest = Contest(self.bench, runs)
+        self.contest, self.work = Contest(self.bench, runs), work
 
     def of(self, world: World) -> Source:
         per_prompt = self.bench.per_prompt
         return Source(world.pipeline.model, world.steps, BatchReward(world, per_prompt), lambda model, seed: world.sample(model, per_prompt, seed))
 
-    def guided(self, estimator: str, smoothing: int, cap: float) -> ModelPatcher:
-        settings = Settings(temperature=self.bench.temperature, smoothing=Smoothing(smoothing), cap=cap)
-        return RewardGuidance(self.source.reward, estimator, settings).attach(self.source.model)
+    def by_reward(self, estimator: str = "shift", **options) -> RewardGuidance:
+        return RewardGuidance(self.source.reward, estimator, Settings(temperature=self.bench.temperature, **options))
+
+    def estimators(self):
+        for estimator in BACKWARD:
+            yield estimator, "", self.by_reward(estimator).attach(self.source.model)
+        yield "shift", "4 points, strength 2", self.by_reward(smoothing=Smoothing(4), strength=2.0).attach(self.source.model)
+        yield "shift", "target 0.8, strength 3, momentum 0", self.by_reward(target=0.8, strength=3.0, momentum=0.0).attach(self.source.model)
+
+    def learned(self):
+        network = NetworkGuidance(learned(self.bench.world, self.work, 2000, 1500), 4.0).attach(self.source.model)
+        yield "network", "", network
+        yield "network and `shift`", "", self.by_reward().attach(network)
 
     def population(self, n: int, run: int) -> Tensor:
         first = run * self.bench.per_prompt
@@ -141,17 +159,23 @@ class Shapes(Arena):
 class Points(Arena):
     """Of a mixture. Particles need noise on the way and have another sampler than the rest; of each population, one is kept at random."""
 
-    measures, caps = {"reward": "reward", "energy": "energy"}, (0.5, 2.0, 8.0)
+    measures = {"reward": "reward", "energy": "energy"}
 
     def __init__(self, name: str, mixture: Mixture, count: int, steps: int, runs: int):
-        self.name, self.runs, self.pictures = name, range(runs), count
+        self.name, self.mixture, self.runs, self.pictures = name, mixture, range(runs), count
         model = analytic_model(mixture, Flow(), flow=True, shift=3.0)
         self.source = Source(model, steps, PlainReward(ring_reward), lambda model, seed: ring.sample(model, seed, count, steps))
         self.crowd = particles.Bench("euler_ancestral", steps, count, mixture)
         self.drawn = [truth(run, count, mixture=mixture) for run in self.runs]
 
-    def guided(self, estimator: str, smoothing: int, cap: float) -> ModelPatcher:
-        return ring.by_reward(self.source.model, estimator, smoothing, cap=cap)
+    def estimators(self):
+        for estimator, k, cap in product(BACKWARD, (0, 4), CAPS):
+            yield estimator, f"k = {k}, cap {cap}", ring.by_reward(self.source.model, estimator, k, cap=cap)
+
+    def learned(self):
+        world = networks.World(self.mixture)
+        training = world.training("weighted", "correction", 0, networks.LABELS, 4000, 64)
+        yield "network", "", world.guided(fit(training), "correction", self.source.model)
 
     def population(self, n: int, run: int) -> Tensor:
         return self.crowd.particles(n, run)
@@ -216,10 +240,10 @@ def methods(arena: Arena, counts: Sequence[int], crowds: Sequence[int]) -> Itera
         setting = f"strength {strength}"
         yield Method("DPS, FreeDoM", setting, steps, timed(lambda run, s=strength: dps(source.problem(run), s)), "every call")
         yield Method("FlowChef", setting, steps, timed(lambda run, s=strength: flowchef(source.problem(run), s)))
-    for estimator, backward in {"jacobian": "every call", "denoised": "", "shift": ""}.items():
-        for k, cap in product((0, 4), arena.caps):
-            model = arena.guided(estimator, k, cap)
-            yield Method(f"`{estimator}` (ours)", f"k = {k}, cap {cap}", steps, timed(partial(source.sample, model)), backward)
+    for estimator, setting, model in arena.estimators():
+        yield Method(f"`{estimator}` (ours)", setting, steps, timed(partial(source.sample, model)), BACKWARD[estimator])
+    for name, setting, model in arena.learned():
+        yield Method(f"{name} (ours)", setting, steps, timed(partial(source.sample, model)))
     if arena.one_step:
         problem = arena.one_step.problem
         yield from choosing(arena.one_step, counts, "one step, best of n")
@@ -303,12 +327,16 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.05, help="on ShapesWorld")
     parser.add_argument("--samples", type=int, default=4000, help="on the ring and the cloud")
     parser.add_argument("--most", type=int, default=16, help="samples to choose among, and particles")
+    parser.add_argument("--work", type=Path, default=None, help="where the network's samples are kept; the cache if left out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "output" / "frontier")
     chosen = parser.parse_args()
     arenas = {
         "ring": lambda: Points("ring", RING, chosen.samples, 20, chosen.runs),
         "cloud": lambda: Points("cloud", CLOUD, chosen.samples, 20, chosen.runs),
-        "shapesworld": lambda: Shapes(chosen.models or shapesworld(), chosen.per_prompt, chosen.pool, chosen.temperature, chosen.steps, chosen.runs),
+        "shapesworld": lambda: Shapes(
+            chosen.models or shapesworld(), chosen.per_prompt, chosen.pool, chosen.temperature, chosen.steps, chosen.runs,
+            chosen.work or environment.cache() / "bench",
+        ),
     }
     report, pictures = Report(chosen.out, "frontier"), []
     for name, make in arenas.items():

@@ -23,6 +23,7 @@ load_comfyui()
 
 import torch
 from bench.ring import best_of, by_reward, sample
+from comfy.model_patcher import ModelPatcher
 from reward_guidance.guidance.files import Card
 from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork
 from reward_guidance.guidance.process import Flow
@@ -72,8 +73,7 @@ class World:
         sizes = {"width": width, "levels": 1, "blocks": 1, "kernel": 1}
         return Training(own, Task(Flow(), plan), Architecture(self.dims, FORMS[form].inputs, scalar=form == "potential", **sizes), held_out)
 
-    def guided(self, network: GuidanceNetwork, form: str):
-        model = self.model()
+    def guided(self, network: GuidanceNetwork, form: str, model: ModelPatcher) -> ModelPatcher:
         card = Card(
             base=base_of(model), form=form, objective="", temperature=self.temperature, rewards=("ring",), reward_weights=(1.0,), reward_mean=0.0,
             reward_std=1.0, prompts="", samples=0, steps=0, effective=1.0, curve=(),
@@ -82,7 +82,7 @@ class World:
 
     def trained(self, objective: str, form: str, seed: int, labels: int = LABELS, steps: int = 4000, **options):
         """The model guided by a network."""
-        return self.guided(fit(self.training(objective, form, seed, labels, steps, **options)), form)
+        return self.guided(fit(self.training(objective, form, seed, labels, steps, **options)), form, self.model())
 
     def distance(self, samples: Tensor, seed: int) -> float:
         return energy_distance(samples, truth(seed, len(samples), self.temperature, self.mixture))

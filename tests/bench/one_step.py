@@ -27,7 +27,7 @@ import torch
 from bench import ring
 from bench.peers.noise_optimisation import noise_optimisation
 from bench.peers.problem import Problem
-from bench.shapesworld import BatchReward, Pictures, World, energy_to_truth, with_error
+from bench.shapesworld import BatchReward, Pictures, World, energy_to_truth, say, with_error
 from comfy.model_patcher import ModelPatcher
 from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork, Text
 from reward_guidance.guidance.prior import PROCESS, FreshNoise, NoisePairs, tilted_noise
@@ -49,10 +49,6 @@ from torch import Tensor
 TRAINING, JUDGING = 1, 2
 """First keys of what is drawn."""
 CHUNK = 64
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # --- where methods meet

@@ -37,6 +37,10 @@ CHUNK = 64
 REWARDS = "shapes_clip.safetensors", "shapes_heldout.safetensors"
 
 
+def say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
 class World:
     """The model, both rewards, and the prompts."""
 

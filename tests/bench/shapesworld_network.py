@@ -35,7 +35,7 @@ from reward_guidance.nodes.runtime import (
     process_of,
     text_of_conditioning,
 )
-from reward_guidance.tests.bench.shapesworld import BatchReward, Bench, World
+from reward_guidance.tests.bench.shapesworld import BatchReward, Bench, World, say
 from reward_guidance.tests.harness.environment import cache
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.shapesworld import expand
@@ -103,8 +103,8 @@ def train(fitting: Fitting) -> None:
     began = time.perf_counter()
     for progress in fitting.training:
         if progress.check is not None:
-            print(f"step {progress.step}: loss {progress.loss:.4f}, on held-out samples {progress.check:.4f}", file=sys.stderr, flush=True)
-    print(f"{fitting.report()}\ntrained in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+            say(f"step {progress.step}: loss {progress.loss:.4f}, on held-out samples {progress.check:.4f}")
+    say(f"{fitting.report()}\ntrained in {time.perf_counter() - began:.0f} s")
 
 
 def lesson(world_: World, work: Path, count: int = 2000, steps: int = 1500, temperature: float = 0.3) -> Fitting:

@@ -75,7 +75,7 @@ class Ring(School):
         return self.judged(truth(0, self.count))
 
     def guided(self):
-        return self.drawn(self.world.guided(self.training.result(), self.form))
+        return self.drawn(self.world.guided(self.training.result(), self.form, self.world.model()))
 
 
 class Shapes(School):
