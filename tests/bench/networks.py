@@ -159,15 +159,15 @@ def ring(seeds: int, steps: int) -> None:
 
 def labels(steps: int) -> None:
     worlds = {"2-D": World(), "64-D": World(CLOUD)}
-    forms = ("correction", "shift")
+    forms = {"correction": "weighted", "shift": "weighted", "potential": "potential"}
     table("labels", *(f"{name}, `{form}`" for name in worlds for form in forms))
     measured = lambda method: lambda world: cell([world.distance(method(world, 0)(COUNT, "dpmpp_2m"), 0)])  # noqa: E731
     floor = measured(lambda world, seed: lambda count, _: truth(seed + 500, count, world.temperature, world.mixture))
     for name, method in (("truth against truth", floor), ("unguided", measured(of_model(lambda world, _: world.model())))):
         line(name, *(each for world in worlds.values() for each in [method(world)] * len(forms)))
     for count in (250, 1000, 5000, 20_000):
-        networks = [measured(network("weighted", form, labels=count, steps=steps, width=32 if world.dims < 32 else 64))(world)
-                    for world in worlds.values() for form in forms]  # fmt: skip
+        networks = [measured(network(objective, form, labels=count, steps=steps, width=32 if world.dims < 32 else 64))(world)
+                    for world in worlds.values() for form, objective in forms.items()]  # fmt: skip
         line(str(count), *networks)
 
 
