@@ -49,7 +49,6 @@ from reward_guidance.tests.standins.ring import CLOUD, RING, ring_reward, truth
 from torch import Tensor
 
 COSTS = ("model calls", "CPU ms")
-STRENGTHS = (0.1, 0.25, 0.5, 1.0, 2.0)
 ITERATIONS = (10, 25, 50)
 BACKWARD = {"jacobian": "every call", "denoised": "", "shift": ""}
 """Of our estimators, which pass back through the model."""
@@ -94,6 +93,8 @@ class Arena(ABC):
     measures: dict[str, str]
     source: Source
     one_step: Source | None = None
+    strengths: Sequence[float]
+    """Of peers."""
 
     @abstractmethod
     def estimators(self) -> Iterator[tuple[str, str, ModelPatcher]]:
@@ -117,7 +118,7 @@ class Arena(ABC):
 
 
 class Shapes(Arena):
-    name, measures = "ShapesWorld", SCORES | {"energy": "energy"}
+    name, measures, strengths = "ShapesWorld", SCORES | {"energy": "energy"}, (0.1, 0.25, 0.5, 1.0, 2.0)
 
     def __init__(self, models: Path, per_prompt: int, pool: int, temperature: float, steps: int, runs: int, work: Path):
         world = World(models, cfg=1.0, steps=steps, sampler="euler_ancestral")
@@ -159,7 +160,7 @@ class Shapes(Arena):
 class Points(Arena):
     """Of a mixture. Particles need noise on the way and have another sampler than the rest; of each population, one is kept at random."""
 
-    measures = {"reward": "reward", "energy": "energy"}
+    measures, strengths = {"reward": "reward", "energy": "energy"}, (0.25, 0.5, 1.0, 2.0, 4.0)
 
     def __init__(self, name: str, mixture: Mixture, count: int, steps: int, runs: int):
         self.name, self.mixture, self.runs, self.pictures = name, mixture, range(runs), count
@@ -236,7 +237,7 @@ def methods(arena: Arena, counts: Sequence[int], crowds: Sequence[int]) -> Itera
     yield from choosing(source, counts, "unguided, best of n")
     for n in crowds:
         yield Method("particles (FK steering)", f"n = {n}", n * steps, timed(partial(arena.population, n)))
-    for strength in STRENGTHS:
+    for strength in arena.strengths:
         setting = f"strength {strength}"
         yield Method("DPS, FreeDoM", setting, steps, timed(lambda run, s=strength: dps(source.problem(run), s)), "every call")
         yield Method("FlowChef", setting, steps, timed(lambda run, s=strength: flowchef(source.problem(run), s)))

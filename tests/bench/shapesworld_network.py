@@ -5,13 +5,14 @@ references are those of shapesworld.py. The networks are trained at a higher tem
 followed with as much more strength: alone, and beside a weak training-free guidance. Collections are kept and gone on with. Prints a
 markdown table.
 
-usage: python tests/bench/shapesworld_network.py [MODELS_DIR] [--samples 500,2000,5000] [--objectives potential,weighted] [--work DIR]
+usage: OMP_NUM_THREADS=1 python tests/bench/shapesworld_network.py [MODELS_DIR] [--samples 500,2000,5000] [--training-steps 500,2000] [--work DIR]
 """
 
 import argparse
 import sys
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -99,12 +100,14 @@ def prepared(samples: Samples, objective: str, temperature: float, steps: int, s
     return prepare(samples, plan, size)
 
 
-def train(fitting: Fitting) -> None:
-    began = time.perf_counter()
+def train(fitting: Fitting) -> float:
+    """CPU seconds."""
+    began = time.process_time()
     for progress in fitting.training:
         if progress.check is not None:
             say(f"step {progress.step}: loss {progress.loss:.4f}, on held-out samples {progress.check:.4f}")
-    say(f"{fitting.report()}\ntrained in {time.perf_counter() - began:.0f} s")
+    say(fitting.report())
+    return time.process_time() - began
 
 
 def lesson(world_: World, work: Path, count: int = 2000, steps: int = 1500, temperature: float = 0.3) -> Fitting:
@@ -121,21 +124,22 @@ def learned(world_: World, work: Path, count: int, steps: int) -> LoadedNetwork:
     return manage_network(fitting.network(), fitting.card())
 
 
-def compare(bench: Bench, collector: Collector, count: int, objective: str, chosen: argparse.Namespace) -> None:
+def compare(bench: Bench, collector: Collector, count: int, objective: str, steps: int, chosen: argparse.Namespace) -> None:
     """One network, followed at every strength."""
     collector.fill(count)
-    fresh = objective == "potential" and not chosen.stored
     samples = first(collector.collection.load(), count)
-    fitting = prepared(samples, objective, chosen.training_temperature, chosen.training_steps, chosen.size, fresh)
-    train(fitting)
+    fresh = collector.collection.description.levels == 1
+    fitting = prepared(samples, objective, chosen.training_temperature, steps, chosen.size, fresh)
+    seconds = train(fitting)
     if chosen.save:
-        save_network(chosen.save / f"{objective}-{count}.safetensors", fitting.network(), fitting.card())
+        save_network(chosen.save / f"{objective}-{count}-{steps}.safetensors", fitting.network(), fitting.card())
     loaded, plain = manage_network(fitting.network(), fitting.card()), bench.world.pipeline.model
+    name = f"`{objective}`, {count} samples, {steps} steps ({seconds:.0f} s)"
     for strength in chosen.strengths:
-        bench.sampled(f"`{objective}`, {count} samples, strength {strength:g}", NetworkGuidance(loaded, strength).attach(plain))
+        bench.sampled(f"{name}, strength {strength:g}", NetworkGuidance(loaded, strength).attach(plain))
     for strength in chosen.beside:
         both = beside(bench, strength).attach(NetworkGuidance(loaded, chosen.strengths[-1]).attach(plain))
-        bench.sampled(f"`{objective}`, {count} samples, strength {chosen.strengths[-1]:g}, and `shift`, strength {strength:g}", both)
+        bench.sampled(f"{name}, strength {chosen.strengths[-1]:g}, and `shift`, strength {strength:g}", both)
 
 
 def beside(bench: Bench, strength: float) -> RewardGuidance:
@@ -154,8 +158,8 @@ def main() -> None:
     parser.add_argument("--strengths", type=numbers, default=[1.0, 4.0])
     parser.add_argument("--beside", type=numbers, default=[0.5], help="strengths of training-free guidance alone, and beside the strongest network")
     parser.add_argument("--objectives", type=lambda text: text.split(","), default=["potential"])
-    parser.add_argument("--stored", action="store_true", help="train on the noised states that were collected, not on new noise in every batch")
-    parser.add_argument("--training-steps", type=int, default=2000)
+    parser.add_argument("--stored", action="store_true", help="train on noised states that are collected, not on new noise in every batch")
+    parser.add_argument("--training-steps", type=numbers, default=[2000])
     parser.add_argument("--size", default="small", help="of the network")
     parser.add_argument("--kind", default="diffusion", choices=("diffusion", "flow"))
     parser.add_argument("--sampler", default="euler")
@@ -169,14 +173,14 @@ def main() -> None:
     parser.add_argument("--save", type=Path, default=None, help="a folder for the networks")
     chosen = parser.parse_args()
     world_ = World(chosen.models or shapesworld(), cfg=1.0, steps=chosen.steps, kind=chosen.kind, sampler=chosen.sampler)
-    collector = Collector.begin(world_, chosen.work or cache() / "bench")
+    collector = Collector.begin(world_, chosen.work or cache() / "bench", LEVELS if chosen.stored or "weighted" in chosen.objectives else 1)
     bench = Bench(world_, chosen.per_prompt, chosen.pool, chosen.temperature, runs=chosen.runs)
     bench.references()
     for strength in chosen.beside:
         bench.sampled(f"`shift`, strength {strength:g}", beside(bench, strength).attach(world_.pipeline.model))
     for count in map(int, chosen.samples):
-        for objective in chosen.objectives:
-            compare(bench, collector, count, objective, chosen)
+        for objective, steps in product(chosen.objectives, map(int, chosen.training_steps)):
+            compare(bench, collector, count, objective, steps, chosen)
 
 
 if __name__ == "__main__":
