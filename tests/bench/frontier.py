@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from statistics import mean
 
@@ -53,6 +53,11 @@ ITERATIONS = (10, 25, 50)
 BACKWARD = {"jacobian": "every call", "denoised": "", "shift": ""}
 """Of our estimators, which pass back through the model."""
 CAPS = (0.5, 2.0, 8.0)
+SHIFTS: dict[str, dict] = {
+    "4 points, strength 2": {"smoothing": Smoothing(4), "strength": 2.0},
+    "target 0.8, strength 3, momentum 0": {"target": 0.8, "strength": 3.0, "momentum": 0.0},
+}
+"""Settings of ours that shapesworld.py measures beside the nodes' own."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,16 @@ class Source:
         return Problem(self.model, self.reward, lambda model, *_: self.sample(model, seed))
 
 
+@dataclass(frozen=True)
+class Ours:
+    """A model guided by us."""
+
+    name: str
+    setting: str
+    model: ModelPatcher
+    backward: str = ""
+
+
 class Arena(ABC):
     """Where methods meet."""
 
@@ -97,12 +112,12 @@ class Arena(ABC):
     """Of peers."""
 
     @abstractmethod
-    def estimators(self) -> Iterator[tuple[str, str, ModelPatcher]]:
-        """Each of our estimators, a setting of it, and the model guided so."""
+    def estimators(self) -> Iterator[Ours]:
+        """Of ours."""
 
     @abstractmethod
-    def learned(self) -> Iterator[tuple[str, str, ModelPatcher]]:
-        """The same of what uses a guidance network."""
+    def learned(self) -> Iterator[Ours]:
+        """What uses a guidance network."""
 
     @abstractmethod
     def population(self, n: int, run: int) -> Tensor:
@@ -137,14 +152,14 @@ class Shapes(Arena):
 
     def estimators(self):
         for estimator in BACKWARD:
-            yield estimator, "", self.by_reward(estimator).attach(self.source.model)
-        yield "shift", "4 points, strength 2", self.by_reward(smoothing=Smoothing(4), strength=2.0).attach(self.source.model)
-        yield "shift", "target 0.8, strength 3, momentum 0", self.by_reward(target=0.8, strength=3.0, momentum=0.0).attach(self.source.model)
+            yield Ours(f"`{estimator}`", "", self.by_reward(estimator).attach(self.source.model), BACKWARD[estimator])
+        for name, options in SHIFTS.items():
+            yield Ours("`shift`", name, self.by_reward(**options).attach(self.source.model))
 
     def learned(self):
         network = NetworkGuidance(learned(self.bench.world, self.work, 2000, 1500), 4.0).attach(self.source.model)
-        yield "network", "", network
-        yield "network and `shift`", "", self.by_reward().attach(network)
+        yield Ours("network", "", network)
+        yield Ours("network and `shift`", "", self.by_reward().attach(network))
 
     def population(self, n: int, run: int) -> Tensor:
         first = run * self.bench.per_prompt
@@ -171,12 +186,12 @@ class Points(Arena):
 
     def estimators(self):
         for estimator, k, cap in product(BACKWARD, (0, 4), CAPS):
-            yield estimator, f"k = {k}, cap {cap}", ring.by_reward(self.source.model, estimator, k, cap=cap)
+            yield Ours(f"`{estimator}`, k = {k}", f"cap {cap}", ring.by_reward(self.source.model, estimator, k, cap=cap), BACKWARD[estimator])
 
     def learned(self):
         world = networks.World(self.mixture)
         training = world.training("weighted", "correction", 0, networks.LABELS, 4000, 64)
-        yield "network", "", world.guided(fit(training), "correction", self.source.model)
+        yield Ours("network", "", world.guided(fit(training), "correction", self.source.model))
 
     def population(self, n: int, run: int) -> Tensor:
         return self.crowd.particles(n, run)
@@ -241,10 +256,8 @@ def methods(arena: Arena, counts: Sequence[int], crowds: Sequence[int]) -> Itera
         setting = f"strength {strength}"
         yield Method("DPS, FreeDoM", setting, steps, timed(lambda run, s=strength: dps(source.problem(run), s)), "every call")
         yield Method("FlowChef", setting, steps, timed(lambda run, s=strength: flowchef(source.problem(run), s)))
-    for estimator, setting, model in arena.estimators():
-        yield Method(f"`{estimator}` (ours)", setting, steps, timed(partial(source.sample, model)), BACKWARD[estimator])
-    for name, setting, model in arena.learned():
-        yield Method(f"{name} (ours)", setting, steps, timed(partial(source.sample, model)))
+    for ours in chain(arena.estimators(), arena.learned()):
+        yield Method(f"{ours.name} (ours)", ours.setting, steps, timed(partial(source.sample, ours.model)), ours.backward)
     if arena.one_step:
         problem = arena.one_step.problem
         yield from choosing(arena.one_step, counts, "one step, best of n")
@@ -274,23 +287,20 @@ def measured(arena: Arena, method: Method) -> Row:
     }
 
 
-def better(measure: str) -> Callable[[float], float]:
-    """Of which more is better."""
-    return (lambda value: -value) if measure == "energy" else (lambda value: value)
-
-
-def frontier(rows: Sequence[Row], cost: str, measure: str) -> list[str]:
-    """The methods that no cheaper one, and none of the same cost, is better than."""
-    worth, names, best = better(measure), [], -float("inf")
-    for row in sorted(rows, key=lambda row: (row[cost], -worth(row[measure].mean))):
-        if worth(row[measure].mean) > best:
-            best = worth(row[measure].mean)
+def frontier(rows: Sequence[Row], cost: str, measure: str, aim: float) -> list[str]:
+    """The methods that no cheaper one, and none of the same cost, comes nearer to the truth than; a reward beyond the truth's is no gain."""
+    short = lambda row: max(aim - row[measure].mean, 0) if measure != "energy" else row[measure].mean  # noqa: E731
+    names, least = [], float("inf")
+    for row in sorted(rows, key=lambda row: (row[cost], short(row))):
+        if short(row) < least:
+            least = short(row)
             names.append(row["method"])
     return names
 
 
 def charts(arena: Arena, rows: dict[str, list[Row]]) -> list[list]:
     """One for each measure and cost: rows of the table by their curve, and a line for the truth."""
+    aims = arena.truth()
 
     def chart(measure: str, cost: str, aim: float):
         curves = {curve: [(row[cost], row[measure].mean) for row in each] for curve, each in rows.items()}
@@ -298,7 +308,6 @@ def charts(arena: Arena, rows: dict[str, list[Row]]) -> list[list]:
         curves["truth"] = [(min(xs), aim), (max(xs), aim)]
         return draw_chart(f"{arena.name}: {measure}", f"{cost} of a picture", curves, logarithmic=True)
 
-    aims = arena.truth()
     return [[chart(heading, cost, aims[key]) for cost in COSTS] for key, heading in arena.measures.items()]
 
 
@@ -309,9 +318,11 @@ def compare(arena: Arena, report: Report, chosen: Sequence[Method]) -> list[list
         report.add(arena.name, row)
         rows.setdefault(method.curve, []).append(row)
     every = [row for each in rows.values() for row in each]
-    for measure in arena.measures.values():
+    aims = arena.truth()
+    report.add(arena.name, dict.fromkeys(every[0]) | {"method": "truth"} | {heading: Values([aims[key]]) for key, heading in arena.measures.items()})
+    for key, measure in arena.measures.items():
         for cost in COSTS:
-            names = "; ".join(frontier(every, cost, measure))
+            names = "; ".join(frontier(every, cost, measure, aims[key]))
             report.add(f"{arena.name}: the frontier", {"measure": measure, "against": cost, "methods": names})
     return charts(arena, rows)
 
