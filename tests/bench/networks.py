@@ -35,8 +35,6 @@ from reward_guidance.tests.standins.mixture import Mixture, energy_distance
 from reward_guidance.tests.standins.ring import CLOUD, RING, TiltedRing, ring_reward, truth
 from torch import Tensor
 
-torch.set_num_threads(1)
-
 NORMAL = Mixture(torch.zeros(1, 1, dtype=torch.float64), 1.0, torch.zeros(1, dtype=torch.float64))
 NORMAL_TILTED = Mixture(NORMAL.means + 1.6, 0.2**0.5, NORMAL.logits)
 SAMPLERS = {"Euler": "euler", "DPM++ 2M": "dpmpp_2m"}
@@ -192,6 +190,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000, help="of training")
     parser.add_argument("--only", choices=["ring", "labels", "normal"])
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     objectives.register()
     parts = {
         "ring": partial(ring, arguments.seeds, arguments.steps),
