@@ -1,16 +1,17 @@
-"""Everything that follows a reward, on one figure: what is reached, against what it costs.
+"""Everything that follows a reward, on one figure of each world: what is reached, against what it costs.
 
 On ShapesWorld, as in shapesworld.py, on the ring of ring.py, and on a cloud of sixteen Gaussians in 64 dimensions of which the ring's reward
 sees two; with the samplers of those. Peers follow their papers (peers/), over a range of strengths. Ours have the nodes' default settings and
 others that shapesworld.py measures, or on the mixtures those of ring.py and a range of caps; and there is a guidance network of ours. A method
 that keeps one of n samples keeps the one with the highest reward. Cost is in calls of the model for a picture, and in CPU time of sampling and
 choosing; judging is not counted, and the network's labels and training are not: finetune.py counts them. A call that is followed by a pass back
-through the model counts once. Prints markdown tables, writes output/frontier/frontier.json and frontier.png.
+through the model counts once. Prints markdown tables, writes them as JSON and as figures into output/frontier.
 
 usage: OMP_NUM_THREADS=1 python tests/bench/frontier.py [MODELS_DIR] [--runs 2] [--only ring] [--methods shift,best] [--work DIR]
 """
 
 import argparse
+import math
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -288,12 +289,13 @@ def measured(arena: Arena, method: Method) -> Row:
 
 
 def frontier(rows: Sequence[Row], cost: str, measure: str, aim: float) -> list[str]:
-    """The methods that no cheaper one, and none of the same cost, comes nearer to the truth than; a reward beyond the truth's is no gain."""
-    short = lambda row: max(aim - row[measure].mean, 0) if measure != "energy" else row[measure].mean  # noqa: E731
-    names, least = [], float("inf")
-    for row in sorted(rows, key=lambda row: (row[cost], short(row))):
-        if short(row) < least:
-            least = short(row)
+    """The methods that no other, at that cost or less, is better than; a reward beyond the truth's is no better than the truth's."""
+    missed = lambda row: row[measure].mean if measure == "energy" else max(aim - row[measure].mean, 0)  # noqa: E731
+    names, least = [], (math.inf, 0)
+    for row in sorted(rows, key=lambda row: (row[cost], missed(row))):
+        found = missed(row), row[cost]
+        if found[0] < least[0] or found == least:
+            least = found
             names.append(row["method"])
     return names
 
@@ -350,14 +352,13 @@ def main() -> None:
             chosen.work or environment.cache() / "bench",
         ),
     }
-    report, pictures = Report(chosen.out, "frontier"), []
     for name, make in arenas.items():
         if chosen.only in (None, name):
             arena = make()
             counts = [n for n in (1, 2, 4, 8, 16) if n <= chosen.most]
             known = methods(arena, counts, [n for n in (4, 16) if n <= chosen.most])
-            pictures += compare(arena, report, [each for each in known if any(part in each.name for part in chosen.methods.split(","))])
-    in_rows(pictures).save(chosen.out / "frontier.png")
+            taken = [each for each in known if any(part in each.name for part in chosen.methods.split(","))]
+            in_rows(compare(arena, Report(chosen.out, name), taken)).save(chosen.out / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -171,10 +171,10 @@ def test_memory_is_what_is_held_at_once(cost):
 
 def test_a_frontier_is_of_what_nothing_cheaper_is_as_near_to_the_truth_as(monkeypatch):
     frontier = run_path(monkeypatch, BENCH / "frontier.py")["frontier"]
-    costs = {"slow": 30, "cheap": 10, "worse": 20, "good": 20, "beyond": 40}
-    found = {"cheap": 0.1, "worse": 0.05, "good": 0.5, "slow": 0.4, "beyond": 0.9}
+    costs = {"slow": 30, "cheap": 10, "worse": 20, "good": 20, "better": 20, "beyond": 40}
+    found = {"cheap": 0.1, "worse": 0.05, "good": 0.5, "better": 0.55, "slow": 0.4, "beyond": 0.9}
     value = lambda number: SimpleNamespace(mean=number)  # noqa: E731
     rows = [{"method": name, "calls": costs[name], "reward": value(each), "energy": value(-each)} for name, each in found.items()]
-    assert frontier(rows, "calls", "reward", 0.6) == ["cheap", "good", "beyond"]
-    assert frontier(rows, "calls", "reward", 0.5) == ["cheap", "good"]  # what passes the truth gains nothing
-    assert frontier(rows, "calls", "energy", 0.0) == ["cheap", "good", "beyond"]
+    assert frontier(rows, "calls", "reward", 0.6) == ["cheap", "better", "beyond"]
+    assert frontier(rows, "calls", "reward", 0.5) == ["cheap", "good", "better"]  # what passes the truth gains nothing
+    assert frontier(rows, "calls", "energy", 0.0) == ["cheap", "better", "beyond"]
