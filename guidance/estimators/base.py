@@ -14,8 +14,8 @@ from .smoothing import Smoothing
 Denoiser = Callable[[Tensor], Tensor]
 """x (B,...) -> D(x, σ) (B,...) at the step's noise level."""
 
-FADING, FIRST = 0.15, 0.3
-"""Of a shift that reached its target: what is lost in a step; and the share of the very first that it gets."""
+FADING, FIRST = 3.0, 0.3
+"""Of a shift that reached its target: how fast it fades, per radian of the noise level's angle; and the share of the very first that it gets."""
 LatentReward = Callable[[Tensor], Tensor]
 """Denoised latents (B,...) -> standardized rewards (B,), differentiable."""
 
@@ -31,7 +31,7 @@ class Settings:
     cap: float = 0.5
     """Largest RMS of the shift of x, in units of the noise; per sample."""
     target: float = math.inf
-    """Standardized reward that is good enough: near it, the shift that led there is kept and fades instead of being replaced."""
+    """Standardized reward that is good enough: from 1 below it on, the shift that led there is kept, ever more, and fades."""
     every: int = 1
     """Questions of the sampler from one reward gradient to the next; the last one is reused in between."""
     variance: float = 0.2
@@ -78,6 +78,8 @@ class Estimator:
         """What a look at the reward told of the current step (B+1,): the rewards, and 1 if their gradient is finite."""
         self.shift: Tensor | None = None
         """That of x (B,...), in units of the noise; where there is a target."""
+        self.angle = math.inf
+        """Of the noise level at which it was found."""
         self.calls = 0
         self.moved = False
         """Whether any answer was tilted yet."""
@@ -133,16 +135,18 @@ class Estimator:
         gradient = self.settings.strength * self.gradient
         rms = gradient.flatten(1).pow(2).mean(1).sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)
         capped = gradient * column((self.settings.cap * unit / rms).clamp_max(1), gradient)
-        return capped if self.settings.target == math.inf else unit * self.settled(capped / unit)
+        return capped if self.settings.target == math.inf else unit * self.settled(capped / unit, self.process.angle(sigma))
 
-    def settled(self, shift: Tensor) -> Tensor:
-        """The shift of before, so far as what it led to comes near the target, and a new one (B,...) for the rest; in units of the noise.
+    def settled(self, shift: Tensor, angle: float) -> Tensor:
+        """The shift of before, so far as the last score comes near the target, and a new one (B,...) for the rest; in units of the noise.
 
-        A reward's gradient at a picture that it likes has nothing more to say, but is as long as the cap lets it be.
+        A reward's gradient at a picture that it likes has nothing more to say, but is as long as the cap lets it be. What is kept fades with
+        the noise, however many calls that takes.
         """
-        missing = column((self.settings.target - self.scores).clamp(0, 1), shift)
-        kept = FIRST * shift if self.shift is None else (1 - FADING * (1 - missing)) * self.shift
-        self.shift = torch.lerp(kept, shift, missing)
+        missing = column((self.settings.target - self.scores).clamp(0, 1).to(shift), shift)
+        gone = max(0.0, self.angle - angle)
+        kept = FIRST * shift if self.shift is None else (-FADING * gone * (1 - missing)).exp() * self.shift
+        self.shift, self.angle = torch.lerp(kept, shift, missing), angle
         return self.shift
 
 

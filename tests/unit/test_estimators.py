@@ -127,26 +127,37 @@ def test_cap_bounds_the_shift_of_each_sample(process, sigma):
     assert rms[0] == pytest.approx(1e-6 * process.shift_gain(sigma))
 
 
-def shifts(rewards, count, **settings):
-    """What x is moved by in units of the noise (count,B), for constant slopes of 1 and rewards (B,) whatever the estimate."""
-    moved, level = [], torch.tensor(rewards, dtype=torch.float64)
-    one = estimator("shift", Flow(), lambda point: level + (point - point.detach()).sum(1), **settings)
+LEVELS = (0.9, 0.8, 0.6, 0.5, 0.2, 0.1)
+
+
+def shifts(rewards, levels=LEVELS, name="shift", dtype=torch.float64, **settings):
+    """What x is moved by in units of the noise (levels,B), for constant slopes of 1 and rewards (B,) whatever the estimate; as long as the cap."""
+    moved, level = [], torch.tensor(rewards, dtype=dtype)
+    one = estimator(name, Flow(), lambda point: level + (point - point.detach()).sum(1), strength=100.0, cap=0.5, **settings)
     x = torch.zeros(len(rewards), 3, dtype=torch.float64)
-    for _ in range(count + 1):
-        one(lambda point: moved.append((point - x)[:, 0] / 0.5) or point, x, 0.5)
+    for sigma in (levels[0], *levels):
+        one(lambda point, sigma=sigma: moved.append((point - x)[:, 0] / sigma) or point, x, sigma)
     return torch.stack(moved[1:])
 
 
 def test_a_target_that_is_far_changes_nothing():
     rewards = [-3.0, 0.0]
-    assert torch.equal(shifts(rewards, 4), shifts(rewards, 4, target=5.0))
+    assert torch.allclose(shifts(rewards), shifts(rewards, target=5.0))
 
 
-def test_a_shift_that_reached_its_target_fades():
-    missed, half, reached = shifts([-1.0, 0.3, 2.0], 6, target=0.8).unbind(1)
-    assert torch.allclose(missed, missed[0].expand(6))
-    assert torch.allclose(reached, 0.3 * missed * 0.85 ** torch.arange(6))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_shift_that_reached_its_target_fades_with_the_noise(dtype):
+    missed, half, reached = shifts([-1.0, 0.3, 2.0], target=0.8, dtype=dtype).unbind(1)
+    assert torch.allclose(missed, missed[0].expand(len(LEVELS)))
+    angles = Flow().angle(torch.tensor(LEVELS, dtype=torch.float64))
+    assert torch.allclose(reached, 0.3 * missed * (3 * (angles - angles[0])).exp())
     assert (missed > half).all() and (half > reached).all()
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_it_fades_alike_however_often_the_model_is_asked(every):
+    twice = shifts([2.0], [level for level in LEVELS for _ in range(2)], target=0.8, every=every)
+    assert torch.equal(twice[1::2], shifts([2.0], target=0.8))
 
 
 def test_every_reuses_and_momentum_blends_gradients():
