@@ -199,9 +199,9 @@ def tuning_inputs() -> list[io.Input]:
             min=-NO_TARGET,
             max=NO_TARGET,
             step=0.1,
-            tooltip="A score that is good enough, as the node's curve shows scores: near it, the direction that led there is kept and fades instead of "
-            "being replaced at every step; a low one weakens guidance and never stops it. 0.5 to 2, with strength 3 and momentum 0; 100 is never "
-            "content.",
+            tooltip="A score that is good enough, as the node's curve shows scores: near it, the direction that led there is kept and fades instead "
+            "of being replaced at every step; a low one weakens guidance and never stops it. 0.5 to 2, with strength 3 and momentum 0; 100 is "
+            "never content.",
             **rare,
         ),
     ]

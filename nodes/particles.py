@@ -18,7 +18,7 @@ from .decoders import make_decoder
 from .guidance import HIDDEN, judging_inputs, sampler_inputs
 from .reporting import Reporter
 from .rewards import REWARD, remarks
-from .runtime import LatentReward, LoadedReward, Progress, RewardBeside, rewards_of
+from .runtime import LatentReward, LoadedReward, Progress, RewardBeside, resampled, rewards_of
 from .sampling import Callback, Sampling, one_by_one, sampled, seeds_from
 from .selection import CATEGORY
 
@@ -87,7 +87,7 @@ class ParticleSampler:
             if start:
                 denoised = model(x, sigmas[start] * x.new_ones(len(x)), **extra_args)
                 denoised, x = self.look(denoised, sigmas, start, x)
-                asked = FirstAnswered(model, denoised)
+                asked, extra_args = FirstAnswered(model, denoised), resampled(extra_args, self.rows)
             x = self.function(
                 asked,
                 x,
@@ -103,18 +103,18 @@ class ParticleSampler:
         """Reward and resample the particles, and whatever else belongs to them."""
         steps = len(sigmas) - 1
         rewards = self.score(denoised).cpu()
-        resampled = self.population.resample(rewards, final=step == steps)
-        self.rows, self.rewards = resampled.rows, rewards[resampled.rows]
+        chosen = self.population.resample(rewards, final=step == steps)
+        self.rows, self.rewards = chosen.rows, rewards[chosen.rows]
         self.report(
             Look(
                 step=step,
                 steps=steps,
-                series=rewards_of(denoised, rewards, self.held_out) | {"ess": [float(resampled.effective.mean())]},
+                series=rewards_of(denoised, rewards, self.held_out) | {"ess": [float(chosen.effective.mean())]},
                 sigma=float(sigmas[step]),
-                survivors=len(resampled.rows.unique()),
+                survivors=len(chosen.rows.unique()),
             )
         )
-        return tuple(each[resampled.rows.to(each.device)] for each in (denoised, *others))
+        return tuple(each[chosen.rows.to(each.device)] for each in (denoised, *others))
 
 
 def shifted(callback, start: int):

@@ -33,6 +33,8 @@ from .decoders import Decoder
 
 _serial = count()
 GRADIENT_KEY = "reward_guidance.gradient."
+ROWS_KEY = "reward_guidance.rows"
+"""Of transformer_options: which samples of the batch before these are, where a sampler resampled it."""
 
 
 class GradientPatcher(comfy.model_patcher.ModelPatcher):
@@ -267,6 +269,14 @@ class Run:
     model_calls: int = 0
     judged: Tensor | None = None
     """The estimate whose rewards were told last."""
+    rows: Tensor | None = None
+    """Of the last resampling that the estimator heard of."""
+
+    def hear(self, rows: Tensor | None) -> None:
+        """Keep the estimator's state with its samples, once for each resampling."""
+        if rows is not None and rows is not self.rows:
+            self.rows = rows
+            self.estimator.take(rows)
 
     def active(self, sigma: float) -> bool:
         return self.last_sigma < sigma <= self.first_sigma
@@ -349,6 +359,7 @@ class RewardGuidance:
         run = self.runs.get(guider)
         if run is None:
             run = self.runs[guider] = self.begin(guider.inner_model.model_sampling, model_options, seed)
+        run.hear(model_options.get("transformer_options", {}).get(ROWS_KEY))
         sigma = float(timestep.flatten()[0])
 
         def denoise(point: Tensor) -> Tensor:
@@ -390,6 +401,13 @@ class RewardGuidance:
         step = min(sum(level > sigma * (1 + 1e-3) for level in run.sigmas) + 1, steps)
         series = rewards_of(estimator.judged, estimator.rewards, self.held_out)
         self.report(Step(step=step, steps=steps, series=series, run=run.serial, sigma=sigma, model_calls=run.model_calls))
+
+
+def resampled(extra_args: dict, rows: Tensor) -> dict:
+    """A sampler's arguments for the calls that follow a resampling; guidance hears of it."""
+    options = extra_args.get("model_options", {})
+    told = {**options.get("transformer_options", {}), ROWS_KEY: rows}
+    return {**extra_args, "model_options": {**options, "transformer_options": told}}
 
 
 @dataclass(frozen=True, eq=False)

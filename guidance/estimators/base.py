@@ -92,6 +92,13 @@ class Estimator:
         self.listen()
         return tilted
 
+    def take(self, rows: Tensor) -> None:
+        """Go on with these rows (B,) of the batch, as after resampling it."""
+        if self.gradient is not None:
+            self.gradient, self.scores = self.gradient[rows.to(self.gradient.device)], self.scores[rows.to(self.scores.device)]
+        if self.shift is not None:
+            self.shift = self.shift[rows.to(self.shift.device)]
+
     def listen(self) -> None:
         """Read what was told, the only wait of a step for a GPU. Raises NotFiniteError where it is of no use."""
         if self.told is None:

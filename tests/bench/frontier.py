@@ -2,10 +2,11 @@
 
 On ShapesWorld, as in shapesworld.py, on the ring of ring.py, and on a cloud of sixteen Gaussians in 64 dimensions of which the ring's reward
 sees two; with the samplers of those. Peers follow their papers (peers/), over a range of strengths. Ours have the nodes' default settings and
-others that shapesworld.py measures, or on the mixtures those of ring.py and a range of caps; and there is a guidance network of ours. A method
-that keeps one of n samples keeps the one with the highest reward. Cost is in calls of the model for a picture, and in CPU time of sampling and
-choosing; judging is not counted, and the network's labels and training are not: finetune.py counts them. A call that is followed by a pass back
-through the model counts once. Prints markdown tables, writes them as JSON and as figures into output/frontier.
+others that shapesworld.py measures, or on the mixtures those of ring.py and a range of caps; and there is a guidance network. Best of n keeps the
+sample with the highest reward, and so do particles on ShapesWorld; on the mixtures they keep any, as q wants it. Cost is in calls of the model for
+a picture, and in CPU time of sampling and choosing; judging is not counted, and the network's labels and training are not: finetune.py counts
+them. A call that is followed by a pass back through the model counts once. Prints markdown tables, writes them as JSON and as figures into
+output/frontier.
 
 usage: OMP_NUM_THREADS=1 python tests/bench/frontier.py [MODELS_DIR] [--runs 2] [--only ring] [--methods shift,best] [--work DIR]
 """
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain, product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from harness.inprocess import load_comfyui
@@ -52,7 +53,9 @@ from torch import Tensor
 COSTS = ("model calls", "CPU ms")
 ITERATIONS = (10, 25, 50)
 BACKWARD = {"jacobian": "every call", "denoised": "", "shift": ""}
-"""Of our estimators, which pass back through the model."""
+"""Of the estimators, which pass back through the model."""
+KNOWN = {"jacobian": "as LGD-MC", "denoised": "as MPGD", "shift": "ours"}
+"""Whose formula they are."""
 CAPS = (0.5, 2.0, 8.0)
 SHIFTS: dict[str, dict] = {
     "4 points, strength 2": {"smoothing": Smoothing(4), "strength": 2.0},
@@ -91,7 +94,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Ours:
-    """A model guided by us."""
+    """A model guided by this pack."""
 
     name: str
     setting: str
@@ -106,6 +109,8 @@ class Arena(ABC):
     runs: range
     pictures: int
     """Judged in each run."""
+    repeats = 1
+    """Of each run, for its time."""
     measures: dict[str, str]
     source: Source
     one_step: Source | None = None
@@ -114,7 +119,7 @@ class Arena(ABC):
 
     @abstractmethod
     def estimators(self) -> Iterator[Ours]:
-        """Of ours."""
+        """Of the pack."""
 
     @abstractmethod
     def learned(self) -> Iterator[Ours]:
@@ -153,14 +158,14 @@ class Shapes(Arena):
 
     def estimators(self):
         for estimator in BACKWARD:
-            yield Ours(f"`{estimator}`", "", self.by_reward(estimator).attach(self.source.model), BACKWARD[estimator])
+            yield Ours(f"`{estimator}` ({KNOWN[estimator]})", "", self.by_reward(estimator).attach(self.source.model), BACKWARD[estimator])
         for name, options in SHIFTS.items():
-            yield Ours("`shift`", name, self.by_reward(**options).attach(self.source.model))
+            yield Ours("`shift` (ours)", name, self.by_reward(**options).attach(self.source.model))
 
     def learned(self):
         network = NetworkGuidance(learned(self.bench.world, self.work, 2000, 1500), 4.0).attach(self.source.model)
-        yield Ours("network", "", network)
-        yield Ours("network and `shift`", "", self.by_reward().attach(network))
+        yield Ours("network (ours)", "", network)
+        yield Ours("network and `shift` (ours)", "", self.by_reward().attach(network))
 
     def population(self, n: int, run: int) -> Tensor:
         first = run * self.bench.per_prompt
@@ -176,7 +181,7 @@ class Shapes(Arena):
 class Points(Arena):
     """Of a mixture. Particles need noise on the way and have another sampler than the rest; of each population, one is kept at random."""
 
-    measures, strengths = {"reward": "reward", "energy": "energy"}, (0.25, 0.5, 1.0, 2.0, 4.0)
+    measures, strengths, repeats = {"reward": "reward", "energy": "energy"}, (0.25, 0.5, 1.0, 2.0, 4.0), 3
 
     def __init__(self, name: str, mixture: Mixture, count: int, steps: int, runs: int):
         self.name, self.mixture, self.runs, self.pictures = name, mixture, range(runs), count
@@ -187,12 +192,13 @@ class Points(Arena):
 
     def estimators(self):
         for estimator, k, cap in product(BACKWARD, (0, 4), CAPS):
-            yield Ours(f"`{estimator}`, k = {k}", f"cap {cap}", ring.by_reward(self.source.model, estimator, k, cap=cap), BACKWARD[estimator])
+            name = f"`{estimator}`, k = {k} ({KNOWN[estimator]})"
+            yield Ours(name, f"cap {cap}", ring.by_reward(self.source.model, estimator, k, cap=cap), BACKWARD[estimator])
 
     def learned(self):
         world = networks.World(self.mixture)
         training = world.training("weighted", "correction", 0, networks.LABELS, 4000, 64)
-        yield Ours("network", "", world.guided(fit(training), "correction", self.source.model))
+        yield Ours("network (ours)", "", world.guided(fit(training), "correction", self.source.model))
 
     def population(self, n: int, run: int) -> Tensor:
         return self.crowd.particles(n, run)
@@ -232,33 +238,33 @@ def timed(draw: Callable[[int], Tensor]) -> Callable[[int], tuple[Tensor, float]
 
 
 class BestOf:
-    """Of each picture the candidate with the highest reward. Candidates are drawn once, and paid for by each who looks at them."""
+    """Of each picture the candidate with the highest reward. Candidates are drawn once, and paid for by each who has them; a single one is
+    not looked at."""
 
     def __init__(self, source: Source, most: int):
         self.source, self.most = source, most
-        self.candidate = cache(timed(self.drawn))
-
-    def drawn(self, seed: int) -> tuple[Tensor, Tensor]:
-        latents = self.source.sample(self.source.model, seed)
-        return latents, self.source.problem(seed).scores(latents)
+        self.sampled = cache(timed(partial(source.sample, source.model)))
+        self.scored = cache(timed(lambda seed: source.problem(seed).scores(self.sampled(seed)[0])))
 
     def of(self, n: int, run: int) -> tuple[Tensor, float]:
-        drawn, seconds = zip(*[self.candidate(run * self.most + i) for i in range(n)], strict=True)
-        latents, scores = map(torch.stack, zip(*drawn, strict=True))
-        return latents[scores.argmax(0), torch.arange(latents.shape[1])], sum(seconds)
+        drawn = [self.sampled(run * self.most + i) for i in range(n)]
+        judged = [self.scored(run * self.most + i) for i in range(n)] if n > 1 else []
+        latents = torch.stack([each for each, _ in drawn])
+        chosen = torch.stack([scores for scores, _ in judged]).argmax(0) if judged else 0
+        return latents[chosen, torch.arange(latents.shape[1])], sum(seconds for _, seconds in drawn + judged)
 
 
 def methods(arena: Arena, counts: Sequence[int], crowds: Sequence[int]) -> Iterator[Method]:
     source, steps = arena.source, arena.source.steps
     yield from choosing(source, counts, "unguided, best of n")
     for n in crowds:
-        yield Method("particles (FK steering)", f"n = {n}", n * steps, timed(partial(arena.population, n)))
+        yield Method("particles (FK steering, in this pack)", f"n = {n}", n * steps, timed(partial(arena.population, n)))
     for strength in arena.strengths:
         setting = f"strength {strength}"
         yield Method("DPS, FreeDoM", setting, steps, timed(lambda run, s=strength: dps(source.problem(run), s)), "every call")
         yield Method("FlowChef", setting, steps, timed(lambda run, s=strength: flowchef(source.problem(run), s)))
     for ours in chain(arena.estimators(), arena.learned()):
-        yield Method(f"{ours.name} (ours)", ours.setting, steps, timed(partial(source.sample, ours.model)), ours.backward)
+        yield Method(ours.name, ours.setting, steps, timed(partial(source.sample, ours.model)), ours.backward)
     if arena.one_step:
         problem = arena.one_step.problem
         yield from choosing(arena.one_step, counts, "one step, best of n")
@@ -268,7 +274,7 @@ def methods(arena: Arena, counts: Sequence[int], crowds: Sequence[int]) -> Itera
 
 def choosing(source: Source, counts: Sequence[int], curve: str) -> Iterator[Method]:
     best = BestOf(source, max(counts))
-    best.drawn(-1)  # loads the model and encodes the prompts, which nobody is to pay for
+    best.scored(-1)  # loads the model and encodes the prompts, which nobody is to pay for
     for n in counts:
         yield Method(curve, f"n = {n}", n * source.steps, partial(best.of, n))
 
@@ -277,13 +283,13 @@ def choosing(source: Source, counts: Sequence[int], curve: str) -> Iterator[Meth
 
 
 def measured(arena: Arena, method: Method) -> Row:
-    drawn = [method.draw(run) for run in arena.runs]
-    found = [arena.judge(latents, run) for run, (latents, _) in zip(arena.runs, drawn, strict=True)]
+    drawn = [[method.draw(run) for _ in range(arena.repeats)] for run in arena.runs]
+    found = [arena.judge(latents, run) for run, [(latents, _), *_] in zip(arena.runs, drawn, strict=True)]
     return {
         "method": method.name,
         "model calls": method.calls,
         "backward through the model": method.backward,
-        "CPU ms": mean(seconds for _, seconds in drawn) / arena.pictures * 1000,
+        "CPU ms": mean(median(seconds for _, seconds in each) for each in drawn) / arena.pictures * 1000,
         **{heading: Values([run[key] for run in found]) for key, heading in arena.measures.items()},
     }
 

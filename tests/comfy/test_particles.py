@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from reward_guidance.guidance.estimators import Settings, Smoothing
-from reward_guidance.guidance.particles import Population
+from reward_guidance.guidance.particles import Population, Resampled
 from reward_guidance.guidance.process import Diffusion, Flow
 from reward_guidance.guidance.rewards import ImageStatistic
 from reward_guidance.nodes import selection
@@ -299,6 +300,31 @@ def test_particles_of_a_guided_model():
     )
     assert ring_reward(both).mean() > ring_reward(only_particles).mean() + 0.05
     assert ring_reward(both).mean() > ring_reward(only_guidance).mean() + 0.05
+
+
+@pytest.mark.parametrize("options", [{}, {"target": -2.0}])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_guidance_keeps_what_it_knows_of_a_particle_with_it(momentum, options):
+    """Copies of one particle go on alike where no noise tells them apart."""
+    settings = Settings(variance=1.15, cap=8.0, momentum=momentum, **options)
+    model = RewardGuidance(PlainReward(ring_reward), "shift", settings).attach(model_of(RING, True))
+    copies = SimpleNamespace(size=8, generator=None, resample=lambda rewards, final: Resampled(torch.full((8,), 3), torch.ones(1)))
+
+    def euler(model, x, sigmas, extra_args, **_):
+        for sigma, below in pairwise(sigmas):
+            x = x + (x - model(x, sigma * x.new_ones(len(x)), **extra_args)) / sigma * (below - sigma)
+        return x
+
+    sampler = comfy.samplers.KSAMPLER(ParticleSampler(euler, ring_reward, copies, every=4))
+    latent = torch.zeros(8, 2, 1, 1)
+    arguments = (sampler, sampling(model, "euler", steps=12).sigmas(), CONDITION, CONDITION, latent)
+    finished = []
+    sampler.sampler_function.report = lambda look: finished.append(look.series)
+    comfy.sample.sample_custom(model, comfy.sample.prepare_noise(latent, 0), 1.0, *arguments, disable_pbar=True, seed=0)
+    assert len(finished) == 3
+    for series in finished[1:]:
+        rewards = torch.tensor(series["reward"])
+        assert torch.equal(rewards, rewards[:1].expand(8))
 
 
 def test_a_model_that_was_asked_answers_once():
