@@ -6,7 +6,7 @@ A network is followed alone, and beside a weak training-free guidance, which cos
 every picture that is made. Passes are counted by hooks, one for each picture that goes through; FLOPs are those of one pass, measured, times the
 count. Seconds are of one CPU core. Prints markdown tables.
 
-usage: python tests/bench/finetune.py [MODELS_DIR] [--recipes refl,refl-10] [--networks 500-lean,500] [--work DIR]
+usage: python tests/bench/finetune.py [MODELS_DIR] [--recipes refl,refl-10] [--networks 500-short,2000-lean] [--work DIR]
 """
 
 import argparse
@@ -132,8 +132,8 @@ class Recipe:
 
 
 RECIPES = {
-    "refl": Recipe(last=0, steps=90),
-    "refl-10": Recipe(last=0, sampling_steps=10, steps=60),
+    "refl": Recipe(last=0, steps=150),
+    "refl-10": Recipe(last=0, sampling_steps=10, steps=150),
     "refl-fast": Recipe(last=0, learning_rate=1e-2, steps=30),
     "refl-slow": Recipe(last=0, learning_rate=1e-3),
     "refl-kl": Recipe(last=0, penalty=1.0),
@@ -283,6 +283,7 @@ class Lesson:
 
 
 LESSONS = {
+    "500-short": Lesson(500, 200, levels=1, sampling_steps=10, fresh=True),
     "500-lean": Lesson(500, levels=1, sampling_steps=10, fresh=True),
     "500": Lesson(500),
     "500-fresh": Lesson(500, levels=1, fresh=True),
@@ -411,8 +412,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
     parser.add_argument("--recipes", type=lambda text: text.split(","), default=["refl", "refl-10"], help=", ".join(RECIPES))
-    parser.add_argument("--networks", type=lambda text: text.split(","), default=["500-lean", "500"], help=", ".join(LESSONS))
-    parser.add_argument("--strengths", type=numbers, default=[4.0, 6.0])
+    parser.add_argument("--networks", type=lambda text: text.split(","), default=["500-short", "2000-lean"], help=", ".join(LESSONS))
+    parser.add_argument("--strengths", type=numbers, default=[4.0, 6.0, 8.0])
     parser.add_argument("--beside", type=numbers, default=[0.5], help="strengths of training-free guidance, to which a network is added too")
     parser.add_argument("--per-prompt", type=int, default=8)
     parser.add_argument("--pool", type=int, default=64)
