@@ -306,9 +306,8 @@ def frontier(rows: Sequence[Row], cost: str, measure: str, aim: float) -> list[s
     return names
 
 
-def charts(arena: Arena, rows: dict[str, list[Row]]) -> list[list]:
+def charts(arena: Arena, rows: dict[str, list[Row]], aims: dict[str, float]) -> list[list]:
     """One for each measure and cost: rows of the table by their curve, and a line for the truth."""
-    aims = arena.truth()
 
     def chart(measure: str, cost: str, aim: float):
         curves = {curve: [(row[cost], row[measure].mean) for row in each] for curve, each in rows.items()}
@@ -332,7 +331,7 @@ def compare(arena: Arena, report: Report, chosen: Sequence[Method]) -> list[list
         for cost in COSTS:
             names = "; ".join(frontier(every, cost, measure, aims[key]))
             report.add(f"{arena.name}: the frontier", {"measure": measure, "against": cost, "methods": names})
-    return charts(arena, rows)
+    return charts(arena, rows, aims)
 
 
 def main() -> None:
