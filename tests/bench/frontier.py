@@ -141,13 +141,13 @@ class Arena(ABC):
 class Shapes(Arena):
     name, measures, strengths = "ShapesWorld", SCORES | {"energy": "energy"}, (0.1, 0.25, 0.5, 1.0, 2.0)
 
-    def __init__(self, models: Path, per_prompt: int, pool: int, temperature: float, steps: int, runs: int, work: Path):
+    def __init__(self, models: Path, per_prompt: int, pool: int, temperature: float, steps: int, runs: range, work: Path):
         world = World(models, cfg=1.0, steps=steps, sampler="euler_ancestral")
         self.bench = Bench(world, per_prompt, pool, temperature, candidates=0)
-        self.runs, self.pictures = range(runs), per_prompt * len(world.prompts)
+        self.runs, self.pictures = runs, per_prompt * len(world.prompts)
         self.source = self.of(world)
         self.one_step = self.of(World(models, cfg=1.0, steps=1, kind="one_step"))
-        self.contest, self.work = Contest(self.bench, runs), work
+        self.contest, self.work = Contest(self.bench, len(runs)), work
 
     def of(self, world: World) -> Source:
         per_prompt = self.bench.per_prompt
@@ -183,8 +183,8 @@ class Points(Arena):
 
     measures, strengths, repeats = {"reward": "reward", "energy": "energy"}, (0.25, 0.5, 1.0, 2.0, 4.0), 3
 
-    def __init__(self, name: str, mixture: Mixture, count: int, steps: int, runs: int):
-        self.name, self.mixture, self.runs, self.pictures = name, mixture, range(runs), count
+    def __init__(self, name: str, mixture: Mixture, count: int, steps: int, runs: range):
+        self.name, self.mixture, self.runs, self.pictures = name, mixture, runs, count
         model = analytic_model(mixture, Flow(), flow=True, shift=3.0)
         self.source = Source(model, steps, PlainReward(ring_reward), lambda model, seed: ring.sample(model, seed, count, steps))
         self.crowd = particles.Bench("euler_ancestral", steps, count, mixture)
@@ -340,6 +340,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("shapesworld", "ring", "cloud"))
     parser.add_argument("--methods", default="", help="parts of the names of those to run; all if left out")
     parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--first-run", type=int, default=1, help="settings of ours were chosen on run 0 of ShapesWorld")
     parser.add_argument("--per-prompt", type=int, default=8)
     parser.add_argument("--pool", type=int, default=128)
     parser.add_argument("--steps", type=int, default=30, help="on ShapesWorld")
@@ -349,11 +350,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=None, help="where the network's samples are kept; the cache if left out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "output" / "frontier")
     chosen = parser.parse_args()
+    runs = range(chosen.first_run, chosen.first_run + chosen.runs)
     arenas = {
-        "ring": lambda: Points("ring", RING, chosen.samples, 20, chosen.runs),
-        "cloud": lambda: Points("cloud", CLOUD, chosen.samples, 20, chosen.runs),
+        "ring": lambda: Points("ring", RING, chosen.samples, 20, runs),
+        "cloud": lambda: Points("cloud", CLOUD, chosen.samples, 20, runs),
         "shapesworld": lambda: Shapes(
-            chosen.models or shapesworld(), chosen.per_prompt, chosen.pool, chosen.temperature, chosen.steps, chosen.runs,
+            chosen.models or shapesworld(), chosen.per_prompt, chosen.pool, chosen.temperature, chosen.steps, runs,
             chosen.work or environment.cache() / "bench",
         ),
     }

@@ -248,6 +248,7 @@ ESTIMATORS = (
     Setting("`jacobian`, plain", "jacobian", options={"momentum": 0.0, "cap": 100.0}),
 )
 SWEEP = (
+    Setting("`shift`"),
     *(Setting(f"`shift`, strength {s}", strength=s) for s in (0.25, 0.5, 2.0)),
     *(Setting(f"`shift`, momentum {m}", options={"momentum": m}) for m in (0.0, 0.8)),
     *(Setting(f"`shift`, cap {c}", options={"cap": c}) for c in (0.25, 1.0, 2.0)),
