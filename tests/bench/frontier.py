@@ -188,7 +188,7 @@ class Points(Arena):
         model = analytic_model(mixture, Flow(), flow=True, shift=3.0)
         self.source = Source(model, steps, PlainReward(ring_reward), lambda model, seed: ring.sample(model, seed, count, steps))
         self.crowd = particles.Bench("euler_ancestral", steps, count, mixture)
-        self.drawn = [truth(run, count, mixture=mixture) for run in self.runs]
+        self.drawn = {run: truth(run, count, mixture=mixture) for run in self.runs}
 
     def estimators(self):
         for estimator, k, cap in product(BACKWARD, (0, 4), CAPS):
@@ -207,7 +207,7 @@ class Points(Arena):
         return {"reward": float(ring_reward(latents).mean()), "energy": energy_distance(latents, self.drawn[run])}
 
     def truth(self) -> dict[str, float]:
-        return {"reward": mean(float(ring_reward(samples).mean()) for samples in self.drawn), "energy": 0.0}
+        return {"reward": mean(float(ring_reward(samples).mean()) for samples in self.drawn.values()), "energy": 0.0}
 
 
 # --- methods
