@@ -258,7 +258,7 @@ def methods(arena: Arena, counts: Sequence[int], crowds: Sequence[int]) -> Itera
     source, steps = arena.source, arena.source.steps
     yield from choosing(source, counts, "unguided, best of n")
     for n in crowds:
-        yield Method("particles (FK steering, in this pack)", f"n = {n}", n * steps, timed(partial(arena.population, n)))
+        yield Method("particles (FK steering)", f"n = {n}", n * steps, timed(partial(arena.population, n)))
     for strength in arena.strengths:
         setting = f"strength {strength}"
         yield Method("DPS, FreeDoM", setting, steps, timed(lambda run, s=strength: dps(source.problem(run), s)), "every call")
