@@ -367,36 +367,49 @@ class Comparison:
         learned = learn(self.world, lesson, self.work)
         alone = lambda strength: NetworkGuidance(learned.loaded, strength).attach(self.world.pipeline.model)  # noqa: E731
         self.followed(f"network, {name}", learned, alone)
-        for weak in self.beside:
-            both = lambda strength, w=weak: beside(self.bench, w).attach(alone(strength))  # noqa: E731
-            self.followed(f"network, {name}, beside `shift` {weak:g}", learned, both)
+        for other in self.beside:
+            both = lambda strength, s=other: beside(self.bench, s).attach(alone(strength))  # noqa: E731
+            self.followed(f"network, {name}, beside `shift` {other:g}", learned, both, looks=self.world.steps)
 
-    def followed(self, name: str, learned: Learned, attach: Callable[[float], ModelPatcher]) -> None:
-        """At the strength that is best in validation."""
+    def followed(self, name: str, learned: Learned, attach: Callable[[float], ModelPatcher], looks: int = 0) -> None:
+        """At the strength that is best in validation; against what comes as far, or to its best. looks: at the reward, for a picture."""
         judged = {strength: self.judge(attach(strength))[1] for strength in self.strengths}
         say(f"held out by strength: {judged}")
         strength = max(judged, key=lambda strength: judged[strength])
         self.pictures(f"{name}, strength {strength:g}", attach(strength), judged[strength])
-        finetunes = self.reaching(judged[strength])
+        goal = min(judged[strength], max(best(checks).heldout for _, checks in self.finetunes.values()))
+        finetunes = self.reaching(goal)
         if not finetunes:
-            print(f"\nNo finetune comes from less to {judged[strength]:.3f}.\n\n{HEADER}")
+            print(f"\nNo finetune comes from less to {goal:.3f}.\n\n{HEADER}")
             return
         cheapest, (check, against) = next(iter(finetunes.items()))
         self.judged(f"{cheapest}, as good as that", self.finetunes[cheapest][0], check)
         columns = ["way", *COUNTED, "TFLOPs", "CPU s", *(f"of {cheapest}'s FLOPs, {where}" for where in self.prices)]
         print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
         for finetune, (_, spent) in finetunes.items():
-            self.cost(f"{finetune}, to {judged[strength]:.3f}", spent, against, learned)
+            self.cost(f"{finetune}, to {goal:.3f}", spent, against, learned)
         fit = learned.labels.plus(learned.training)
-        self.cost(name, learned.sampling.plus(fit), against, learned)
+        self.cost(f"{name}, to {judged[strength]:.3f}", learned.sampling.plus(fit), against, learned)
         self.cost("another reward, the same samples", fit, against, learned)
         self.cost("another temperature, the same labels", learned.training, against, learned)
+        if looks:
+            self.spent_again(looks, learned.sampling.plus(fit), against, learned)
         print(f"\n{HEADER}")
 
-    def cost(self, name: str, tally: Tally, against: Tally, learned: Learned) -> None:
+    def spent_again(self, looks: int, tally: Tally, against: Tally, learned: Learned) -> None:
+        """After how many pictures what was saved in training has gone into looks at the reward."""
+        look = Tally({what: looks for what in COUNTED if what.startswith(("decoder", "reward"))})
+        saved = {where: (against.flops(each) - tally.flops(each)) / look.flops(each) for where, each in self.prices_with(learned).items()}
+        pictures = ", ".join(f"{count:.0f} ({where})" for where, count in saved.items())
+        print(f"\nIts looks at the reward, {looks} for a picture, have cost the difference after so many pictures: {pictures}.")
+
+    def prices_with(self, learned: Learned) -> dict[str, dict[str, float]]:
         text = self.world.pipeline.conditions([""])[0][0]
         own = passes.network(learned.architecture, SHAPE, text[0].shape[1])
-        prices = {where: found | own if where == "here" else found for where, found in self.prices.items()}
+        return {where: found | own if where == "here" else found for where, found in self.prices.items()}
+
+    def cost(self, name: str, tally: Tally, against: Tally, learned: Learned) -> None:
+        prices = self.prices_with(learned)
         counts = [f"{tally[what]:.0f}" for what in COUNTED]
         shares = [f"{tally.flops(each) / against.flops(each):.0%}" for each in prices.values()]
         cells = [name, *counts, f"{tally.flops(prices['here']) / 1e12:.2f}", f"{tally['seconds']:.0f}", *shares]
@@ -413,8 +426,8 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
     parser.add_argument("--recipes", type=lambda text: text.split(","), default=["refl", "refl-10"], help=", ".join(RECIPES))
     parser.add_argument("--networks", type=lambda text: text.split(","), default=["500-short", "2000-lean"], help=", ".join(LESSONS))
-    parser.add_argument("--strengths", type=numbers, default=[4.0, 6.0, 8.0])
-    parser.add_argument("--beside", type=numbers, default=[0.5], help="strengths of training-free guidance, to which a network is added too")
+    parser.add_argument("--strengths", type=numbers, default=[4.0, 8.0])
+    parser.add_argument("--beside", type=numbers, default=[1.0], help="strengths of training-free guidance, to which a network is added too")
     parser.add_argument("--per-prompt", type=int, default=8)
     parser.add_argument("--pool", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.1, help="of the truth, in units of the standardized reward")
