@@ -310,7 +310,7 @@ def charts(arena: Arena, rows: dict[str, list[Row]], aims: dict[str, float]) -> 
     """One for each measure and cost: rows of the table by their curve, and a line for the truth."""
 
     def chart(measure: str, cost: str, aim: float):
-        curves = {curve: [(row[cost], row[measure].mean) for row in each] for curve, each in rows.items()}
+        curves = {curve.replace("`", ""): [(row[cost], row[measure].mean) for row in each] for curve, each in rows.items()}
         xs = [x for points in curves.values() for x, _ in points]
         curves["truth"] = [(min(xs), aim), (max(xs), aim)]
         return draw_chart(f"{arena.name}: {measure}", f"{cost} of a picture", curves, logarithmic=True)
