@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ NOISE_FORMS = {"weighted": "noise", "reward_gradient": "leap"}
 def plan_for(description: Description, objective: str = "auto", form: str = "correction", **options: Any) -> Plan:
     """A plan that fits what was collected: noise has a form of its own, and so has a potential. `options` are those of Plan.
 
-    auto is potential, which makes the most of few samples, but for noise, and for the form shift, weighted. A potential sees fresh noise in
-    every batch, which keeps it from learning few samples by heart.
+    auto is potential, which makes the most of few samples, but for noise, and for the form shift, weighted: labels are all that is known here.
+    A potential sees fresh noise in every batch, which keeps it from learning few samples by heart.
 
     A short training is looked at more often, and its average forgets the beginning sooner.
     """
@@ -144,11 +145,13 @@ def prepare(
     checkpoints: Path | None = None,
     denoise: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     reward: Callable[[Tensor, Batch], Tensor] | None = None,
+    around: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Fitting:
     """A training that is ready to run. Raises GuidanceError where these samples cannot be learned from.
 
     checkpoints: the folder where a training leaves off and goes on; each finds its own. denoise: x, σ, prompts -> D with a graph, for the form
-    `shift`. reward: denoised latents, batch -> rewards (B,) as CombinedReward has them by these weights; for `reward_gradient`.
+    `shift`. reward: denoised latents, batch -> rewards (B,) as CombinedReward has them by these weights; for `reward_gradient`. around: what
+    these are asked in.
     """
     description, device = samples.description, device or torch.device("cpu")
     if plan.form == "shift" and denoise is None:
@@ -177,6 +180,7 @@ def prepare(
         checkpoints and checkpoints / f"training-{name}.checkpoint",
         device,
         samples.text.pooled,
+        around,
     )
     return Fitting(description, reward_weights, health, training)
 

@@ -12,6 +12,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -235,6 +236,23 @@ def reward_gradient(network: nn.Module, task: Task, batch: Batch) -> Tensor:
     return (correction.square().flatten(1).sum(1) / 2 - scores / task.plan.temperature).mean()
 
 
+def in_parts(reward: Callable[[Tensor, slice], Tensor], points: Tensor, size: int) -> Tensor:
+    """reward(points[part], part) of each part of points (B,...) -> (B,). The way back is gone at once, `size` points at a time, so that no more
+    graphs are held, and can be gone once."""
+    parts = [slice(start, start + size) for start in range(0, len(points), size)]
+    if not torch.is_grad_enabled():
+        return torch.cat([reward(points[part], part) for part in parts])
+    found = []
+    for part in parts:
+        point = points[part].detach().requires_grad_()
+        scores = reward(point, part)
+        if scores.requires_grad:
+            (gradient,) = torch.autograd.grad(scores.sum(), point)
+            scores = scores.detach() + (gradient * (points[part] - point.detach())).flatten(1).sum(1)
+        found.append(scores)
+    return torch.cat(found)
+
+
 def potential(loss: Callable[[Tensor, Tensor], Tensor]) -> Objective:
     """A scalar network f(x) and the weights -> the loss per sample, to which that of its guess of D is added while it learns."""
 
@@ -280,6 +298,8 @@ class Training:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     pooled: Tensor | None = None
     """Texts (N,P) that show what texts have in common."""
+    around: Callable[[], AbstractContextManager] = nullcontext
+    """What the loss and its way back happen in; between steps there is time for something else."""
     step: int = field(default=0, init=False)
     curve: list[tuple[int, float]] = field(default_factory=list, init=False)
     """Loss on held-out samples by step; on those it is trained on where none are held out."""
@@ -313,8 +333,10 @@ class Training:
         plan = self.task.plan
         network: nn.Module = nn.parallel.DistributedDataParallel(self.network) if distributed.is_initialized() else self.network
         while self.step < plan.steps and not self.diverged:
-            loss = OBJECTIVES[plan.objective](network, self.task, self.source.batch(plan.batch, (plan.seed, self.step), own_part(plan.batch)))
-            loss.backward()
+            with self.around():
+                batch = self.source.batch(plan.batch, (plan.seed, self.step), own_part(plan.batch))
+                loss = OBJECTIVES[plan.objective](network, self.task, batch)
+                loss.backward()
             if not math.isfinite(nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)):  # of all processes alike
                 self.diverge()
                 return
@@ -351,7 +373,8 @@ class Training:
         """The averaged network's loss on the same eight batches at every look."""
         plan = self.task.plan
         batches = (held_out.batch(plan.batch, (plan.seed, -1, i)) for i in range(8))
-        return sum(float(OBJECTIVES[plan.objective](self.average.module, self.task, batch)) for batch in batches) / 8
+        with self.around():
+            return sum(float(OBJECTIVES[plan.objective](self.average.module, self.task, batch)) for batch in batches) / 8
 
     def pause(self) -> None:
         """Stopped between two looks: look, so that what has been reached since the last one counts."""

@@ -585,21 +585,21 @@ def as_nodes_run() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def differentiable_clone(model: comfy.model_patcher.ModelPatcher) -> Iterator[comfy.model_patcher.ModelPatcher]:
-    """A clone, wholly on its device, through which gradients flow and none into its weights."""
-    clone = model.clone(disable_dynamic=True)
-    comfy.model_management.load_models_gpu([clone], force_full_load=True)
-    with differentiable_model(clone.model.requires_grad_(False)):
-        yield clone
+def static_clone(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """A clone that can be wholly on its device."""
+    return model.clone(disable_dynamic=True)
 
 
 @contextmanager
-def loaded_reward(reward: LatentReward) -> Iterator[LatentReward]:
-    """On its device, for gradients through it outside of sampling."""
-    comfy.model_management.load_models_gpu(reward.patchers)
-    with normal_weights(*reward.modules):
-        yield reward
+def training_through(model: comfy.model_patcher.ModelPatcher | None = None, reward: LatentReward | None = None) -> Iterator[None]:
+    """Inside, outside of sampling, both are on their devices, and gradients flow through them and none into their weights.
+
+    model: a static clone.
+    """
+    patchers, modules = (reward.patchers, reward.modules) if reward else ([], [])
+    comfy.model_management.load_models_gpu([*([model] if model else []), *patchers], force_full_load=True)
+    with normal_weights(*modules), differentiable_model(model.model.requires_grad_(False)) if model else nullcontext():
+        yield
 
 
 def room_for(needed: int) -> torch.device:

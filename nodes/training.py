@@ -3,9 +3,10 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 
 import comfy.model_management
@@ -21,14 +22,14 @@ from torch import Tensor
 from ..guidance.errors import GuidanceError
 from ..guidance.fitting import BATCH, DATA_FORMS, DATA_OBJECTIVES, WIDTHS, Fitting, bytes_for, plan_for, prepare, weights_from
 from ..guidance.rewards import CombinedReward, RewardError
-from ..guidance.training import Batch, Plan, Progress
+from ..guidance.training import Batch, Plan, Progress, in_parts
 from . import runtime
 from .collecting import CATEGORY, DATA, GuidanceData, Studio, parts_of, picture
 from .decoders import make_decoder
 from .guidance import HIDDEN
 from .network import NETWORK, followed
 from .reporting import Reporter
-from .runtime import LatentReward, as_nodes_run, differentiable_clone, loaded_reward, manage_network, room_for, trainable
+from .runtime import LatentReward, as_nodes_run, manage_network, room_for, static_clone, trainable, training_through
 from .selection import decode
 
 log = logging.getLogger(__name__)
@@ -39,49 +40,61 @@ _stopped: Counter[str] = Counter()
 """Node -> how often it was interrupted and returned what it had. Queued again, it goes on instead of being taken from ComfyUI's cache."""
 
 
-@contextmanager
-def assistants(data: GuidanceData, plan: Plan, weights: Sequence[float]) -> Iterator[dict[str, Callable]]:
-    """What a training asks beside the samples: the model at other points, or the gradient of the rewards by these weights."""
-    description = data.collection.description
-    with ExitStack() as stack:
-        asked: dict[str, Callable] = {}
-        if plan.form == "shift":
-            studio = data.ask("The form shift")
-            model = replace(studio, model=stack.enter_context(differentiable_clone(studio.model)))
-            asked["denoise"] = lambda x, sigma, prompts: model.denoise(x, sigma, prompts.tolist())
-        if plan.objective == "reward_gradient":
-            studio = data.ask("The objective reward_gradient")
-            decoder = make_decoder("auto", studio.model.get_model_object("latent_format"), studio.vae)
-            weighted = replace(studio.reward, reward=CombinedReward([part for part, _ in parts_of(studio.reward.reward)], weights))
-            reward = stack.enter_context(loaded_reward(LatentReward(weighted, decoder, description.prompts[0])))
-            make = stack.enter_context(generator_of(studio)) if description.base.target == "noise" else lambda latents, _: latents
-
-            def score(latents: Tensor, batch: Batch) -> Tensor:
-                assert batch.prompts is not None
-                prompts = batch.prompts.tolist()
-                return reward.score(make(latents, prompts), [description.prompts[prompt] for prompt in prompts])
-
-            asked["reward"] = score
-        yield asked
+def objective_of(data: GuidanceData, objective: str) -> str:
+    """auto, made out where what is at hand decides it: noise that is to leap needs the generator, and a reward that has a gradient."""
+    noise, studio = data.collection.description.base.target == "noise", data.studio
+    leaps = noise and studio is not None and studio.steps == 1 and studio.reward.reward.differentiable
+    return "reward_gradient" if objective == "auto" and leaps else objective
 
 
-@contextmanager
-def generator_of(studio: Studio) -> Iterator[Callable[[Tensor, list[int]], Tensor]]:
-    """What a one-step generator makes of noise (N,...) and prompts (N,), in the model's space and with a graph."""
+def assistants(data: GuidanceData, plan: Plan, weights: Sequence[float]) -> dict[str, Callable]:
+    """What a training asks beside the samples: the model at other points, or the gradient of the rewards by these weights; and what its steps
+    happen in."""
+    description, model, reward = data.collection.description, None, None
+    asked: dict[str, Callable] = {}
+    if plan.form == "shift":
+        studio = with_static_model(data.ask("The form shift"))
+        model = studio.model
+        asked["denoise"] = lambda x, sigma, prompts: studio.denoise(x, sigma, prompts.tolist())
+    if plan.objective == "reward_gradient":
+        studio = data.ask("The objective reward_gradient")
+        make: Callable[[Tensor, list[int]], Tensor] = lambda latents, _: latents  # noqa: E731
+        if description.base.target == "noise":
+            studio = with_static_model(studio)
+            model, make = studio.model, generator_of(studio)
+        decoder = make_decoder("auto", studio.model.get_model_object("latent_format"), studio.vae)
+        weighted = replace(studio.reward, reward=CombinedReward([part for part, _ in parts_of(studio.reward.reward)], weights))
+        reward = LatentReward(weighted, decoder, description.prompts[0])
+
+        def score(latents: Tensor, batch: Batch) -> Tensor:
+            assert batch.prompts is not None
+            prompts = batch.prompts.tolist()
+            told = [description.prompts[prompt] for prompt in prompts]
+            return in_parts(lambda some, part: reward.score(make(some, prompts[part]), told[part]), latents, studio.batch)
+
+        asked["reward"] = score
+    return asked | {"around": partial(training_through, model, reward)}
+
+
+def with_static_model(studio: Studio) -> Studio:
+    return replace(studio, model=static_clone(studio.model))
+
+
+def generator_of(studio: Studio) -> Callable[[Tensor, list[int]], Tensor]:
+    """What a one-step generator makes of noise (N,...) and prompts (N,), in the model's space; with a graph where a training goes through it."""
     if studio.steps != 1:
         raise GuidanceError(
             f"The objective reward_gradient goes through one call of the model, and these samples were made with {studio.steps} steps: collect "
             "with 1, or choose the objective weighted."
         )
-    with differentiable_clone(studio.model) as model:
-        one, sampling = replace(studio, model=model), model.get_model_object("model_sampling")
-        sigma = comfy.samplers.calculate_sigmas(sampling, studio.scheduler, 1)[0]
+    sampling = studio.model.get_model_object("model_sampling")
+    sigma = comfy.samplers.calculate_sigmas(sampling, studio.scheduler, 1)[0]
 
-        def make(noise: Tensor, prompts: list[int]) -> Tensor:
-            x = sampling.noise_scaling(sigma.to(noise), noise, torch.zeros_like(noise), max_denoise=True)
-            return one.denoise(x, sigma.expand(len(noise)), prompts)
+    def make(noise: Tensor, prompts: list[int]) -> Tensor:
+        x = sampling.noise_scaling(sigma.to(noise), noise, torch.zeros_like(noise), max_denoise=True)
+        return studio.denoise(x, sigma.expand(len(noise)), prompts)
 
-        yield make
+    return make
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +239,8 @@ class TrainNetwork(io.ComfyNode):
                     options=list(DATA_OBJECTIVES),
                     tooltip="potential: the logarithm of the expected weight exp(reward/β), whose gradient guides; learns most from few samples. "
                     "weighted: regression on weighted samples, of which it needs many. reward_gradient: through the reward itself, which must have "
-                    "a gradient, and the decoder. auto: potential, and weighted for noise and for the form shift.",
+                    "a gradient, and the decoder. auto: potential, and weighted for the form shift; for noise reward_gradient, or weighted where "
+                    "there is no gradient, the samples are from disk or took several steps.",
                     **rare,
                 ),
                 io.Combo.Input(
@@ -305,10 +319,10 @@ class TrainNetwork(io.ComfyNode):
     ) -> io.NodeOutput:
         options = {"temperature": temperature, "steps": steps, "batch": batch, "learning_rate": learning_rate, "seed": seed}
         description, folder = data.collection.description, data.collection.folder if checkpoint else None
-        plan, weights = plan_for(description, objective, form, **options), description.weights(weights_from(reward_weights))
+        plan, weights = plan_for(description, objective_of(data, objective), form, **options), description.weights(weights_from(reward_weights))
         device = room_for(bytes_for(description, plan, size))
-        with trainable(), assistants(data, plan, weights) as asked:
-            fitting = prepare(data.collection.load(), plan, size, weights, device, folder, **asked)
+        with trainable():
+            fitting = prepare(data.collection.load(), plan, size, weights, device, folder, **assistants(data, plan, weights))
             Watch(fitting, Reporter(cls.hidden), first_pictures(data) if preview_every else None, preview_every).run()
             network = manage_network(fitting.network(), fitting.card())
         leave_off(fitting, cls.hidden.unique_id)

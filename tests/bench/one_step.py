@@ -36,8 +36,8 @@ from reward_guidance.guidance.randomness import generator
 from reward_guidance.guidance.samples import Texts
 from reward_guidance.guidance.training import Batch, Plan, Source, Task, Training, label
 from reward_guidance.nodes.collecting import Studio
-from reward_guidance.nodes.runtime import gradients, text_of_conditioning, trainable
-from reward_guidance.nodes.training import generator_of
+from reward_guidance.nodes.runtime import gradients, text_of_conditioning, trainable, training_through
+from reward_guidance.nodes.training import generator_of, with_static_model
 from reward_guidance.tests.bench.shapesworld_network import numbers
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
@@ -87,7 +87,9 @@ class Arena(ABC):
         names = tuple(map(str, range(len(self.texts.pooled))))
         empty = {"samples": torch.zeros(1, *self.shape)}
         studio = Studio(self.model, names, self.encode, "0", 1, 1.0, "euler", "simple", empty, CHUNK, None, None)  # type: ignore[arg-type]
-        with trainable(), gradients(*self.problem(0).reward.modules), generator_of(studio) as self.make:
+        studio = with_static_model(studio)
+        with trainable(), gradients(*self.problem(0).reward.modules), training_through(studio.model):
+            self.make = generator_of(studio)
             yield
 
     def noise(self, seed: int) -> Tensor:

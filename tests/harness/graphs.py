@@ -121,10 +121,12 @@ def nodes_of(prompt: Prompt, kind: str) -> list[str]:
 
 
 def changed(prompt: Prompt, values: dict) -> Prompt:
-    """The prompt with these values of every input of such a name, and of every node of such a class."""
+    """The prompt with these values of every input of such a name, and of every node of such a class. A single step stays one."""
 
     def inputs(content: dict) -> dict:
         new = {name: value for name, value in values.items() if name in content["inputs"]}
+        if content["inputs"].get("steps") == 1:
+            new.pop("steps", None)
         return content["inputs"] | new | values.get(content["class_type"], {})
 
     return {node: content | {"inputs": inputs(content)} for node, content in prompt.items()}

@@ -8,7 +8,7 @@ import torch
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.network import Architecture, Text
 from reward_guidance.guidance.process import Diffusion, Flow
-from reward_guidance.guidance.training import OBJECTIVES, Batch, LivePairs, Plan, Task, Training, fit, label
+from reward_guidance.guidance.training import OBJECTIVES, Batch, LivePairs, Plan, Task, Training, fit, in_parts, label
 from reward_guidance.tests.standins import objectives
 from reward_guidance.tests.standins.mixture import Mixture
 
@@ -183,6 +183,27 @@ def test_reward_gradient_without_a_reward_is_refused():
     batch, _ = batch_at(Diffusion(), 0.8, count=2)
     with pytest.raises(GuidanceError, match="needs the reward itself"):
         OBJECTIVES["reward_gradient"](Constant(torch.zeros(1, 2, 1, 1)), Task(Diffusion(), Plan(objective="reward_gradient")), batch)
+
+
+def test_a_gradient_in_parts_is_that_of_all_at_once():
+    points = torch.randn(5, 2, 3, 3, generator=rng(), dtype=torch.float64).requires_grad_()
+    weights = torch.arange(5.0, dtype=torch.float64)
+    seen = []
+
+    def reward(some, part):
+        seen.append(len(some))
+        return weights[part] * some.pow(3).flatten(1).sum(1)
+
+    def gone_back(scores):
+        (gradient,) = torch.autograd.grad((scores * (1 + weights)).sum(), points)
+        return scores, gradient
+
+    whole, parts = gone_back(reward(2 * points, slice(None))), gone_back(in_parts(reward, 2 * points, 2))
+    assert seen == [5, 2, 2, 1]
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
+    with torch.no_grad():
+        assert torch.equal(in_parts(reward, 2 * points, 2), whole[0])
+    assert not in_parts(lambda some, part: torch.zeros(len(some)), points, 2).requires_grad
 
 
 @pytest.mark.parametrize("options", [{"objective": "luck"}, {"form": "luck"}, {"objective": "potential"}, {"form": "potential"}])

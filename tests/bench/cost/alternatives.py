@@ -13,7 +13,7 @@ from bench.peers.noise_optimisation import noise_optimisation
 from bench.peers.problem import PlainVAE, Problem
 from reward_guidance.guidance.files import Card
 from reward_guidance.guidance.network import Architecture, GuidanceNetwork
-from reward_guidance.nodes.runtime import LatentReward, LoadedNetwork, base_of, loaded_reward, manage_network, tilt
+from reward_guidance.nodes.runtime import LatentReward, LoadedNetwork, base_of, manage_network, tilt, training_through
 from torch import Tensor
 
 from . import sizes
@@ -110,7 +110,7 @@ def rows(report: Report, world: World, of: Sizes) -> None:
     base = list(known)[1]
 
     def measured(name: str, by: Callable[[Callable[[], object]], T]) -> T:
-        with torch.no_grad(), loaded_reward(contest.reward):
+        with torch.no_grad(), training_through(reward=contest.reward):
             return by(known[name].run)
 
     turns = by_turns({name: partial(measured, name, seconds) for name in known}, of.repeats)
