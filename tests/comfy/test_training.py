@@ -282,7 +282,7 @@ def test_the_page_hears_how_a_training_goes(bench, networks):
 def test_previews_show_what_has_been_learned(bench, networks, family, form):
     """Also between steps that go back through the model, some of whose own work is in place."""
     networks(family)
-    options = {"build": from_model(family), "steps": 12, "seed": next(SEEDS), "form": form}
+    options = {"build": lambda graph: collected(graph, family, family), "steps": 12, "seed": next(SEEDS), "form": form}
     told = [train(bench, family, **options, preview_every=every).check() for every in (5, 0)]
     assert [len(result.of("preview")) for result in told] == [1, 0], "there is one only after the first look"
     rewards = [[event["series"]["reward"] for event in result.of("reward_guidance.step") if "reward" in event["series"]] for result in told]
