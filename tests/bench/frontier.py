@@ -18,7 +18,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import chain, product
 from pathlib import Path
 from statistics import mean, median
@@ -29,7 +29,7 @@ from harness.inprocess import load_comfyui
 load_comfyui()
 
 import torch
-from bench import networks, particles, ring
+from bench import networks, one_step, particles, ring
 from bench.cost.report import Report, Row
 from bench.peers.gradient_guidance import dps, flowchef
 from bench.peers.noise_optimisation import noise_optimisation
@@ -40,6 +40,7 @@ from comfy.model_patcher import ModelPatcher
 from harness import environment
 from harness.chart import draw_chart, in_rows
 from reward_guidance.guidance.estimators import Settings, Smoothing
+from reward_guidance.guidance.network import GuidanceNetwork
 from reward_guidance.guidance.process import Flow
 from reward_guidance.guidance.training import fit
 from reward_guidance.nodes.runtime import NetworkGuidance, RewardGuidance
@@ -52,6 +53,8 @@ from torch import Tensor
 
 COSTS = ("model calls", "CPU ms")
 ITERATIONS = (10, 25, 50)
+LEAPS = (1.0, 2.0)
+"""Strengths of a network for a one-step generator."""
 BACKWARD = {"jacobian": "every call", "denoised": "", "shift": ""}
 """Of the estimators, which pass back through the model."""
 KNOWN = {"jacobian": "as LGD-MC", "denoised": "as MPGD", "shift": "ours"}
@@ -125,6 +128,10 @@ class Arena(ABC):
     def learned(self) -> Iterator[Ours]:
         """What uses a guidance network."""
 
+    def leaps(self) -> "Leaps | None":
+        """A guidance network for the one-step generator."""
+        return None
+
     @abstractmethod
     def population(self, n: int, run: int) -> Tensor:
         """Latents (B,...), each of one of n particles."""
@@ -147,7 +154,7 @@ class Shapes(Arena):
         self.runs, self.pictures = runs, per_prompt * len(world.prompts)
         self.source = self.of(world)
         self.one_step = self.of(World(models, cfg=1.0, steps=1, kind="one_step"))
-        self.contest, self.work = Contest(self.bench, len(runs)), work
+        self.contest, self.work, self.models = Contest(self.bench, len(runs)), work, models
 
     def of(self, world: World) -> Source:
         per_prompt = self.bench.per_prompt
@@ -167,6 +174,9 @@ class Shapes(Arena):
         yield Ours("network (ours)", "", network)
         yield Ours("network and `shift` (ours)", "", self.by_reward().attach(network))
 
+    def leaps(self):
+        return Leaps(one_step.Shapes(self.models, self.bench.per_prompt, pool=32))
+
     def population(self, n: int, run: int) -> Tensor:
         first = run * self.bench.per_prompt
         return torch.stack([self.contest.population(n, first + i) for i in range(self.bench.per_prompt)], 1).flatten(0, 1)
@@ -176,6 +186,22 @@ class Shapes(Arena):
 
     def truth(self) -> dict[str, float]:
         return self.bench.truth | {"energy": 0.0}
+
+
+class Leaps:
+    """Moves the noise of a one-step generator by a network that learned from the reward's gradient."""
+
+    def __init__(self, arena: one_step.Arena):
+        self.arena = arena
+
+    @cached_property
+    def network(self) -> GuidanceNetwork:
+        with self.arena.opened():
+            return one_step.leap(self.arena, steps=2000, run=0, temperature=self.arena.temperature, batch=32)
+
+    def sample(self, strength: float, run: int) -> Tensor:
+        with self.arena.opened():
+            return self.arena.tilted(self.network, "leap", 1, strength, run)
 
 
 class Points(Arena):
@@ -223,6 +249,8 @@ class Method:
     draw: Callable[[int], tuple[Tensor, float]]
     """Run -> latents, and the CPU seconds they took."""
     backward: str = ""
+    prepare: Callable[[], object] = lambda: None
+    """What is not counted."""
 
     @property
     def name(self) -> str:
@@ -270,6 +298,10 @@ def methods(arena: Arena, counts: Sequence[int], crowds: Sequence[int]) -> Itera
         yield from choosing(arena.one_step, counts, "one step, best of n")
         for n in ITERATIONS:
             yield Method("one step, ReNO", f"{n} iterations", n, timed(lambda run, n=n: noise_optimisation(problem(run), n)), "every call")
+    if leaps := arena.leaps():
+        for strength in LEAPS:
+            draw = timed(partial(leaps.sample, strength))
+            yield Method("one step, network (ours)", f"strength {strength:g}", 1, draw, prepare=lambda: leaps.network)
 
 
 def choosing(source: Source, counts: Sequence[int], curve: str) -> Iterator[Method]:
@@ -283,6 +315,7 @@ def choosing(source: Source, counts: Sequence[int], curve: str) -> Iterator[Meth
 
 
 def measured(arena: Arena, method: Method) -> Row:
+    method.prepare()
     drawn = [[method.draw(run) for _ in range(arena.repeats)] for run in arena.runs]
     found = [arena.judge(latents, run) for run, [(latents, _), *_] in zip(arena.runs, drawn, strict=True)]
     return {

@@ -104,6 +104,10 @@ class Arena(ABC):
     def text(self) -> Text:
         return self.texts[torch.tensor(self.prompts)]
 
+    def tilted(self, network: GuidanceNetwork, form: str, steps: int, strength: float, seed: int) -> Tensor:
+        """Latents of noise that a network tilts."""
+        return self.pictures(tilted_noise(network, self.noise(seed), self.text(), steps, strength, form), self.prompts)
+
 
 class Shapes(Arena):
     name, columns = "ShapesWorld", ("reward", "held-out", "oracle", "energy", "to data")
@@ -303,8 +307,7 @@ class Contest:
         return noise_optimisation(self.arena.problem(JUDGING + run), iterations).clone()
 
     def tilted(self, network: GuidanceNetwork, form: str, steps: int, strength: float, run: int) -> Tensor:
-        noise = tilted_noise(network, self.arena.noise(JUDGING + run), self.arena.text(), steps, strength, form)
-        return self.arena.pictures(noise, self.arena.prompts)
+        return self.arena.tilted(network, form, steps, strength, JUDGING + run)
 
     @torch.no_grad()
     def corrected(self, network: GuidanceNetwork, sigma: float, run: int) -> Tensor:
