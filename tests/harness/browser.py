@@ -165,12 +165,12 @@ class Tab:
         )
 
     def change(self, **values: Any) -> None:
-        """Every widget of these names, on every node, within subgraphs too."""
+        """Every widget of these names, on every node, within subgraphs too. A single step stays one."""
         self.run(
             """values => {
                 for (const graph of [app.rootGraph, ...app.rootGraph.subgraphs.values()])
                     for (const widget of graph.nodes.flatMap(node => node.widgets ?? []))
-                        if (widget.name in values) widget.value = values[widget.name]
+                        if (widget.name in values && !(widget.name === "steps" && widget.value === 1)) widget.value = values[widget.name]
             }""",
             values,
         )
