@@ -17,7 +17,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from itertools import chain, product
 from pathlib import Path
@@ -101,7 +101,8 @@ class Ours:
 
     name: str
     setting: str
-    model: ModelPatcher
+    model: Callable[[], ModelPatcher]
+    """Made, and what it needs learned, when it is asked for the first time."""
     backward: str = ""
 
 
@@ -128,9 +129,9 @@ class Arena(ABC):
     def learned(self) -> Iterator[Ours]:
         """What uses a guidance network."""
 
-    def leaps(self) -> "Leaps | None":
-        """A guidance network for the one-step generator."""
-        return None
+    def leaps(self) -> "Leaps":
+        """A guidance network for the one-step generator, where there is one."""
+        raise NotImplementedError
 
     @abstractmethod
     def population(self, n: int, run: int) -> Tensor:
@@ -163,16 +164,19 @@ class Shapes(Arena):
     def by_reward(self, estimator: str = "shift", **options) -> RewardGuidance:
         return RewardGuidance(self.source.reward, estimator, Settings(temperature=self.bench.temperature, **options))
 
+    def guided(self, estimator: str = "shift", **options) -> Callable[[], ModelPatcher]:
+        return cache(lambda: self.by_reward(estimator, **options).attach(self.source.model))
+
     def estimators(self):
         for estimator in BACKWARD:
-            yield Ours(f"`{estimator}` ({KNOWN[estimator]})", "", self.by_reward(estimator).attach(self.source.model), BACKWARD[estimator])
+            yield Ours(f"`{estimator}` ({KNOWN[estimator]})", "", self.guided(estimator), BACKWARD[estimator])
         for name, options in SHIFTS.items():
-            yield Ours("`shift` (ours)", name, self.by_reward(**options).attach(self.source.model))
+            yield Ours("`shift` (ours)", name, self.guided(**options))
 
     def learned(self):
-        network = NetworkGuidance(learned(self.bench.world, self.work, 2000, 1500), 4.0).attach(self.source.model)
+        network = cache(lambda: NetworkGuidance(learned(self.bench.world, self.work, 2000, 1500), 4.0).attach(self.source.model))
         yield Ours("network (ours)", "", network)
-        yield Ours("network and `shift` (ours)", "", self.by_reward().attach(network))
+        yield Ours("network and `shift` (ours)", "", cache(lambda: self.by_reward().attach(network())))
 
     def leaps(self):
         return Leaps(one_step.Shapes(self.models, self.bench.per_prompt, pool=32))
@@ -219,12 +223,13 @@ class Points(Arena):
     def estimators(self):
         for estimator, k, cap in product(BACKWARD, (0, 4), CAPS):
             name = f"`{estimator}`, k = {k} ({KNOWN[estimator]})"
-            yield Ours(name, f"cap {cap}", ring.by_reward(self.source.model, estimator, k, cap=cap), BACKWARD[estimator])
+            model = cache(partial(ring.by_reward, self.source.model, estimator, k, cap=cap))
+            yield Ours(name, f"cap {cap}", model, BACKWARD[estimator])
 
     def learned(self):
         world = networks.World(self.mixture)
-        training = world.training("weighted", "correction", 0, networks.LABELS, 4000, 64)
-        yield Ours("network (ours)", "", world.guided(fit(training), "correction", self.source.model))
+        training = partial(world.training, "weighted", "correction", 0, networks.LABELS, 4000, 64)
+        yield Ours("network (ours)", "", cache(lambda: world.guided(fit(training()), "correction", self.source.model)))
 
     def population(self, n: int, run: int) -> Tensor:
         return self.crowd.particles(n, run)
@@ -274,6 +279,10 @@ class BestOf:
         self.sampled = cache(timed(partial(source.sample, source.model)))
         self.scored = cache(timed(lambda seed: source.problem(seed).scores(self.sampled(seed)[0])))
 
+    def ready(self) -> None:
+        """Load the model and encode the prompts, which nobody is to pay for."""
+        self.scored(-1)
+
     def of(self, n: int, run: int) -> tuple[Tensor, float]:
         drawn = [self.sampled(run * self.most + i) for i in range(n)]
         judged = [self.scored(run * self.most + i) for i in range(n)] if n > 1 else []
@@ -292,23 +301,29 @@ def methods(arena: Arena, counts: Sequence[int], crowds: Sequence[int]) -> Itera
         yield Method("DPS, FreeDoM", setting, steps, timed(lambda run, s=strength: dps(source.problem(run), s)), "every call")
         yield Method("FlowChef", setting, steps, timed(lambda run, s=strength: flowchef(source.problem(run), s)))
     for ours in chain(arena.estimators(), arena.learned()):
-        yield Method(ours.name, ours.setting, steps, timed(partial(source.sample, ours.model)), ours.backward)
+        draw = timed(lambda run, ours=ours: source.sample(ours.model(), run))
+        yield Method(ours.name, ours.setting, steps, draw, ours.backward, ours.model)
     if arena.one_step:
         problem = arena.one_step.problem
         yield from choosing(arena.one_step, counts, "one step, best of n")
         for n in ITERATIONS:
             yield Method("one step, ReNO", f"{n} iterations", n, timed(lambda run, n=n: noise_optimisation(problem(run), n)), "every call")
-    if leaps := arena.leaps():
-        for strength in LEAPS:
-            draw = timed(partial(leaps.sample, strength))
-            yield Method("one step, network (ours)", f"strength {strength:g}", 1, draw, prepare=lambda: leaps.network)
+        yield from leaping(arena.one_step, arena.leaps(), counts)
+
+
+def leaping(generator: Source, leaps: Leaps, counts: Sequence[int]) -> Iterator[Method]:
+    """A single one, in both strengths, and the best of several."""
+    for strength in LEAPS:
+        draw = timed(partial(leaps.sample, strength))
+        yield Method("one step, network (ours)", f"strength {strength:g}", 1, draw, prepare=lambda: leaps.network)
+    source = replace(generator, sample=lambda _, seed: leaps.sample(LEAPS[0], seed))
+    yield from choosing(source, [n for n in counts if n > 1], "one step, network (ours), best of n")
 
 
 def choosing(source: Source, counts: Sequence[int], curve: str) -> Iterator[Method]:
     best = BestOf(source, max(counts))
-    best.scored(-1)  # loads the model and encodes the prompts, which nobody is to pay for
     for n in counts:
-        yield Method(curve, f"n = {n}", n * source.steps, partial(best.of, n))
+        yield Method(curve, f"n = {n}", n * source.steps, partial(best.of, n), prepare=best.ready)
 
 
 # --- results
