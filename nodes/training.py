@@ -73,7 +73,9 @@ def assistants(data: GuidanceData, plan: Plan, weights: Sequence[float]) -> dict
             return in_parts(lambda some, part: reward.score(make(some, prompts[part]), told[part]), latents, studio.batch)
 
         asked["reward"] = score
-    return asked | {"around": partial(training_through, model, reward)}
+    if asked:
+        asked["around"] = partial(training_through, model, reward)
+    return asked
 
 
 def with_static_model(studio: Studio) -> Studio:
