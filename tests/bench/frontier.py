@@ -60,6 +60,8 @@ BACKWARD = {"jacobian": "every call", "denoised": "", "shift": ""}
 KNOWN = {"jacobian": "as LGD-MC", "denoised": "as MPGD", "shift": "ours"}
 """Whose formula they are."""
 CAPS = (0.5, 2.0, 8.0)
+FLOOR = 1e-3
+"""Of energies in a figure."""
 SHIFTS: dict[str, dict] = {
     "4 points, strength 2": {"smoothing": Smoothing(4), "strength": 2.0},
     "target 0.8, strength 3, momentum 0": {"target": 0.8, "strength": 3.0, "momentum": 0.0},
@@ -361,7 +363,8 @@ def charts(arena: Arena, rows: dict[str, list[Row]], aims: dict[str, float]) -> 
         curves = {curve.replace("`", ""): [(row[cost], row[measure].mean) for row in each] for curve, each in rows.items()}
         xs = [x for points in curves.values() for x, _ in points]
         curves["truth"] = [(min(xs), aim), (max(xs), aim)]
-        return draw_chart(f"{arena.name}: {measure}", f"{cost} of a picture", curves, logarithmic=True)
+        floor, least = (FLOOR, f", {FLOOR:g} or less at the bottom") if measure == "energy" else (0.0, "")
+        return draw_chart(f"{arena.name}: {measure}{least}", f"{cost} of a picture", curves, logarithmic=True, floor=floor)
 
     return [[chart(heading, cost, aims[key]) for cost in COSTS] for key, heading in arena.measures.items()]
 

@@ -32,15 +32,19 @@ def draw_chart(
     aims: Mapping[str, float] | None = None,
     aim: str = "",
     logarithmic: bool = False,
+    floor: float = 0.0,
 ) -> Image.Image:
-    """Every curve in a colour of its own, and dashed what it aims at; `aim` says what that is. A logarithmic x-axis has the powers of 2."""
+    """Every curve in a colour of its own, and dashed what it aims at; `aim` says what that is. A logarithmic x-axis has the powers of 2.
+    A floor makes the y-axis logarithmic too, in powers of 10 from there; what is less is drawn on it."""
     aims, place = aims or {}, math.log2 if logarithmic else float
+    height = (lambda y: math.log10(max(y, floor))) if floor else float
     xs = [x for points in curves.values() for x, _ in points]
     ys = [y for points in curves.values() for _, y in points] + list(aims.values())
     left, right, bottom = LEFT, SIZE[0] - RIGHT, SIZE[1] - BOTTOM
-    columns, rows = powers(xs) if logarithmic else ticks(xs), ticks(ys)
+    columns, rows = powers(xs) if logarithmic else ticks(xs), decades(floor, max(ys)) if floor else ticks(ys)
     first, last = ends(xs if logarithmic else columns)
-    along, y_of = scale(place(first), place(last), left, right), scale(*ends(rows), bottom, TOP)
+    along, linear = scale(place(first), place(last), left, right), scale(*ends([height(y) for y in rows]), bottom, TOP)
+    y_of = lambda y: linear(height(y))  # noqa: E731
     chart = Image.new("RGB", SIZE, PAPER)
     draw = ImageDraw.Draw(chart)
     write(draw, (left, 30), title, 24)
@@ -103,6 +107,11 @@ def ends(values: Sequence[float]) -> Point:
 def powers(values: Sequence[float]) -> list[float]:
     """Of 2, between the least and the largest."""
     return [2.0**i for i in range(math.ceil(math.log2(min(values))), math.floor(math.log2(max(values))) + 1)]
+
+
+def decades(floor: float, most: float) -> list[float]:
+    """The floor times powers of 10, up to one that is no less than the most."""
+    return [floor * 10**i for i in range(math.ceil(math.log10(most / floor) - 1e-9) + 1)]
 
 
 def in_rows(charts: Sequence[Sequence[Image.Image]]) -> Image.Image:

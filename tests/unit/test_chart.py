@@ -24,6 +24,11 @@ def test_ticks_are_round_numbers_that_enclose_the_values(values, expected):
     assert chart.ticks(values) == expected
 
 
+def test_a_floor_has_powers_of_ten_above_it():
+    assert chart.decades(1e-3, 0.28) == pytest.approx([1e-3, 1e-2, 1e-1, 1])
+    assert chart.decades(1e-3, 0.1) == pytest.approx([1e-3, 1e-2, 1e-1])
+
+
 def test_names_stand_beside_their_ends_and_off_each_other():
     ends = {"first": (100.0, 50.0), "second": (100.0, 52.0), "third": (100.0, 48.0), "elsewhere": (400.0, 50.0)}
     places = chart.beside(ends)
