@@ -44,6 +44,10 @@ from reward_guidance.tests.standins.shapesworld import world
 from torch import Tensor, nn
 
 VALIDATION_SEED = 777
+TUNED, GUIDED = "euler", "euler_ancestral"
+"""Samplers of a finetuned model, which learned from that one, and of a guided one: each does better with its own."""
+WITH_TARGET = {"target": 0.8, "momentum": 0.0}
+"""Of the training-free guidance, as in frontier.py."""
 SHAPE = 16, 8, 8
 
 
@@ -89,17 +93,27 @@ def parts(world_: World) -> list[tuple[str, nn.Module]]:
 # --- judging
 
 
-@dataclass(frozen=True)
 class Judge:
-    """Held-out pictures of every prompt, always from the same noise."""
+    """Pictures of every prompt, always from the same noise, by a sampler."""
 
-    world: World
-    per_prompt: int
+    def __init__(self, bench: Bench, sampler: str):
+        self.bench, self.world = bench, copy.copy(bench.world)
+        self.world.sampler = sampler
 
     def __call__(self, model: ModelPatcher) -> tuple[float, float]:
-        """Reward and held-out reward, standardized."""
-        pictures = Pictures.of(self.world, self.world.sample(model, self.per_prompt, VALIDATION_SEED))
+        """Reward and held-out reward of the pictures for validation, standardized."""
+        pictures = self.pictures(model, VALIDATION_SEED)
         return float(pictures.reward.mean()), float(pictures.heldout.mean())
+
+    def row(self, name: str, model: ModelPatcher, validated: float) -> None:
+        """Of the pictures for the test."""
+        found = self.pictures(model, *self.bench.seeds)
+        energy = energy_to_truth(found, self.bench.pool, self.bench.temperature)
+        values = [validated, *(float(getattr(found, what).mean()) for what in SCORES), energy, found.diversity]
+        print(f"| {name} | {self.world.sampler} | {' | '.join(f'{value:.3f}' for value in values)} |", flush=True)
+
+    def pictures(self, model: ModelPatcher, seed: int) -> Pictures:
+        return Pictures.of(self.world, self.world.sample(model, self.bench.per_prompt, seed))
 
 
 # --- the finetune
@@ -287,6 +301,7 @@ LESSONS = {
     "500-lean": Lesson(500, levels=1, sampling_steps=10, fresh=True),
     "500": Lesson(500),
     "500-fresh": Lesson(500, levels=1, fresh=True),
+    "1000-lean": Lesson(1000, levels=1, sampling_steps=10, fresh=True),
     "2000-lean": Lesson(2000, 1000, levels=1, sampling_steps=10, fresh=True),
 }
 
@@ -332,29 +347,28 @@ def cost_of_a_sample(collector: Collector, shards: int = 2) -> tuple[Tally, Tall
 
 
 class Comparison:
-    def __init__(self, bench: Bench, judge: Judge, work: Path, strengths: Sequence[float], beside: Sequence[float]):
-        self.bench, self.judge, self.world, self.work = bench, judge, bench.world, work
+    def __init__(self, bench: Bench, work: Path, strengths: Sequence[float], beside: Sequence[float]):
+        self.bench, self.world, self.work = bench, bench.world, work
         self.strengths, self.beside = strengths, beside
+        self.tuned, self.guided = (Judge(bench, sampler) for sampler in (TUNED, GUIDED))
         self.finetunes: dict[str, tuple[Finetune, list[Check]]] = {}
         self.prices = {"here": passes.shapesworld(self.world), **{name: passes.published(name) for name in passes.FINETUNED}}
+
+    def unguided(self) -> None:
+        for judge in (self.tuned, self.guided):
+            plain = self.world.pipeline.model
+            judge.row("unguided", plain, judge(plain)[1])
 
     def finetune(self, name: str, recipe: Recipe) -> None:
         say(f"finetune {name}: {recipe}")
         made = Finetune(self.world, recipe)
-        self.finetunes[name] = made, made.run(self.judge)
-        self.judged(f"{name}, at its best", made, best(self.finetunes[name][1]))
+        self.finetunes[name] = made, made.run(self.tuned)
+        peak = best(self.finetunes[name][1])
+        self.judged(f"{name}, at its best", made, peak)
+        self.guided.row(f"{name}, the same", made.at(peak), self.guided(made.at(peak))[1])
 
     def judged(self, name: str, made: Finetune, check: Check) -> None:
-        self.pictures(f"{name}, step {check.step}", made.at(check), check.heldout)
-
-    def pictures(self, name: str, model: ModelPatcher, validated: float) -> None:
-        """A row of the pictures for the test."""
-        found = Pictures.of(self.world, self.world.sample(model, self.bench.per_prompt, *self.bench.seeds))
-        [[plain]] = self.bench.candidates
-        gained = [float((getattr(found, what) - getattr(plain, what)).mean()) for what in ("reward", "heldout")]
-        energy = energy_to_truth(found, self.bench.pool, self.bench.temperature)
-        values = [validated, *(float(getattr(found, what).mean()) for what in SCORES), gained[0] - gained[1], energy, found.diversity]
-        print(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |", flush=True)
+        self.tuned.row(f"{name}, step {check.step}", made.at(check), check.heldout)
 
     def reaching(self, heldout: float) -> dict[str, tuple[Check, Tally]]:
         """The finetunes that came to this held-out reward, where, and what they had spent by then; the fewest FLOPs first."""
@@ -368,15 +382,15 @@ class Comparison:
         alone = lambda strength: NetworkGuidance(learned.loaded, strength).attach(self.world.pipeline.model)  # noqa: E731
         self.followed(f"network, {name}", learned, alone)
         for other in self.beside:
-            both = lambda strength, s=other: beside(self.bench, s).attach(alone(strength))  # noqa: E731
+            both = lambda strength, s=other: beside(self.bench, s, **WITH_TARGET).attach(alone(strength))  # noqa: E731
             self.followed(f"network, {name}, beside `shift` {other:g}", learned, both, looks=self.world.steps)
 
     def followed(self, name: str, learned: Learned, attach: Callable[[float], ModelPatcher], looks: int = 0) -> None:
         """At the strength that is best in validation; against what comes as far, or to its best. looks: at the reward, for a picture."""
-        judged = {strength: self.judge(attach(strength))[1] for strength in self.strengths}
+        judged = {strength: self.guided(attach(strength))[1] for strength in self.strengths}
         say(f"held out by strength: {judged}")
         strength = max(judged, key=lambda strength: judged[strength])
-        self.pictures(f"{name}, strength {strength:g}", attach(strength), judged[strength])
+        self.guided.row(f"{name}, strength {strength:g}", attach(strength), judged[strength])
         goal = min(judged[strength], max(best(checks).heldout for _, checks in self.finetunes.values()))
         finetunes = self.reaching(goal)
         if not finetunes:
@@ -417,7 +431,7 @@ class Comparison:
 
 
 COUNTED = [f"{what}{way}" for what in ("model", "decoder", "reward", "network") for way in ("", " backward")]
-COLUMNS = "way", "held-out, validation", "reward", "held-out", "oracle", "reward's gain less held-out's", "energy", "diversity"
+COLUMNS = "way", "sampler", "held-out, validation", *SCORES.values(), "energy", "diversity"
 HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
@@ -425,20 +439,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
     parser.add_argument("--recipes", type=lambda text: text.split(","), default=["refl", "refl-10"], help=", ".join(RECIPES))
-    parser.add_argument("--networks", type=lambda text: text.split(","), default=["500-short", "2000-lean"], help=", ".join(LESSONS))
+    parser.add_argument("--networks", type=lambda text: text.split(","), default=["500-short", "1000-lean", "2000-lean"], help=", ".join(LESSONS))
     parser.add_argument("--strengths", type=numbers, default=[4.0, 8.0])
-    parser.add_argument("--beside", type=numbers, default=[1.0], help="strengths of training-free guidance, to which a network is added too")
+    parser.add_argument("--beside", type=numbers, default=[3.0], help="strengths of training-free guidance, to which a network is added too")
     parser.add_argument("--per-prompt", type=int, default=8)
     parser.add_argument("--pool", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.1, help="of the truth, in units of the standardized reward")
     parser.add_argument("--work", type=Path, default=None, help="where collections are kept; the cache if left out")
     chosen = parser.parse_args()
-    world_ = World(chosen.models or shapesworld(), cfg=1.0, steps=20, prompts=world.PROMPTS, kind="diffusion")
-    bench = Bench(world_, chosen.per_prompt, chosen.pool, chosen.temperature, candidates=1)
-    judge = Judge(world_, chosen.per_prompt)
-    comparison = Comparison(bench, judge, chosen.work or cache() / "bench", chosen.strengths, chosen.beside)
+    world_ = World(chosen.models or shapesworld(), cfg=1.0, steps=20, prompts=world.PROMPTS, kind="diffusion", sampler=TUNED)
+    bench = Bench(world_, chosen.per_prompt, chosen.pool, chosen.temperature, candidates=0)
+    comparison = Comparison(bench, chosen.work or cache() / "bench", chosen.strengths, chosen.beside)
     print(HEADER)
-    comparison.pictures("unguided", world_.pipeline.model, judge(world_.pipeline.model)[1])
+    comparison.unguided()
     for name in chosen.recipes:
         comparison.finetune(name, RECIPES[name])
     for name in chosen.networks:

@@ -46,7 +46,7 @@ LEVELS, FIRST_SEED = 8, 1_000_000
 
 @dataclass(frozen=True)
 class Collector:
-    """Fills a collection with samples of the world's prompts, which take turns."""
+    """Fills a collection with samples of the world's prompts, which take turns; by Euler, whatever samples later."""
 
     world: World
     collection: Collection
@@ -68,7 +68,7 @@ class Collector:
         )
         texts = [text_of_conditioning(pipeline.short(pipeline.encode([prompt]))) for prompt in world_.prompts]
         text = Texts([each.tokens[0] for each in texts], torch.cat([each.pooled for each in texts]))
-        folder = f"network-{world_.kind}-{world_.sampler}-{world_.steps}-{levels}"
+        folder = f"network-{world_.kind}-{world_.steps}-{levels}"
         return Collector(world_, Collection.create(work / folder, description, text))
 
     def fill(self, count: int) -> None:
@@ -142,9 +142,9 @@ def compare(bench: Bench, collector: Collector, count: int, objective: str, step
         bench.sampled(f"{name}, strength {chosen.strengths[-1]:g}, and `shift`, strength {strength:g}", both)
 
 
-def beside(bench: Bench, strength: float) -> RewardGuidance:
+def beside(bench: Bench, strength: float, **options) -> RewardGuidance:
     """The training-free guidance, at the temperature that the nodes begin with."""
-    return RewardGuidance(BatchReward(bench.world, bench.per_prompt), "shift", Settings(strength=strength, temperature=0.05))
+    return RewardGuidance(BatchReward(bench.world, bench.per_prompt), "shift", Settings(strength=strength, temperature=0.05, **options))
 
 
 def numbers(text: str) -> list[float]:
