@@ -16,7 +16,7 @@ import torch
 import torch.distributed as distributed
 
 from .errors import GuidanceError
-from .files import save_network
+from .files import save_network, write
 from .fitting import BATCH, DATA_OBJECTIVES, WIDTHS, Fitting, plan_for, prepare, weights_from
 from .samples import Collection
 from .training import Plan, leads
@@ -32,13 +32,26 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=plan.temperature, help="in standard deviations of the reward; 0.3 to 2")
     parser.add_argument("--steps", type=int, default=plan.steps, help="of training")
     parser.add_argument("--size", choices=WIDTHS, default="medium", help="of the network")
-    parser.add_argument("--seed", type=int, default=plan.seed)
+    parser.add_argument("--seed", type=seed, default=plan.seed)
     parser.add_argument("--objective", choices=[name for name in DATA_OBJECTIVES if name != "reward_gradient"], default="auto")
     parser.add_argument("--batch", type=int, default=BATCH, help="states a step, shared by all processes")
     parser.add_argument("--learning-rate", type=float, default=plan.learning_rate)
     parser.add_argument("--weights", default="", help='one for each reward that was collected, such as "1, 0.5"')
-    parser.add_argument("--device", type=torch.device, help="cuda where there is one, if nothing is said")
+    parser.add_argument("--device", type=device, help="cuda where there is one, if nothing is said")
     return parser.parse_args(given)
+
+
+def seed(text: str) -> int:
+    if not 0 <= (number := int(text)) < 2**64:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^64 - 1")
+    return number
+
+
+def device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"PyTorch knows no device {text!r}: cpu, cuda and cuda:1 are such") from error
 
 
 @contextmanager
@@ -80,15 +93,25 @@ def main(given: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     if options.out.suffix != ".safetensors" or options.out.is_dir():
         raise GuidanceError(f"{options.out} is not a name for a network: it is a file that ends in .safetensors.")
+    if leads():
+        require_writable(options.out)
     samples = Collection.open(options.folder).load()
     asked = {name: getattr(options, name) for name in ("objective", "temperature", "steps", "batch", "learning_rate", "seed")}
     plan = plan_for(samples.description, **asked)
     fitting = prepare(samples, plan, options.size, weights_from(options.weights), device_for(options.device), options.out.absolute().parent)
     train(fitting)
     if leads():
-        save_network(options.out, fitting.network(), fitting.card(), "Mend that and run the same command again: it goes on from its checkpoint.")
+        goes_on = "is lost" if fitting.training.unsaved else "goes on from its checkpoint"
+        save_network(options.out, fitting.network(), fitting.card(), f"Mend that and run the same command again: the training {goes_on}.")
         fitting.drop_checkpoint()
         log.info("%s\n%s", fitting.report(), options.out)
+
+
+def require_writable(out: Path) -> None:
+    """Raise GuidanceError where no network could be written, before one is trained."""
+    probe = out.with_name(f"{out.name}.probe")
+    write(probe, lambda partial: partial.write_bytes(b""), "Choose another --out.")
+    probe.unlink()
 
 
 def train(fitting: Fitting) -> None:

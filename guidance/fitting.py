@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,8 @@ class Fitting:
     def drop_checkpoint(self) -> None:
         """A training that is done needs it no more; one that is not goes on from it."""
         if self.done and self.training.checkpoint is not None:
-            self.training.checkpoint.unlink(missing_ok=True)
+            with suppress(OSError):  # what cannot be deleted could not be written either, and costs no more than its place
+                self.training.checkpoint.unlink(missing_ok=True)
 
     def network(self) -> GuidanceNetwork:
         """The best so far, on the CPU."""
@@ -171,7 +172,7 @@ def prepare(
 
     in_spreads = reward and (lambda latents, batch: reward(latents, batch) / health.std)
     own, held_out = samples.split(HELD_OUT)
-    name = digest((asdict(description), samples.numbers.tolist(), asdict(plan), size, reward_weights))
+    name = digest((asdict(description), samples.numbers.tolist(), samples.scores.tolist(), asdict(plan), size, reward_weights))
     training = Training(
         source(own),
         Task(process, plan, in_spreads),

@@ -168,7 +168,7 @@ class Collection:
             return Collection(folder, Description(**values | {"base": Base(**content["base"])}))
         except FileNotFoundError as error:
             raise GuidanceError(f"{folder.name} holds no samples; Collect Guidance Data makes them.") from error
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise GuidanceError(f"collection.json in {folder.name} is damaged; collect into another folder.") from error
 
     def path(self, shard: int) -> Path:
@@ -203,23 +203,37 @@ class Collection:
         described = self.description
         noised = (described.levels, *described.shape)
         fitting = {"clean": described.shape, "scores": (len(described.rewards),), "sigma": noised[:1], "denoised": noised}
-        for path in sorted(self.folder.glob("shard-*.safetensors")):
-            if not (number := path.stem.removeprefix("shard-")).isdecimal():
-                continue  # a copy of a shard
+        for first, path in self.files():
             if not (parts := _opened(path)):
-                raise GuidanceError(f"{path.name} in {self.folder.name} is damaged: collect again, which redoes only that shard.")
+                raise GuidanceError(f"{path.name} in {self.folder.name} is damaged: collect again, which redoes only that shard, or delete it.")
             if fitting != {name: tuple(part.shape[1:]) for name, part in parts.items()}:
                 raise GuidanceError(f"{path.name} in {self.folder.name} belongs to another collection: take it away and collect again.")
-            first = int(number) * SHARD
             yield range(first, first + len(parts["scores"])), parts
+
+    def files(self) -> Iterator[tuple[int, Path]]:
+        """The number of the first sample of every shard, and its path."""
+        for path in sorted(self.folder.glob("shard-*.safetensors")):
+            if (number := path.stem.removeprefix("shard-")).isdecimal():  # and no copy of a shard
+                yield int(number) * SHARD, path
 
     def load(self) -> "Samples":
         """All samples that could be scored; of latents nothing is read yet. Raises GuidanceError where there are none, or a shard does not fit."""
         found = list(self.shards())
-        scores = torch.cat([parts["scores"] for _, parts in found]) if found else torch.empty(0, 1)
-        scored = torch.where(scores.isfinite().all(1))[0]
-        if not len(scored):
+        if not found or not len(samples := self.samples(found)):
             raise GuidanceError(f"{self.folder.name} holds no samples yet; collect some first.")
+        return samples
+
+    def first(self, count: int) -> "Samples | None":
+        """So many samples that could be scored, or fewer, of the first shard that can be read; none where there is none."""
+        for first, path in self.files():
+            if (parts := _opened(path)) and len(samples := self.samples([(range(first, first + len(parts["scores"])), parts)])):
+                return samples.rows(torch.arange(min(count, len(samples))))
+        return None
+
+    def samples(self, found: Sequence[tuple[range, dict[str, Tensor]]]) -> "Samples":
+        """Those of shards that could be scored."""
+        scores = torch.cat([parts["scores"] for _, parts in found])
+        scored = torch.where(scores.isfinite().all(1))[0]
         numbers = torch.tensor([number for numbers, _ in found for number in numbers])
         sigma = torch.cat([parts["sigma"] for _, parts in found])
         clean, denoised = (Rows.of([parts[name] for _, parts in found]) for name in ("clean", "denoised"))
@@ -308,6 +322,9 @@ class Samples:
     """(N,K,C,...)"""
     unscored: int = 0
     """How many were left out."""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
 
     @property
     def prompts(self) -> Tensor:

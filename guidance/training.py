@@ -322,8 +322,8 @@ class Training:
         self.best = copy.deepcopy(self.network.state_dict())
         self.optimizer = torch.optim.AdamW(self.network.parameters(), plan.learning_rate, weight_decay=0.0)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate)
-        if self.checkpoint is not None and self.checkpoint.exists():
-            self.restore(self.checkpoint)
+        if (state := self.saved()) is not None:
+            self.restore(state)
 
     def rate(self, step: int) -> float:
         steps = self.task.plan.steps
@@ -401,14 +401,24 @@ class Training:
                 log.warning("%s", error)
             self.unsaved = str(error)
 
-    def restore(self, path: Path) -> None:
+    def saved(self) -> dict[str, Any] | None:
+        """The state to go on from. The process that writes it reads it for all: the others may be on machines of their own."""
+        found = [self.read(self.checkpoint) if self.checkpoint is not None and leads() and self.checkpoint.exists() else None]
+        if distributed.is_initialized():
+            distributed.broadcast_object_list(found, device=self.device)
+        return found[0]
+
+    def read(self, path: Path) -> dict[str, Any]:
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             plan = state["plan"]
         except Exception as error:
             raise GuidanceError(f"{path.name} is damaged; delete it to train from the start.") from error
         if plan != asdict(self.task.plan):
             raise GuidanceError(f"{path.name} belongs to a training with other settings: delete it, or go back to those settings.")
+        return state
+
+    def restore(self, state: dict[str, Any]) -> None:
         for name in ("network", "average", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
         self.best, self.step, self.curve = state["best"], state["step"], [tuple(point) for point in state["curve"]]

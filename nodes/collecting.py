@@ -23,9 +23,9 @@ from torch import Tensor
 from ..guidance.errors import GuidanceError
 from ..guidance.files import write
 from ..guidance.fitting import overview
-from ..guidance.process import Process
+from ..guidance.process import Process, column
 from ..guidance.rewards import CombinedReward, Reward, RewardError
-from ..guidance.samples import SHARD, Collection, Description, Sample, Texts, half, percents, states
+from ..guidance.samples import SHARD, Collection, Description, Sample, Samples, Texts, half, noise, percents, states
 from .decoders import check_belongs
 from .guidance import sampler_inputs
 from .rewards import REWARD, score_parts
@@ -38,6 +38,12 @@ log = logging.getLogger(__name__)
 DATA = io.Custom("GUIDANCE_DATA")
 CATEGORY = "reward guidance/training"
 FOLDER = "guidance_data"
+LONGEST = 200
+"""Bytes of a folder's name."""
+PROBED = 4
+"""Samples that are looked at again before a collection goes on."""
+SAME, SAME_SCORE = 0.03, 0.1
+"""What another device may make otherwise: a share of D, and standard deviations of a reward."""
 REMEMBERED = 256
 """Prompts whose encodings are kept."""
 
@@ -202,6 +208,49 @@ class Collector:
             log.warning("%s It is left out.", refusal)
         return scores
 
+    def require_same(self) -> None:
+        """Raise GuidanceError where what is collected already is not what this model and these rewards make: settings say much of them, and
+        not everything, such as what a LoRA holds or which colour is liked."""
+        samples = self.collection.first(min(PROBED, self.studio.batch))
+        if samples is None:
+            return
+        reason = self.another_model(samples) or self.other_scores(samples)
+        if reason:
+            raise GuidanceError(f"{self.collection.folder.name} holds other samples: {reason}. Choose another folder, or set that back.")
+
+    def another_model(self, samples: Samples) -> str:
+        """What the model says otherwise of a noised state in the middle of the sampling, in words; nothing of noise, as it was drawn alone."""
+        if not samples.description.levels:
+            return ""
+        seeds = [samples.description.seed_of(number) for number in samples.numbers.tolist()]
+        middle, clean = samples.description.levels // 2, samples.clean[torch.arange(len(samples))].float()
+        sigma, denoised = samples.sigma[:, middle], samples.denoised[torch.arange(len(samples)), torch.full((len(samples),), middle)].float()
+        if (self.sigmas(seeds)[:, middle] / sigma - 1).abs().max() > SAME:
+            return "the model's noise levels are not what they were"
+        drawn = torch.stack([noise(clean.shape[1:], seed, middle) for seed in seeds])
+        state = self.process.add_noise(clean, drawn, column(sigma, clean))
+        now = self.studio.denoise(state, sigma, samples.prompts.tolist()).cpu()
+        apart = float((now - denoised).norm() / denoised.norm())
+        return "" if apart < SAME else f"the model, what patches it, or what it is told answers otherwise, by {apart:.0%}"
+
+    def other_scores(self, samples: Samples) -> str:
+        """What the rewards say otherwise of these samples, in words."""
+        description, numbers = samples.description, samples.numbers.tolist()
+        latents = samples.clean[torch.arange(len(samples))].float()
+        prompts = samples.prompts.tolist()
+        if description.base.target == "noise":
+            latents = self.studio.sample(prompts, [description.seed_of(number) for number in numbers], lambda *_: None)
+        else:
+            latents = self.studio.model.model.process_latent_out(latents)
+        clips = decode(self.studio.vae, latents)
+        now = torch.stack([self.studio.judge(clip, self.studio.prompts[prompt]) for clip, prompt in zip(clips, prompts, strict=True)]).cpu()
+        apart = ((now - samples.scores).abs() / torch.tensor(description.reward_stds)).nan_to_num(math.inf)
+        sample, reward = divmod(int(apart.argmax()), len(description.rewards))
+        if apart.max() < SAME_SCORE:
+            return ""
+        before, after = samples.scores[sample, reward], now[sample, reward]
+        return f"the score of sample {numbers[sample]} by {description.rewards[reward]} was {before:.4f} and is now {after:.4f}"
+
     @property
     def process(self) -> Process:
         return process_of(self.studio.model.get_model_object("model_sampling"))
@@ -256,8 +305,8 @@ def lines(text: str) -> tuple[str, ...]:
 def folder_named(name: str) -> Path:
     """output/guidance_data/NAME"""
     name = name.strip()
-    if not name or name != Path(name).name or name == "..":
-        raise GuidanceError(f"{name!r} is not a name for a folder in output/{FOLDER}: write one without slashes.")
+    if not name or name != Path(name).name or name == ".." or "\0" in name or len(name.encode()) > LONGEST:
+        raise GuidanceError(f"{name[:60]!r} is not a name for a folder in output/{FOLDER}: write a short one without slashes.")
     return folder_root() / name
 
 
@@ -351,7 +400,7 @@ class CollectData(io.ComfyNode):
                     "model call and disk space. 4 to 16.",
                     **rare,
                 ),
-                io.Boolean.Input("keep_images", default=False, tooltip="Also keep every picture, as PNG in the subfolder images.", **rare),
+                io.Boolean.Input("keep_images", default=False, tooltip="Also keep every new picture, as PNG in the subfolder images.", **rare),
             ],
             outputs=[
                 DATA.Output(display_name="data", tooltip="For Train Guidance Network."),
@@ -401,7 +450,10 @@ class CollectData(io.ComfyNode):
             reward_means=tuple(float(part.reference_mean) for part, _ in parts),
             reward_stds=tuple(float(part.reference_std) for part, _ in parts),
             seed=seed,
-            settings="\n".join([name_of(model), f"{steps} steps", sampler_name, scheduler, f"cfg {cfg:g}", f"negative prompt {negative_prompt!r}"]),
+            settings="\n".join([
+                name_of(model), f"{steps} steps", sampler_name, scheduler, f"cfg {cfg:g}", f"negative prompt {negative_prompt!r}",
+                *(f"{part.name} {part.target}" for part, _ in parts if part.target),
+            ]),
             reward_weights=tuple(weight for _, weight in parts),
         )
         collection = Collection.create(folder_named(folder), description, studio.text)
@@ -424,6 +476,7 @@ def collect(node: str, studio: Studio, collection: Collection, count: int, keep_
     missing = list(collection.missing(count))
     left = sum(map(len, missing))
     collector = Collector(studio, collection, keep_images, Bar(studio.model, left * (studio.steps + collection.description.levels)))
+    collector.require_same()
 
     def say(text: str) -> None:
         PromptServer.instance.send_progress_text(f"{count - left} of {count} samples {text}", node)

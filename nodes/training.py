@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 PREVIEWED = 4
 """Samples in a preview."""
 _stopped: Counter[str] = Counter()
-"""Node -> how often it was interrupted and returned what it had. Queued again, it goes on instead of being taken from ComfyUI's cache."""
+"""Node -> how often it was interrupted and returned what it had. Queued again, it runs again instead of being taken from ComfyUI's cache."""
 
 
 def objective_of(data: GuidanceData, objective: str) -> str:
@@ -187,9 +187,9 @@ def judged(studio: Studio, clip: Tensor, prompt: str) -> Tensor:
 
 
 def leave_off(fitting: Fitting, node: str) -> None:
-    """A training that is not done goes on when it is queued again."""
+    """A training that is not done runs again when it is queued again: on from its checkpoint, where it has one."""
     fitting.drop_checkpoint()
-    _stopped[node] += not fitting.done and fitting.training.checkpoint is not None
+    _stopped[node] += not fitting.done
 
 
 class TrainNetwork(io.ComfyNode):

@@ -1,5 +1,6 @@
 """Rewards for likeness to a reference picture, without weights or through a CLIP image tower."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -68,6 +69,7 @@ class ImageSimilarity(Reward):
         self.reference_mean = self.likeness.reference_mean
         self.reference_std = self.likeness.reference_std
         self.register_buffer("reference", _one_picture(reference), persistent=False)
+        self.target = _digest(reference)
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels = at_least_float32(pixels)
@@ -87,6 +89,7 @@ class ClipImageSimilarity(Reward):
         super().__init__()
         self.clip = clip
         self.register_buffer("reference", _one_picture(reference), persistent=False)
+        self.target = _digest(reference)
         self._reference_features: Tensor | None = None
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -101,3 +104,7 @@ def _one_picture(reference: Tensor) -> Tensor:
     if reference.ndim != 4 or reference.shape[:2] != (1, 3) or 0 in reference.shape:
         raise RewardError(f"The reference must be one picture of shape (1, 3, height, width), not {tuple(reference.shape)}.")
     return reference.detach().clone()
+
+
+def _digest(reference: Tensor) -> str:
+    return hashlib.sha256(reference.float().cpu().numpy().tobytes()).hexdigest()[:12]

@@ -331,8 +331,11 @@ def test_an_interrupted_training_returns_its_best_and_goes_on(bench, networks, d
         assert load_network(network_folder / f"best_0000{number}_.safetensors")[1].steps == steps[-1] < 5000
         assert len(list(data_folder("flux").glob(CHECKPOINT))) == 1
     assert stopped.of("reward_guidance.step")[0]["step"] > steps[0] and steps[1] > steps[0]
-    again = bench.queue(prompt_of_training("flux", steps=5000, seed=next(SEEDS), checkpoint=False), on_event=once(bench.client.interrupt))
-    assert any(line.startswith("stopped") for line in report(again))
+    without = prompt_of_training("flux", steps=5000, seed=next(SEEDS), checkpoint=False)
+    for _ in range(2):
+        again = bench.queue(without, on_event=once(bench.client.interrupt))
+        assert any(line.startswith("stopped") for line in report(again))
+        assert again.of("reward_guidance.step")[0]["step"] == 1, "it begins anew"
     assert len(list(data_folder("flux").glob(CHECKPOINT))) == 1
     for left in data_folder("flux").glob(CHECKPOINT):
         left.unlink()
@@ -530,13 +533,86 @@ def test_samples_of_two_kinds_are_not_mixed(refused, few, data_folder, change, w
 
 
 def test_a_patched_model_is_another_model(refused, few):
-    def with_lora(graph, *given, **options):
-        data = collected(graph, *given, **options)
-        model = graph.prompt["collect"]["inputs"]["model"]
-        graph.prompt["collect"]["inputs"]["model"] = graph.add("lora", "LoraLoaderModelOnly", model=model, lora_name=LORA, strength_model=1.0)
+    refused(prompt_of_collecting(few, build=lora(LORA)), "flux1-dev.safetensors and is now flux1-dev.safetensors with 1 patches of strength 1")
+
+
+def likeness(colour):
+    def build(graph):
+        picture = graph.add("ref", "EmptyImage", width=64, height=64, batch_size=1, color=colour)
+        return graph.add("reward", "RewardGuidanceImageSimilarity", image=picture, likeness="colour")
+
+    return build
+
+
+def between(node, **options):
+    """Collects from a model that goes through a node."""
+
+    def build(graph, *given, **others):
+        data = collected(graph, *given, **others)
+        inputs = graph.prompt["collect"]["inputs"]
+        inputs["model"] = graph.add("between", node, model=inputs["model"], **options)
         return data
 
-    refused(prompt_of_collecting(few, build=with_lora), "flux1-dev.safetensors and is now flux1-dev.safetensors with 1 patches of strength 1")
+    return build
+
+
+def lora(name):
+    return between("LoraLoaderModelOnly", lora_name=name, strength_model=1.0)
+
+
+def decoded_by(name):
+    def build(graph, *given, **options):
+        data = collected(graph, *given, **options)
+        graph.prompt["collect"]["inputs"]["vae"] = graph.add("decoder", "VAELoader", vae_name=name)
+        return data
+
+    return build
+
+
+OTHER = "other.safetensors"
+
+
+@pytest.fixture
+def other_files(server):
+    """A LoRA and a decoder like those that are there, with some weights turned round."""
+    made = []
+    for folder, name in (("loras", LORA), ("vae", "ae.safetensors")):
+        path = server.base / "models" / folder / name
+        turned = {part: -value if "up" in part or "conv_out" in part else value for part, value in load_file(path).items()}
+        made.append(path.with_name(OTHER))
+        save_file({part: value.contiguous() for part, value in turned.items()}, made[-1])
+    yield
+    for path in made:
+        path.unlink()
+
+
+SAME_NAMES = {
+    "another colour": (
+        {"reward": statistic("colour", colour="#ff0000")},
+        {"reward": statistic("colour", colour="#0000ff")},
+        "mean colour #ff0000 and is now mean colour #0000ff",
+    ),
+    "another picture": ({"reward": likeness(0xFF0000)}, {"reward": likeness(0x0000FF)}, "settings was colour likeness"),
+    "another decoder": ({}, {"build": decoded_by(OTHER)}, "the score of sample"),
+    "another LoRA": ({"build": lora(LORA)}, {"build": lora(OTHER)}, "answers otherwise, by"),
+    "other noise levels": (
+        {"build": between("ModelSamplingFlux", max_shift=1.15, base_shift=0.5, width=64, height=64)},
+        {"build": between("ModelSamplingFlux", max_shift=4.0, base_shift=0.5, width=64, height=64)},
+        "the model's noise levels are not what they were",
+    ),
+}
+
+
+@pytest.mark.parametrize(("first", "then", "words"), SAME_NAMES.values(), ids=SAME_NAMES)
+def test_what_has_the_same_name_and_makes_other_samples_is_refused(bench, refused, data_folder, other_files, request, first, then, words):
+    """Whatever the settings say: what is there already is looked at again, when it is complete and when more is to come."""
+    folder = request.node.callspec.id.replace(" ", "-")
+    bench.queue(prompt_of_collecting(folder, **first)).check()
+    scores = Collection.open(data_folder(folder)).load().scores
+    bench.queue(prompt_of_collecting(folder, **first, count=COUNT + 2)).check()
+    for count in (COUNT + 2, COUNT + 4):
+        refused(prompt_of_collecting(folder, **then, count=count), words)
+    assert torch.equal(Collection.open(data_folder(folder)).load().scores[:COUNT], scores)
 
 
 def test_a_truncated_shard_is_named_and_collected_again(bench, refused, data_folder):
@@ -654,6 +730,8 @@ def test_a_network_for_another_use(refused, networks, noise_network):
 WRONG = {
     "no prompt": ({"prompts": " \n "}, "There is no prompt: write one on each line"),
     "no folder": ({"folder": " "}, "is not a name for a folder in output/guidance_data"),
+    "a long name": ({"folder": "x" * 300}, "is not a name for a folder in output/guidance_data: write a short one"),
+    "no path at all": ({"folder": "a\0b"}, "is not a name for a folder in output/guidance_data"),
     "a folder outside": ({"folder": "../elsewhere"}, "'../elsewhere' is not a name for a folder in output/guidance_data"),
 }
 

@@ -335,6 +335,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path, folder):
         (("--temperature", "0"), "must be above 0"), (("--weights", "a"), "numbers with commas"), (("--temperature", "0.01"), ""),
         (("--steps", "0"), "at least 1 step"), (("--batch", "0"), "a batch of at least 1"), (("--learning-rate", "nan"), "learning rate above 0"),
         (("--out", "network"), "not a name for a network"), (("--weights", "0, 0"), "not all 0"),
+        (("--out", f"{__file__}/net.safetensors"), "net.safetensors.probe could not be written"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_said_in_a_sentence(tmp_path, folder, capsys, caplog, options, said):
@@ -343,6 +344,35 @@ def test_what_goes_wrong_is_said_in_a_sentence(tmp_path, folder, capsys, caplog,
     assert status == (1 if said else 0)
     assert (said or "samples count at this temperature: raise it") in caplog.text
     assert "Traceback" not in caplog.text + capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"), [("--device", "nonsense", "PyTorch knows no device 'nonsense'"), ("--seed", "9" * 20, "is not between 0 and 2^64")]
+)
+def test_an_option_that_cannot_be_is_refused(tmp_path, folder, capsys, option, value, said):
+    with pytest.raises(SystemExit):
+        main([str(folder), "--out", str(tmp_path / "net.safetensors"), option, value])
+    assert said in capsys.readouterr().err
+
+
+def test_processes_on_machines_of_their_own_go_on_from_the_checkpoint_of_the_first(tmp_path, folder):
+    options = ("--steps", "60")
+    expected = here(folder, tmp_path / "whole.safetensors", *options)
+    (tmp_path / "0").mkdir()
+    process = subprocess.Popen(command(folder, tmp_path / "0" / "net.safetensors", *options), cwd=CHECKOUT, stdout=subprocess.DEVNULL)
+    while not list((tmp_path / "0").glob("*.checkpoint")):
+        assert process.poll() is None, "it was done before it could be killed"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    here_each = " ".join(command(folder, tmp_path / "$RANK" / "net.safetensors", *options))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", "bash", "-c", here_each]
+    done = subprocess.run(launch, cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "going on at step" in done.stdout, done.stdout + done.stderr[-2000:]
+    resumed = load_network(tmp_path / "0" / "net.safetensors")[0].state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=1e-4)
+    assert not (tmp_path / "1").exists()
 
 
 def test_a_folder_without_samples(tmp_path, caplog):
@@ -396,6 +426,34 @@ def test_a_network_that_cannot_be_written_is_not_trained_again(tmp_path, folder,
     assert "net.safetensors could not be written" in caplog.text and "run the same command again" in caplog.text
     caplog.set_level("INFO")
     assert main(options) == 0 and "going on at step 30" in caplog.text
+
+
+def test_a_network_that_no_disk_took_says_that_its_training_is_lost(tmp_path, folder, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    full_from(0, monkeypatch)
+    monkeypatch.setattr("reward_guidance.guidance.files.save_file", full)
+    assert main([str(folder), "--out", str(tmp_path / "net.safetensors"), *FEW_STEPS]) == 1
+    assert "run the same command again: the training is lost." in caplog.text
+
+
+def test_a_checkpoint_that_cannot_be_deleted_costs_nothing(tmp_path, folder, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    fitting = prepare(Collection.open(folder).load(), quick(), "small", checkpoints=tmp_path)
+    fit(fitting.training)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    fitting.drop_checkpoint()
+    assert fitting.training.checkpoint.exists()
+
+
+def test_other_scores_begin_another_training(tmp_path, folder):
+    samples = Collection.open(folder).load()
+    fit(prepare(samples, quick(), "small", checkpoints=tmp_path).training)
+    other = prepare(dataclasses.replace(samples, scores=-samples.scores), quick(), "small", checkpoints=tmp_path)
+    assert other.training.step == 0 and prepare(samples, quick(), "small", checkpoints=tmp_path).training.step == 10
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path, folder, caplog):

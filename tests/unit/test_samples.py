@@ -148,14 +148,14 @@ def test_copies_of_shards_do_not_count_twice(tmp_path):
     assert len(collection.load().numbers) == 3
 
 
-@pytest.mark.parametrize("damage", ["empty", "no prompts", "broken", "nothing"])
+@pytest.mark.parametrize("damage", ["empty", "no prompts", "broken", "[]", "nothing"])
 def test_folders_without_samples_are_refused(tmp_path, damage):
     if damage != "nothing":
         collect(tmp_path, 3 if damage != "empty" else 0)
     if damage == "no prompts":
         (tmp_path / "prompts.safetensors").unlink()
-    if damage == "broken":
-        (tmp_path / "collection.json").write_text("{")
+    if damage in ("broken", "[]"):
+        (tmp_path / "collection.json").write_text(damage)
     with pytest.raises(GuidanceError, match="holds no samples|missing or damaged|is damaged"):
         Collection.open(tmp_path).load()
 
