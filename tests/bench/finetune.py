@@ -6,7 +6,7 @@ A network is followed alone, and beside a weak training-free guidance, which cos
 every picture that is made. Passes are counted by hooks, one for each picture that goes through; FLOPs are those of one pass, measured, times the
 count. Seconds are of one CPU core. Prints markdown tables.
 
-usage: python tests/bench/finetune.py [MODELS_DIR] [--recipes refl,refl-10] [--networks 500-short,2000-lean] [--work DIR]
+usage: python tests/bench/finetune.py [MODELS_DIR] [--recipes refl,refl-10] [--networks 500-short,1000-lean] [--work DIR]
 """
 
 import argparse
@@ -439,7 +439,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
     parser.add_argument("--recipes", type=lambda text: text.split(","), default=["refl", "refl-10"], help=", ".join(RECIPES))
-    parser.add_argument("--networks", type=lambda text: text.split(","), default=["500-short", "1000-lean", "2000-lean"], help=", ".join(LESSONS))
+    parser.add_argument("--networks", type=lambda text: text.split(","), default=["500-short", "1000-lean"], help=", ".join(LESSONS))
     parser.add_argument("--strengths", type=numbers, default=[4.0, 8.0])
     parser.add_argument("--beside", type=numbers, default=[3.0], help="strengths of training-free guidance, to which a network is added too")
     parser.add_argument("--per-prompt", type=int, default=8)
