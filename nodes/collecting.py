@@ -452,7 +452,7 @@ class CollectData(io.ComfyNode):
             seed=seed,
             settings="\n".join([
                 name_of(model), f"{steps} steps", sampler_name, scheduler, f"cfg {cfg:g}", f"negative prompt {negative_prompt!r}",
-                *(f"{part.name} {part.target}" for part, _ in parts if part.target),
+                *(f"{part.name} {part.compared_with}" for part, _ in parts if part.compared_with),
             ]),
             reward_weights=tuple(weight for _, weight in parts),
         )

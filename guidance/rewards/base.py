@@ -27,7 +27,7 @@ class Reward(nn.Module):
     """
 
     name = "reward"
-    target = ""
+    compared_with = ""
     """What it compares pictures with, in a few letters: tells two rewards of one name apart."""
     description = ""
     """Of one from a file: what the file was taken for."""

@@ -69,7 +69,7 @@ class ImageSimilarity(Reward):
         self.reference_mean = self.likeness.reference_mean
         self.reference_std = self.likeness.reference_std
         self.register_buffer("reference", _one_picture(reference), persistent=False)
-        self.target = _digest(reference)
+        self.compared_with = _digest(reference)
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels = at_least_float32(pixels)
@@ -89,7 +89,7 @@ class ClipImageSimilarity(Reward):
         super().__init__()
         self.clip = clip
         self.register_buffer("reference", _one_picture(reference), persistent=False)
-        self.target = _digest(reference)
+        self.compared_with = _digest(reference)
         self._reference_features: Tensor | None = None
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -86,7 +86,7 @@ class ColourReward(Reward):
         if len(colour) != 3 or not all(0 <= value <= 1 for value in colour):
             raise RewardError(f"A colour is three numbers from 0 to 1 (red, green, blue), not {tuple(colour)}.")
         self.name = "colour of every pixel" if every_pixel else "mean colour"
-        self.target = "#" + "".join(f"{round(255 * value):02x}" for value in colour)
+        self.compared_with = "#" + "".join(f"{round(255 * value):02x}" for value in colour)
         self.reference_mean = -0.62 if every_pixel else -0.58
         self.every_pixel = every_pixel
         self.register_buffer("colour", torch.tensor(colour, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
