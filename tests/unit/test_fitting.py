@@ -307,6 +307,16 @@ def here(folder: Path, out: Path, *options: str) -> dict[str, torch.Tensor]:
     return load_network(out)[0].state_dict()
 
 
+def killed(folder: Path, out: Path, *options: str) -> None:
+    """A training that is killed once it has a checkpoint."""
+    process = subprocess.Popen(command(folder, out, *options), cwd=CHECKOUT, stdout=subprocess.DEVNULL)
+    while not list(out.parent.glob("*.checkpoint")):
+        assert process.poll() is None, "it was done before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
 def test_two_processes_make_what_one_makes(tmp_path, folder):
     one, two = here(folder, tmp_path / "1.safetensors"), trained(folder, tmp_path / "2.safetensors", processes=2)
     for name, value in one.items():
@@ -317,12 +327,7 @@ def test_two_processes_make_what_one_makes(tmp_path, folder):
 def test_a_killed_process_goes_on_bit_for_bit(tmp_path, folder):
     options = ("--steps", "60")
     expected = here(folder, tmp_path / "whole.safetensors", *options)
-    process = subprocess.Popen(command(folder, tmp_path / "net.safetensors", *options), cwd=CHECKOUT, stdout=subprocess.DEVNULL)
-    while not list(tmp_path.glob("*.checkpoint")):
-        assert process.poll() is None, "it was done before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed(folder, tmp_path / "net.safetensors", *options)
     assert not (tmp_path / "net.safetensors").exists()
     resumed = here(folder, tmp_path / "net.safetensors", *options)
     assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
@@ -359,12 +364,7 @@ def test_processes_on_machines_of_their_own_go_on_from_the_checkpoint_of_the_fir
     options = ("--steps", "60")
     expected = here(folder, tmp_path / "whole.safetensors", *options)
     (tmp_path / "0").mkdir()
-    process = subprocess.Popen(command(folder, tmp_path / "0" / "net.safetensors", *options), cwd=CHECKOUT, stdout=subprocess.DEVNULL)
-    while not list((tmp_path / "0").glob("*.checkpoint")):
-        assert process.poll() is None, "it was done before it could be killed"
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    killed(folder, tmp_path / "0" / "net.safetensors", *options)
     here_each = " ".join(command(folder, tmp_path / "$RANK" / "net.safetensors", *options))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", "bash", "-c", here_each]
     done = subprocess.run(launch, cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
