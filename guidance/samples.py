@@ -331,6 +331,10 @@ class Samples:
         """(N,) the prompt of each."""
         return self.numbers % len(self.description.prompts)
 
+    @property
+    def seeds(self) -> list[int]:
+        return [self.description.seed_of(number) for number in self.numbers.tolist()]
+
     def rewards(self, weights: Sequence[float] = ()) -> Tensor:
         """(N,) weighted sums of the standardized scores."""
         return self.description.combined(self.scores, weights)
@@ -358,7 +362,7 @@ class StoredPairs:
 
     @cached_property
     def seeds(self) -> list[int]:
-        return [self.samples.description.seed_of(int(number)) for number in self.samples.numbers]
+        return self.samples.seeds
 
     def batch(self, size: int, key: tuple[int, ...], part: slice = slice(None)) -> Batch:
         rng = generator(*key)

@@ -24,13 +24,14 @@ from ..guidance.fitting import BATCH, DATA_FORMS, DATA_OBJECTIVES, WIDTHS, Fitti
 from ..guidance.rewards import CombinedReward, RewardError
 from ..guidance.training import Batch, Plan, Progress, in_parts
 from . import runtime
-from .collecting import CATEGORY, DATA, GuidanceData, Studio, parts_of, picture
+from .collecting import CATEGORY, DATA, GuidanceData
 from .decoders import make_decoder
 from .guidance import HIDDEN
 from .network import NETWORK, followed
 from .reporting import Reporter
 from .runtime import LatentReward, as_nodes_run, manage_network, room_for, static_clone, trainable, training_through
 from .selection import decode
+from .studio import Studio, parts_of, picture
 
 log = logging.getLogger(__name__)
 

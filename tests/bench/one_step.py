@@ -35,8 +35,8 @@ from reward_guidance.guidance.process import Diffusion, Process
 from reward_guidance.guidance.randomness import generator
 from reward_guidance.guidance.samples import Texts
 from reward_guidance.guidance.training import Batch, Plan, Source, Task, Training, label
-from reward_guidance.nodes.collecting import Studio
 from reward_guidance.nodes.runtime import gradients, text_of_conditioning, trainable, training_through
+from reward_guidance.nodes.studio import Studio
 from reward_guidance.nodes.training import generator_of, with_static_model
 from reward_guidance.tests.bench.shapesworld_network import numbers
 from reward_guidance.tests.harness.models import shapesworld

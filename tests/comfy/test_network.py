@@ -23,7 +23,6 @@ from reward_guidance.guidance.process import Diffusion, Flow
 from reward_guidance.guidance.rewards import ImageStatistic, RewardError
 from reward_guidance.guidance.samples import Collection, Description, Rows, Samples, Texts, states
 from reward_guidance.guidance.training import Plan, Progress, fit
-from reward_guidance.nodes.collecting import Collector, Studio, alike, asked, level, stacked
 from reward_guidance.nodes.network import GuidedNoise, followed
 from reward_guidance.nodes.runtime import (
     NetworkGuidance,
@@ -36,6 +35,7 @@ from reward_guidance.nodes.runtime import (
     tilt,
 )
 from reward_guidance.nodes.sampling import Sampling
+from reward_guidance.nodes.studio import Collector, Studio, alike, asked, level, stacked
 from reward_guidance.nodes.training import Preview, Watch, judged
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample

@@ -415,13 +415,14 @@ def test_a_report_says_that_there_is_no_checkpoint(tmp_path, folder, monkeypatch
     assert "There is no checkpoint to go on from: training-" in report and "No space left on device" in report
 
 
-def test_a_network_that_cannot_be_written_is_not_trained_again(tmp_path, folder, monkeypatch, caplog):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+def on_a_full_disk(*_) -> None:
+    raise OSError(28, "No space left on device")
 
+
+def test_a_network_that_cannot_be_written_is_not_trained_again(tmp_path, folder, monkeypatch, caplog):
     options = [str(folder), "--out", str(tmp_path / "net.safetensors"), *FEW_STEPS]
     with monkeypatch.context() as patched:
-        patched.setattr("reward_guidance.guidance.files.save_file", full)
+        patched.setattr("reward_guidance.guidance.files.save_file", on_a_full_disk)
         assert main(options) == 1
     assert "net.safetensors could not be written" in caplog.text and "run the same command again" in caplog.text
     caplog.set_level("INFO")
@@ -429,11 +430,8 @@ def test_a_network_that_cannot_be_written_is_not_trained_again(tmp_path, folder,
 
 
 def test_a_network_that_no_disk_took_says_that_its_training_is_lost(tmp_path, folder, monkeypatch, caplog):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     full_from(0, monkeypatch)
-    monkeypatch.setattr("reward_guidance.guidance.files.save_file", full)
+    monkeypatch.setattr("reward_guidance.guidance.files.save_file", on_a_full_disk)
     assert main([str(folder), "--out", str(tmp_path / "net.safetensors"), *FEW_STEPS]) == 1
     assert "run the same command again: the training is lost." in caplog.text
 
