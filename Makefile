@@ -2,6 +2,9 @@ PYTHON ?= python3
 # Makes what is missing, then names the environment's Python; the second time it only names it.
 ENVIRONMENT = python=$$($(PYTHON) tests/harness/environment.py) && bin=$$(dirname "$$python")
 
+# A file of tests stays in one process, which has a ComfyUI of its own.
+TOGETHER = -n 2 --dist loadfile
+
 VERSIONS = 0.30.0 0.24.0 0.20.1
 QUICK = $(addprefix tests/comfy/test_,nodes.py stock.py bad_input.py rewards.py selection.py workflows.py)
 
@@ -11,13 +14,13 @@ demo: ## a real ComfyUI, unguided and guided, in demo.png
 	@$(ENVIRONMENT) && "$$python" tests/harness demo
 
 test: lint ## everything
-	@$(ENVIRONMENT) && "$$bin/pytest" tests/unit tests/comfy && "$$bin/pytest" tests/browser
+	@$(ENVIRONMENT) && "$$bin/pytest" $(TOGETHER) tests/unit tests/comfy && "$$bin/pytest" tests/browser
 
 unit: ## the tests that need no ComfyUI
-	@$(ENVIRONMENT) && "$$bin/pytest" tests/unit
+	@$(ENVIRONMENT) && "$$bin/pytest" $(TOGETHER) tests/unit
 
 quick: ## the part that is run on every version of ComfyUI
-	@$(ENVIRONMENT) && "$$bin/pytest" $(QUICK)
+	@$(ENVIRONMENT) && "$$bin/pytest" $(TOGETHER) $(QUICK)
 
 versions: ## the quick part on older releases of ComfyUI too, each with its own requirements (6 GB each)
 	@for version in $(VERSIONS); do echo "== ComfyUI $$version" && COMFYUI_VERSION=$$version $(MAKE) --no-print-directory quick || exit 1; done

@@ -1,5 +1,6 @@
-"""One ComfyUI for all tests of this folder, with the pack, every format stand-in and ShapesWorld."""
+"""One ComfyUI for all tests of this folder that a process runs, with the pack, every format stand-in and ShapesWorld."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +15,7 @@ SHAPESWORLD = environment.CHECKOUT / "tests" / "standins" / "shapesworld" / "exp
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[comfy.Server]:
-    base = environment.cache() / "work" / "test"
+    base = environment.cache() / "work" / os.environ.get("PYTEST_XDIST_WORKER", "test")
     sources = [models.format_standins()]
     if SHAPESWORLD.exists():
         sources.append(models.shapesworld())
