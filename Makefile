@@ -3,7 +3,7 @@ PYTHON ?= python3
 ENVIRONMENT = python=$$($(PYTHON) tests/harness/environment.py) && bin=$$(dirname "$$python")
 
 # A file of tests stays in one process, which has a ComfyUI of its own.
-TOGETHER = -n 2 --dist loadfile
+TOGETHER = -n 2 --dist loadfile --no-loadscope-reorder
 
 VERSIONS = 0.30.0 0.24.0 0.20.1
 QUICK = $(addprefix tests/comfy/test_,nodes.py stock.py bad_input.py rewards.py selection.py workflows.py)

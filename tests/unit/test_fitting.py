@@ -29,6 +29,8 @@ DESCRIPTION = Description(
 TEXT = Text(torch.randn(2, 3, 6), torch.randn(2, 5))
 COUNT = 3 * SHARD
 FEW_STEPS = ("--steps", "30", "--batch", "16", "--size", "small")
+MORE_STEPS = ("--steps", "60")
+"""Enough of them that a training can be killed in between."""
 
 
 def sample(number: int, description: Description) -> Sample:
@@ -274,7 +276,7 @@ def test_a_training_that_diverges_returns_what_was_best_before(tmp_path, folder,
     [
         {"steps": 1},
         {"batch": 1},
-        {"batch": 500},
+        {"batch": COUNT + 1},
         {"learning_rate": 1.0, "objective": "weighted"},
         {"temperature": 0.001},
         {"temperature": 1e6},
@@ -307,9 +309,20 @@ def here(folder: Path, out: Path, *options: str) -> dict[str, torch.Tensor]:
     return load_network(out)[0].state_dict()
 
 
-def killed(folder: Path, out: Path, *options: str) -> None:
-    """A training that is killed once it has a checkpoint."""
-    process = subprocess.Popen(command(folder, out, *options), cwd=CHECKOUT, stdout=subprocess.DEVNULL)
+@pytest.fixture(scope="module")
+def expected(folder, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The network after few steps, trained without a stop in this process."""
+    return here(folder, tmp_path_factory.mktemp("few") / "net.safetensors")
+
+
+@pytest.fixture(scope="module")
+def expected_of_more(folder, tmp_path_factory) -> dict[str, torch.Tensor]:
+    return here(folder, tmp_path_factory.mktemp("more") / "net.safetensors", *MORE_STEPS)
+
+
+def killed(folder: Path, out: Path) -> None:
+    """A training of more steps that is killed once it has a checkpoint."""
+    process = subprocess.Popen(command(folder, out, *MORE_STEPS), cwd=CHECKOUT, stdout=subprocess.DEVNULL)
     while not list(out.parent.glob("*.checkpoint")):
         assert process.poll() is None, "it was done before it could be killed"
         time.sleep(0.01)
@@ -317,20 +330,18 @@ def killed(folder: Path, out: Path, *options: str) -> None:
     process.wait()
 
 
-def test_two_processes_make_what_one_makes(tmp_path, folder):
-    one, two = here(folder, tmp_path / "1.safetensors"), trained(folder, tmp_path / "2.safetensors", processes=2)
-    for name, value in one.items():
+def test_two_processes_make_what_one_makes(tmp_path, folder, expected):
+    two = trained(folder, tmp_path / "net.safetensors", processes=2)
+    for name, value in expected.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.safetensors", "2.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["net.safetensors"]
 
 
-def test_a_killed_process_goes_on_bit_for_bit(tmp_path, folder):
-    options = ("--steps", "60")
-    expected = here(folder, tmp_path / "whole.safetensors", *options)
-    killed(folder, tmp_path / "net.safetensors", *options)
+def test_a_killed_process_goes_on_bit_for_bit(tmp_path, folder, expected_of_more):
+    killed(folder, tmp_path / "net.safetensors")
     assert not (tmp_path / "net.safetensors").exists()
-    resumed = here(folder, tmp_path / "net.safetensors", *options)
-    assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
+    resumed = here(folder, tmp_path / "net.safetensors", *MORE_STEPS)
+    assert all(torch.equal(value, resumed[name]) for name, value in expected_of_more.items())
     assert not list(tmp_path.glob("*.checkpoint"))
 
 
@@ -360,17 +371,15 @@ def test_an_option_that_cannot_be_is_refused(tmp_path, folder, capsys, option, v
     assert said in capsys.readouterr().err
 
 
-def test_processes_on_machines_of_their_own_go_on_from_the_checkpoint_of_the_first(tmp_path, folder):
-    options = ("--steps", "60")
-    expected = here(folder, tmp_path / "whole.safetensors", *options)
+def test_processes_on_machines_of_their_own_go_on_from_the_checkpoint_of_the_first(tmp_path, folder, expected_of_more):
     (tmp_path / "0").mkdir()
-    killed(folder, tmp_path / "0" / "net.safetensors", *options)
-    here_each = " ".join(command(folder, tmp_path / "$RANK" / "net.safetensors", *options))
+    killed(folder, tmp_path / "0" / "net.safetensors")
+    here_each = " ".join(command(folder, tmp_path / "$RANK" / "net.safetensors", *MORE_STEPS))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", "bash", "-c", here_each]
     done = subprocess.run(launch, cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "going on at step" in done.stdout, done.stdout + done.stderr[-2000:]
     resumed = load_network(tmp_path / "0" / "net.safetensors")[0].state_dict()
-    for name, value in expected.items():
+    for name, value in expected_of_more.items():
         torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=1e-4)
     assert not (tmp_path / "1").exists()
 
@@ -394,8 +403,7 @@ def full_from(number: int, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_full_disk_does_not_stop_a_training(tmp_path, folder, monkeypatch, caplog, number):
-    expected = here(folder, tmp_path / "expected.safetensors")
+def test_a_full_disk_does_not_stop_a_training(tmp_path, folder, expected, monkeypatch, caplog, number):
     full_from(number, monkeypatch)
     trained = here(folder, tmp_path / "net.safetensors")
     assert all(torch.equal(value, trained[name]) for name, value in expected.items())
