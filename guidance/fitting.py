@@ -24,6 +24,8 @@ WIDTHS = {"small": 24, "medium": 48, "large": 64}
 BATCH = 64
 HELD_OUT = 0.1
 """Share of the samples that judge the network and do not train it."""
+MOST_BATCHES = 64
+"""Of those at one look."""
 CURVE_END = 20
 """Values of the loss that go into a card."""
 DATA_OBJECTIVES = ("auto", "potential", "weighted", "reward_gradient")
@@ -182,6 +184,7 @@ def prepare(
         device,
         samples.text.pooled,
         around,
+        max(Training.batches, min(MOST_BATCHES, len(held_out) // plan.batch)) if denoise is None and reward is None else Training.batches,
     )
     return Fitting(description, reward_weights, health, training)
 

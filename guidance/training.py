@@ -300,6 +300,8 @@ class Training:
     """Texts (N,P) that show what texts have in common."""
     around: Callable[[], AbstractContextManager] = nullcontext
     """What the loss and its way back happen in; between steps there is time for something else."""
+    batches: int = 8
+    """Held-out ones of a look: few leave it to chance which network is the best."""
     step: int = field(default=0, init=False)
     curve: list[tuple[int, float]] = field(default_factory=list, init=False)
     """Loss on held-out samples by step; on those it is trained on where none are held out."""
@@ -370,11 +372,11 @@ class Training:
         self.diverged = True
 
     def judge(self, held_out: Source) -> float:
-        """The averaged network's loss on the same eight batches at every look."""
+        """The averaged network's loss on the same batches at every look."""
         plan = self.task.plan
-        batches = (held_out.batch(plan.batch, (plan.seed, -1, i)) for i in range(8))
+        batches = (held_out.batch(plan.batch, (plan.seed, -1, i)) for i in range(self.batches))
         with self.around():
-            return sum(float(OBJECTIVES[plan.objective](self.average.module, self.task, batch)) for batch in batches) / 8
+            return sum(float(OBJECTIVES[plan.objective](self.average.module, self.task, batch)) for batch in batches) / self.batches
 
     def pause(self) -> None:
         """Stopped between two looks: look, so that what has been reached since the last one counts."""

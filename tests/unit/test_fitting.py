@@ -15,11 +15,11 @@ from reward_guidance.guidance import training
 from reward_guidance.guidance.__main__ import main
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.files import Base, load_network
-from reward_guidance.guidance.fitting import WIDTHS, overview, plan_for, prepare, weights_from
+from reward_guidance.guidance.fitting import HELD_OUT, WIDTHS, overview, plan_for, prepare, weights_from
 from reward_guidance.guidance.network import Architecture, GuidanceNetwork, Text
 from reward_guidance.guidance.prior import tilted_noise
 from reward_guidance.guidance.samples import SHARD, Collection, Description, Rows, Sample
-from reward_guidance.guidance.training import Plan, fit, label
+from reward_guidance.guidance.training import Plan, Training, fit, label
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DESCRIPTION = Description(
@@ -147,6 +147,16 @@ def test_trainings_of_other_settings_or_samples_have_checkpoints_of_their_own(tm
     ]
     assert len({fitting.training.checkpoint for fitting in prepared}) == len(prepared)
     assert prepare(samples, quick(), "small", checkpoints=tmp_path).training.checkpoint == prepared[0].training.checkpoint
+
+
+def test_many_held_out_samples_are_looked_at_and_models_and_rewards_are_spared(tmp_path):
+    samples = collect(tmp_path, count=6 * COUNT).load()
+    held_out = len(samples.split(HELD_OUT)[1])
+    assert held_out // 2 > Training.batches
+    assert prepare(samples, quick(batch=2), "small").training.batches == held_out // 2
+    assert prepare(samples, quick(batch=64), "small").training.batches == Training.batches
+    asked = prepare(samples, quick(batch=2, objective="reward_gradient"), "small", reward=lambda latents, batch: latents.flatten(1).mean(1))
+    assert asked.training.batches == Training.batches
 
 
 def test_a_pause_keeps_what_was_reached_since_the_last_look(tmp_path, folder):
