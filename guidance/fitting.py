@@ -25,7 +25,7 @@ BATCH = 64
 HELD_OUT = 0.1
 """Share of the samples that judge the network and do not train it."""
 MOST_BATCHES = 64
-"""Of those at one look."""
+"""Of held-out samples at one look."""
 CURVE_END = 20
 """Values of the loss that go into a card."""
 DATA_OBJECTIVES = ("auto", "potential", "weighted", "reward_gradient")
@@ -184,9 +184,14 @@ def prepare(
         device,
         samples.text.pooled,
         around,
-        max(Training.batches, min(MOST_BATCHES, len(held_out) // plan.batch)) if denoise is None and reward is None else Training.batches,
+        batches_of_a_look(len(held_out), plan.batch) if denoise is None and reward is None else Training.batches,
     )
     return Fitting(description, reward_weights, health, training)
+
+
+def batches_of_a_look(held_out: int, batch: int) -> int:
+    """So many that all held-out samples are seen about once, within bounds."""
+    return max(Training.batches, min(MOST_BATCHES, held_out // batch))
 
 
 def architecture(samples: Samples, form: str, size: str) -> Architecture:
