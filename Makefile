@@ -14,7 +14,7 @@ demo: ## a real ComfyUI, unguided and guided, in demo.png
 	@$(ENVIRONMENT) && "$$python" tests/harness demo
 
 test: lint ## everything
-	@$(ENVIRONMENT) && "$$bin/pytest" $(TOGETHER) tests/unit tests/comfy && "$$bin/pytest" tests/browser
+	@$(ENVIRONMENT) && "$$bin/pytest" $(TOGETHER) tests/unit tests/comfy && "$$bin/pytest" -n 2 tests/browser
 
 unit: ## the tests that need no ComfyUI
 	@$(ENVIRONMENT) && "$$bin/pytest" $(TOGETHER) tests/unit
@@ -26,7 +26,7 @@ versions: ## the quick part on older releases of ComfyUI too, each with its own 
 	@for version in $(VERSIONS); do echo "== ComfyUI $$version" && COMFYUI_VERSION=$$version $(MAKE) --no-print-directory quick || exit 1; done
 
 browser: ## the tests in a real browser; their screenshots are in output/browser
-	@$(ENVIRONMENT) && "$$bin/pytest" tests/browser
+	@$(ENVIRONMENT) && "$$bin/pytest" -n 2 tests/browser
 
 lint: ## ruff and mypy
 	@$(ENVIRONMENT) && "$$python" tests/harness lint

@@ -6,6 +6,20 @@ from collections.abc import Iterator
 import pytest
 from reward_guidance.tests.harness import browser, comfy, environment, models
 from reward_guidance.tests.harness.client import Client
+from xdist.scheduler import LoadScopeScheduling
+
+FRONTENDS = ["pinned", "newest"]
+
+
+class EachFrontend(LoadScopeScheduling):
+    """Leaves a frontend's tests to one process, which has a ComfyUI and a browser of its own."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next(frontend for frontend in FRONTENDS if frontend in nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log) -> EachFrontend:
+    return EachFrontend(config, log)
 
 
 def needed(get):
@@ -24,7 +38,7 @@ def chromium() -> Iterator[browser.Browser]:
         yield running
 
 
-@pytest.fixture(scope="session", params=["pinned", "newest"])
+@pytest.fixture(scope="session", params=FRONTENDS)
 def frontend(request) -> str:
     return request.param
 

@@ -16,8 +16,9 @@ PICTURES = "[...document.querySelectorAll('img')].filter(image => image.src.incl
 @pytest.fixture
 def in_language(tab):
     def opened(locale):
-        tab.settings["Comfy.Locale"] = locale
-        tab.open()
+        if tab.settings["Comfy.Locale"] != locale:
+            tab.settings["Comfy.Locale"] = locale
+            tab.open()
         return tab
 
     yield opened

@@ -51,8 +51,9 @@ class MissingError(RuntimeError):
 
 def chromium() -> str:
     """A Chromium or Chrome of this machine; Debian's is installed where that needs no password."""
-    if not found():
-        install()
+    with environment.locked():
+        if not found():
+            install()
     path = found()
     if not path:
         raise MissingError(f"No Chromium or Chrome was found. Install one, or let {CHROMIUM} name its executable.")
