@@ -139,6 +139,8 @@ def test_blueprint(tab, client, name):
     tab.change(**SMALL, seed=random.getrandbits(32), prompt="a small blue heart on a yellow ground")
     tab.queue()
     tab.finish()
+    tab.run("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    tab.page.wait_for_timeout(500)  # it glides there
     tab.photograph(name.lower().replace(" ", "_"))
     assert tab.complaints() == []
     assert len(pictures(client)) == BATCH

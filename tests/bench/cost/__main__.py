@@ -66,9 +66,9 @@ class Profile:
 
 PROFILES = {
     "trial": Profile(
-        True, ("SD3.5-medium",), "SD3.5-medium", (16, 32), (1, 2), 16, TARGETS, Effort(1, 1), 300, 1 / 2,
-        alternatives.Sizes(("SD-Turbo", "SD3.5-medium"), 16, steps=2, iterations=2, repeats=1),
-        scaling.Sizes("SD3.5-medium", (1, 2), (16, 32), (2, 3), (1, 2), (1, 2), Effort(1, 1)),
+        True, ("SD3.5-medium",), "SD3.5-medium", (8, 16), (1, 2), 8, TARGETS, Effort(1, 1), 300, 1 / 2,
+        alternatives.Sizes(("SD-Turbo", "SD3.5-medium"), 8, steps=2, iterations=2, repeats=1),
+        scaling.Sizes("SD3.5-medium", (1, 2), (8, 16), (2, 3), (1, 2), (1, 2), Effort(1, 1)),
         training.Sizes("SD3.5-medium", (16, 32), ((4, 4, 4), (4, 8, 8)), ("small",), (1,), 1, Effort(1, 1)),
     ),
     "cpu": Profile(
