@@ -28,7 +28,7 @@ def in_language(tab):
 @pytest.mark.parametrize(("locale", "words"), [("en", "A KSampler whose pictures follow a reward"), ("zh", "图像遵循奖励的")])
 def test_help_is_shown_with_its_pictures(in_language, locale, words):
     tab = in_language(locale)
-    tab.run("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+    tab.command("Comfy.NewBlankWorkflow")
     tab.until("app.graph.nodes.length === 0")
     tab.run(SELECT, "RewardGuidanceKSampler")
     tab.page.get_by_test_id("info-button").click()

@@ -123,10 +123,10 @@ def check_the_curve_of_a_training(tab):
 @pytest.mark.parametrize("name", BLUEPRINTS)
 def test_blueprint(tab, client, name):
     """Found by the search, placed by a click, and run between a loader and a saver."""
-    tab.run("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+    tab.command("Comfy.NewBlankWorkflow")
     tab.until("app.graph.nodes.length === 0")
     tab.refresh()  # for the network that a workflow above has trained
-    tab.run("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    tab.command("Workspace.SearchBox.Toggle")
     search = tab.page.get_by_role("dialog")
     search.locator("input").first.fill(name)
     search.get_by_text(name, exact=True).first.wait_for()
@@ -139,7 +139,7 @@ def test_blueprint(tab, client, name):
     tab.change(**SMALL, seed=random.getrandbits(32), prompt="a small blue heart on a yellow ground")
     tab.queue()
     tab.finish()
-    tab.run("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    tab.command("Comfy.Canvas.FitView")
     tab.page.wait_for_timeout(500)  # it glides there
     tab.photograph(name.lower().replace(" ", "_"))
     assert tab.complaints() == []

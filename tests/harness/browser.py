@@ -145,6 +145,9 @@ class Tab:
     def run(self, script: str, argument: Any = None) -> Any:
         return self.page.evaluate(script, argument)
 
+    def command(self, name: str) -> None:
+        self.run("name => app.extensionManager.command.execute(name)", name)
+
     def until(self, condition: str, seconds: float = 60) -> None:
         self.page.wait_for_function(f"() => {condition}", timeout=seconds * 1000)
 
@@ -160,10 +163,10 @@ class Tab:
                 const probe = 'probe' + Math.random()
                 app.registerExtension({ name: probe, afterConfigureGraph(missing) { window.missing = missing } })
                 await app.loadGraphData(workflow, true, true, name)
-                app.extensionManager.command.execute('Comfy.Canvas.FitView')
             }""",
             [workflow, name],
         )
+        self.command("Comfy.Canvas.FitView")
 
     def change(self, **values: Any) -> None:
         """Every widget of these names, on every node, within subgraphs too. A single step stays one."""

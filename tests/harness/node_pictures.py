@@ -75,7 +75,7 @@ ARRANGE = """([kind, givers, takers]) => {
 
 
 def photograph(tab: browser.Tab, kind: str) -> Image.Image:
-    tab.run("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+    tab.command("Comfy.NewBlankWorkflow")
     tab.until("app.graph.nodes.length === 0")
     box = tab.run(ARRANGE, [kind, GIVERS, TAKERS])
     tab.page.wait_for_timeout(1000)  # until pictures are loaded and everything is drawn
