@@ -68,6 +68,8 @@ class Card:
     """The last values of the loss on held-out samples, by step."""
     best: tuple[int, float] | None = None
     """Step and loss of the network that was kept, the best; nothing where no samples were held out."""
+    shape: tuple[int, ...] = ()
+    """Of the latents it was trained on (C,H,W) or (C,T,H,W), to which the noising process belongs; empty in files that do not say."""
 
     def describe(self) -> str:
         """What it was trained for, on what, and how that ended, in lines."""

@@ -107,6 +107,7 @@ class Fitting:
             effective=self.health.effective,
             curve=tuple(self.training.curve[-CURVE_END:]) if self.training.held_out else (),
             best=self.best(),
+            shape=self.description.shape,
         )
 
     def best(self) -> tuple[int, float] | None:

@@ -199,7 +199,7 @@ class CollectData(io.ComfyNode):
         studio = Studio(model, told, encoder(clip), negative_prompt, *how, empty, len(samples), vae, reward)
         parts = parts_of(reward.reward)
         description = Description(
-            base=base_of(model, target),
+            base=base_of(model, target, studio.start().shape[1:]),
             shape=tuple(studio.start().shape[1:]),
             levels=levels if target == "data" else 0,
             prompts=told,

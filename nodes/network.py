@@ -190,7 +190,7 @@ def followed(
     """The same sampling, guided by a network on the way or in its noise, as the network was trained to do."""
     if network.card.base.target == "data":
         return replace(sampling, model=NetworkGuidance(network, strength, start, end).attach(sampling.model))
-    network.card.base.require(base_of(sampling.model, "noise"), "guidance network")
+    network.card.base.require(base_of(sampling.model, "noise", network.card.shape), "guidance network")
     return replace(sampling, tilt=lambda noise: tilt(network, noise, sampling.positive, noise_steps, strength))
 
 

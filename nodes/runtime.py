@@ -3,14 +3,16 @@
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, count
 from textwrap import shorten
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+import comfy.cli_args
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
@@ -22,8 +24,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..guidance.errors import GuidanceError
-from ..guidance.estimators import ESTIMATORS, Estimator, Jacobian, NotFiniteError, Settings
+from ..guidance.estimators import ESTIMATORS, Estimator, NotFiniteError, Settings
 from ..guidance.files import Base, Card
+from ..guidance.inpainting import Inpainting
 from ..guidance.network import FORMS, GuidanceNetwork, Text
 from ..guidance.prior import tilted_noise
 from ..guidance.process import Diffusion, Flow, Process, column
@@ -120,8 +123,24 @@ def normal_weights(*modules: nn.Module) -> Iterator[None]:
 
 
 def _alias(tensor: Tensor) -> Tensor:
+    """A normal tensor over the same memory. A subclass stays what it is: quantized weights hold their numbers in tensors of their own."""
+    kind: Any = type(tensor)
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, context = tensor.__tensor_flatten__()
+        return kind.__tensor_unflatten__({name: _alias(getattr(tensor, name)) for name in names}, context, tensor.size(), tensor.stride())
     alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    if kind not in (Tensor, nn.Parameter):
+        alias = alias.as_subclass(kind)
+        vars(alias).update(vars(tensor))
+    return alias
+
+
+def normal(values: Any) -> Any:
+    """Tensors, and those in a dictionary, as autograd can save them. Nothing is copied but the dictionary."""
+    if isinstance(values, dict):
+        return {name: normal(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+    return _alias(values) if values.is_inference() else values
 
 
 @contextmanager
@@ -143,17 +162,57 @@ def as_here(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
+_inside_differentiable_model = False
+
+
 @contextmanager
-def differentiable_model(*models: nn.Module) -> Iterator[None]:
-    """Inside, autograd also works through a diffusion model: pure torch kernels, in-place updates of saved tensors allowed."""
-    within_another = comfy.model_management.in_training
+def differentiable_model(*models: nn.Module, instead: str) -> Iterator[None]:
+    """Inside, autograd also works through a diffusion model: pure torch kernels, in-place updates of saved tensors allowed, and no compiler
+    that reuses memory which the backward pass needs.
+
+    Raises GuidanceError, which advises `instead`, where a kernel of the model has no gradient.
+    """
+    global _inside_differentiable_model
+    within_another = _inside_differentiable_model
     mutation = nullcontext() if within_another else torch.autograd.graph.allow_mutation_on_saved_tensors()  # which cannot be nested
-    comfy.model_management.in_training = True
+    _inside_differentiable_model = True
     try:
-        with normal_weights(*models), mutation:
+        switches = switched(comfy.model_management, "in_training", True), switched(comfy.cli_args.args, "disable_comfy_compiler", True)
+        with switches[0], switches[1], normal_weights(*models), mutation:
             yield
+    except (RuntimeError, NotImplementedError) as error:
+        if not NO_GRADIENT.search(str(error)):
+            raise
+        reason = shorten(str(error), 160, placeholder=" ...")
+        raise GuidanceError(f"A part of this model has no gradient, which is needed here: choose {instead}. PyTorch: {reason}") from error
     finally:
-        comfy.model_management.in_training = within_another
+        _inside_differentiable_model = within_another
+
+
+NO_GRADIENT = re.compile(
+    "no autograd formula|derivative for|does not require grad|does not have a grad_fn|[Ii]nference tensor|in-?place operation|version counter|"
+    "its data is not allocated"
+)
+"""In PyTorch's messages where an operation has no backward pass, or not in the way that a model uses it."""
+
+
+@contextmanager
+def switched(holder: Any, name: str, value: object) -> Iterator[None]:
+    """Inside, a switch of ComfyUI stands at another value; of a core that does not have it yet, nothing changes."""
+    if not hasattr(holder, name):
+        yield
+        return
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
+def trains_elsewhere() -> bool:
+    """Whether another node trains the model, such as Train LoRA: then its predictions are not samples and must not be guided."""
+    return comfy.model_management.in_training and not _inside_differentiable_model
 
 
 def models_of(guider) -> list[nn.Module]:
@@ -162,13 +221,19 @@ def models_of(guider) -> list[nn.Module]:
     return [each.model for each in held if isinstance(each, comfy.model_patcher.ModelPatcher)]
 
 
-def process_of(model_sampling) -> Process:
-    """The noising process of a model, from the coordinates its sampler works in."""
-    if isinstance(model_sampling, (comfy.model_sampling.IMG_TO_IMG, comfy.model_sampling.IMG_TO_IMG_FLOW)):
-        raise GuidanceError("Reward guidance needs a model that denoises from noise; this one maps picture to picture.")
+def process_of(model_sampling, shape: Sequence[int]) -> Process:
+    """The noising process of a model for latents of this shape, from the coordinates its sampler works in."""
+    require_noise_to_picture(model_sampling)
     if isinstance(model_sampling, comfy.model_sampling.CONST):
-        return Flow(noise_scale=float(getattr(model_sampling, "noise_scale", 1.0)))
+        pure = model_sampling.noise_scaling(torch.ones(()), torch.ones(tuple(shape)), torch.zeros(tuple(shape)))
+        return Flow(noise_scale=float(pure.flatten()[0]))
     return Diffusion()
+
+
+def require_noise_to_picture(model_sampling) -> None:
+    """Raise GuidanceError for models that begin with a picture instead of noise."""
+    if any(kind.__name__.startswith("IMG_TO_IMG") for kind in type(model_sampling).__mro__):
+        raise GuidanceError("Reward guidance needs a model that denoises from noise; this one maps picture to picture.")
 
 
 class LatentReward:
@@ -257,13 +322,53 @@ class Step(Progress):
     model_calls: int
 
 
-@dataclass
-class Run:
-    """One sampling run. Lives from the guider's outer_sample to its end."""
+@dataclass(kw_only=True)
+class SamplingRun:
+    """What guidance keeps while one sampler runs."""
 
-    estimator: Estimator
+    process: Process
     first_sigma: float
     last_sigma: float
+    noise_mask: "NoiseMask | None" = None
+    inpainting: Inpainting | None = None
+    """Of the present call of the model."""
+
+    def active(self, sigma: Any) -> Any:
+        return (self.last_sigma < sigma) & (sigma <= self.first_sigma)
+
+    def moved(self, x: Tensor, point: Tensor) -> Tensor:
+        """The model's input: x moved to `point`, but for what a noise mask keeps."""
+        return point if self.inpainting is None else self.inpainting.moved(x, point)
+
+    def blended(self, denoised: Tensor) -> Tensor:
+        """The picture that a person gets of a denoised latent."""
+        return denoised if self.inpainting is None else self.inpainting.blended(denoised)
+
+
+@dataclass(frozen=True)
+class NoiseMask:
+    """A noise mask as a sampler applies it."""
+
+    mask: Tensor
+    """(B,...) 1 where noise is sampled."""
+    latent: Tensor
+    """(B,...) kept, in the model's space."""
+    sigmas: Tensor
+
+    def at(self, guider, timestep: Tensor, model_options: dict) -> Inpainting:
+        """At one call of the model: nodes such as Differential Diffusion change the mask from step to step."""
+        mask = self.mask
+        if "denoise_mask_function" in model_options:
+            mask = model_options["denoise_mask_function"](timestep, mask, extra_options={"model": guider, "sigmas": self.sigmas})
+        with torch.inference_mode(False):
+            return Inpainting(normal(mask), normal(self.latent))
+
+
+@dataclass(kw_only=True)
+class Run(SamplingRun):
+    """One sampling run that a reward guides."""
+
+    estimator: Estimator
     sigmas: list[float]
     serial: int = field(default_factory=lambda: next(_serial))
     model_calls: int = 0
@@ -277,9 +382,6 @@ class Run:
         if rows is not None and rows is not self.rows:
             self.rows = rows
             self.estimator.take(rows)
-
-    def active(self, sigma: float) -> bool:
-        return self.last_sigma < sigma <= self.first_sigma
 
 
 def require_order(start: float, end: float) -> None:
@@ -296,8 +398,64 @@ def require_samples(noise: Tensor, latent_shapes: Sequence | None) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class RewardGuidance:
-    """Reward guidance of one model: clone, attach, forget. All state lives in the run it belongs to."""
+class SamplerHooks:
+    """Hooks of a model's clone that change its predictions while a sampler runs, and at no other time. All state lives in the run it belongs to."""
+
+    runs: "WeakKeyDictionary[object, Any]" = field(default_factory=WeakKeyDictionary, init=False)
+
+    def hook(self, patched: comfy.model_patcher.ModelPatcher, key: str) -> None:
+        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, key, self.outer_sample)
+        patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, key, self.sampler_sample)
+        patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, key, self.predict_noise)
+
+    def outer_sample(self, executor, noise, *args, latent_shapes=None, **kwargs):
+        """Forget the run at its end, however it ends."""
+        require_samples(noise, latent_shapes)
+        guider = executor.class_obj
+        try:
+            out = executor(noise, *args, latent_shapes=latent_shapes, **kwargs)
+            self.warn(self.runs.get(guider))
+            return out
+        finally:
+            self.runs.pop(guider, None)
+
+    def warn(self, run: Any) -> None:
+        """Log what went otherwise than a person would expect."""
+        if trains_elsewhere():
+            logging.warning("The model is trained by another node: meanwhile its guidance is off.")
+
+    def sampler_sample(self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *args, **kwargs):
+        """Begin a run."""
+        run = self.begin(guider, noise.shape, extra_args.get("model_options", {}), extra_args.get("seed"))
+        if denoise_mask is not None:
+            run.noise_mask = NoiseMask(denoise_mask, latent_image, sigmas)
+        self.runs[guider] = run
+        return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
+
+    def predict_noise(self, executor, x, timestep, model_options=None, seed=None):
+        """D -> D_q for one model call."""
+        guider, model_options = executor.class_obj, {} if model_options is None else model_options
+        if trains_elsewhere():
+            return executor(x, timestep, model_options, seed)
+        if guider not in self.runs:  # a guider of its own make may call no sampler
+            self.runs[guider] = self.begin(guider, x.shape, model_options, seed)
+        run = self.runs[guider]
+        if run.noise_mask is not None:
+            run.inpainting = run.noise_mask.at(guider, timestep, model_options)
+        return self.predict(run, guider, executor, x, timestep, model_options, seed)
+
+    def begin(self, guider, shape: torch.Size, model_options: dict, seed: int | None) -> Any:
+        """The state of a run for latents of this shape."""
+        raise NotImplementedError
+
+    def predict(self, run: Any, guider, executor, x: Tensor, timestep: Tensor, model_options: dict, seed: int | None) -> Tensor:
+        """D_q (B,...) of x (B,...) at noise levels (B,)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class RewardGuidance(SamplerHooks):
+    """Reward guidance of one model: clone, attach, forget."""
 
     reward: LatentReward
     estimator: str
@@ -307,7 +465,6 @@ class RewardGuidance:
     report: Callable[[Step], object] = lambda step: None
     held_out: LatentReward | None = None
     """Reported, not followed."""
-    runs: "WeakKeyDictionary[object, Run]" = field(default_factory=WeakKeyDictionary)
 
     def __post_init__(self):
         require_order(self.start, self.end)
@@ -316,79 +473,73 @@ class RewardGuidance:
         """A clone of the model that any sampler guides by the reward; the model itself where there is nothing to do."""
         if self.settings.strength == 0 or self.start == self.end:
             return model
-        patched = model.clone(disable_dynamic=self.needs_model_gradient)
+        require_noise_to_picture(model.get_model_object("model_sampling"))
+        patched = static_clone(model, "The estimator jacobian", ONE_CALL) if self.kind.model_gradient else model.clone()
         key = f"{GRADIENT_KEY}{next(_serial)}"
-        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, key, self.outer_sample)
+        self.hook(patched, key)
         patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, key, self.prepare_sampling)
-        patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, key, self.predict_noise)
         patched.set_additional_models(key, patchers_of(self.reward, self.held_out))
         return patched
 
     @property
-    def needs_model_gradient(self) -> bool:
-        return issubclass(ESTIMATORS[self.estimator], Jacobian)
+    def kind(self) -> type[Estimator]:
+        return ESTIMATORS[self.estimator]
 
     def prepare_sampling(self, executor, patcher, noise_shape, conds, *args, **kwargs):
         """Load the diffusion model with room left for what the reward needs."""
-        kwargs["force_full_load"] = kwargs.get("force_full_load", False) or self.needs_model_gradient
+        kwargs["force_full_load"] = kwargs.get("force_full_load", False) or self.kind.model_gradient
         return executor(patcher, with_room_for([self.reward, self.held_out], patcher, noise_shape), conds, *args, **kwargs)
 
-    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, latent_shapes=None, **kwargs):
-        """Begin with clean state and forget it at the end, however the run ends."""
-        require_samples(noise, latent_shapes)
-        guider = executor.class_obj
-        self.runs.pop(guider, None)
-        try:
-            out = executor(noise, latent_image, sampler, sigmas, *args, latent_shapes=latent_shapes, **kwargs)
-            self.warn_of_nothing(self.runs.get(guider))
-            return out
-        finally:
-            self.runs.pop(guider, None)
-
-    def warn_of_nothing(self, run: Run | None) -> None:
-        if run is None or not run.estimator.moved:
+    def warn(self, run: Run | None) -> None:
+        super().warn(run)
+        if not trains_elsewhere() and (run is None or not run.estimator.moved):
             logging.warning(
                 f"Reward guidance changed nothing: of {self.start:g} to {self.end:g} of the way from noise, this sampling has too few steps. "
                 "The first of them only finds the direction, and with a denoise below 1 the sampling begins later on the way."
             )
 
-    def predict_noise(self, executor, x, timestep, model_options=None, seed=None):
-        """D -> D_q for one model call."""
-        guider = executor.class_obj
-        model_options = {} if model_options is None else model_options
-        run = self.runs.get(guider)
-        if run is None:
-            run = self.runs[guider] = self.begin(guider.inner_model.model_sampling, model_options, seed)
-        run.hear(model_options.get("transformer_options", {}).get(ROWS_KEY))
-        sigma = float(timestep.flatten()[0])
+    def begin(self, guider, shape, model_options, seed):
+        sampling = guider.inner_model.model_sampling
+        process = process_of(sampling, shape)
+        sigmas = model_options.get("transformer_options", {}).get("sample_sigmas", torch.zeros(1)).tolist()
+        run = Run(
+            process=process,
+            first_sigma=sampling.percent_to_sigma(self.start),
+            last_sigma=sampling.percent_to_sigma(self.end),
+            sigmas=sigmas,
+            estimator=self.kind(process, lambda denoised: self.reward(run.blended(denoised)), self.settings, generator(seed or 0)),
+        )
+        return run
+
+    def predict(self, run, guider, executor, x, timestep, model_options, seed):
+        options = model_options.get("transformer_options", {})
+        run.hear(options.get(ROWS_KEY))
+        sigma = one_level(timestep)
+        if not run.active(sigma):
+            return executor(x, timestep, model_options, seed)
+        require_one_call(self.estimator, options)
 
         def denoise(point: Tensor) -> Tensor:
             run.model_calls += 1
-            return executor(point, timestep, model_options, seed)
+            return executor(run.moved(x, point), timestep, model_options, seed)
 
-        if not run.active(sigma):
-            return denoise(x)
-        denoised = self.guide(run, denoise, x, sigma, guider)
+        plain_denoise = as_here(denoise)
+        with gradients(*self.reward.modules):
+            if not self.kind.model_gradient:
+                denoised = self.guide(run, plain_denoise, x, sigma)
+            else:
+                x, timestep, model_options = x.clone(), normal(timestep), {**model_options, "transformer_options": normal(options)}
+                with differentiable_model(guider.inner_model, *models_of(guider), instead=f"the estimator {ONE_CALL}"):
+                    denoised = self.guide(run, denoise, x, sigma)
         self.record(run, sigma)
         return denoised
 
-    def begin(self, model_sampling, model_options: dict, seed: int | None) -> Run:
-        estimator = ESTIMATORS[self.estimator](process_of(model_sampling), self.reward, self.settings, generator(seed or 0))
-        sigmas = model_options.get("transformer_options", {}).get("sample_sigmas", torch.zeros(1)).tolist()
-        return Run(estimator, model_sampling.percent_to_sigma(self.start), model_sampling.percent_to_sigma(self.end), sigmas)
-
-    def guide(self, run: Run, denoise, x: Tensor, sigma: float, guider) -> Tensor:
-        plain_denoise = as_here(denoise)
-        with ExitStack() as stack:
-            stack.enter_context(gradients(*self.reward.modules))
-            if self.needs_model_gradient:
-                stack.enter_context(differentiable_model(guider.inner_model, *models_of(guider)))
-                plain_denoise, x = denoise, x.clone()
-            try:
-                return run.estimator(plain_denoise, x, sigma)
-            except NotFiniteError:
-                self.reward(run.estimator.judged)  # names what is at fault
-                raise
+    def guide(self, run: Run, denoise: Callable[[Tensor], Tensor], x: Tensor, sigma: float) -> Tensor:
+        try:
+            return run.estimator(denoise, x, sigma)
+        except NotFiniteError:
+            self.reward(run.blended(run.estimator.judged))  # names what is at fault
+            raise
 
     def record(self, run: Run, sigma: float) -> None:
         """Tell of a step that looked at the rewards; both of them judge the same estimate."""
@@ -399,8 +550,28 @@ class RewardGuidance:
         steps = max(len(run.sigmas) - 1, 1)
         # Some samplers begin a little below the first sigma.
         step = min(sum(level > sigma * (1 + 1e-3) for level in run.sigmas) + 1, steps)
-        series = rewards_of(estimator.judged, estimator.rewards, self.held_out)
+        series = rewards_of(run.blended(estimator.judged), estimator.rewards, self.held_out)
         self.report(Step(step=step, steps=steps, series=series, run=run.serial, sigma=sigma, model_calls=run.model_calls))
+
+
+ONE_CALL = "shift"
+"""The estimator that works with every model."""
+
+
+def one_level(timestep: Tensor) -> float:
+    """The noise level that all samples of a batch (B,) have. Raises GuidanceError where they differ."""
+    levels = timestep.flatten().tolist()
+    if len(set(levels)) > 1:
+        raise GuidanceError("Reward guidance needs one noise level for all samples of a batch; this sampler gives each its own.")
+    return levels[0]
+
+
+def require_one_call(estimator: str, transformer_options: dict) -> None:
+    """Raise GuidanceError for an estimator that a model which remembers its calls cannot serve, as Causal Wan remembers earlier frames."""
+    kind = ESTIMATORS[estimator]
+    if "ar_state" in transformer_options and (kind.model_gradient or kind.model_calls > 1):
+        why = "backpropagates through the model" if kind.model_gradient else f"calls the model {kind.model_calls} times at each step"
+        raise GuidanceError(f"This model remembers the frames of every call, but the estimator {estimator} {why}: choose the estimator {ONE_CALL}.")
 
 
 def resampled(extra_args: dict, rows: Tensor) -> dict:
@@ -454,10 +625,15 @@ def manage_network(network: GuidanceNetwork, card: Card) -> LoadedNetwork:
     return LoadedNetwork(network, card, manage(network))
 
 
-def base_of(model: comfy.model_patcher.ModelPatcher, target: str = "data") -> Base:
-    """What samples of a model belong to."""
+NOMINAL = 64
+"""Side of a latent of no certain size."""
+
+
+def base_of(model: comfy.model_patcher.ModelPatcher, target: str = "data", shape: Sequence[int] = ()) -> Base:
+    """What samples of a model belong to. shape: of a latent (C,...), on which the scale of the noise may depend."""
     latents = model.get_model_object("latent_format")
-    process = process_of(model.get_model_object("model_sampling"))
+    size = (1,) * (latents.latent_dimensions - 2) + (NOMINAL, NOMINAL)
+    process = process_of(model.get_model_object("model_sampling"), (1, *(shape or (latents.latent_channels, *size))))
     return Base(type(model.model.model_config).__name__, type(latents).__name__, latents.latent_channels, process.name, target)
 
 
@@ -506,8 +682,8 @@ def text_for(loaded: LoadedNetwork, text: Text, like: Tensor) -> Text:
 
 
 @dataclass(frozen=True, eq=False)
-class NetworkGuidance:
-    """Guidance of one model by a trained network. It has no state."""
+class NetworkGuidance(SamplerHooks):
+    """Guidance of one model by a trained network."""
 
     loaded: LoadedNetwork
     strength: float = 1.0
@@ -520,35 +696,31 @@ class NetworkGuidance:
     def attach(self, model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
         """A clone of the model that any sampler guides; the model itself where there is nothing to do."""
         self.loaded.require("data", "Guided Noise or KSampler (Guidance Network)")
-        self.loaded.card.base.require(base_of(model), "guidance network")
+        self.loaded.card.base.require(base_of(model, shape=self.loaded.card.shape), "guidance network")
         if self.strength == 0 or self.start == self.end:
             return model
         patched = model.clone()
         key = f"reward_guidance.network.{next(_serial)}"
-        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, key, self.outer_sample)
-        patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, key, self.predict_noise)
+        self.hook(patched, key)
         patched.set_additional_models(key, [self.loaded.patcher])
         return patched
 
-    def outer_sample(self, executor, noise, *args, latent_shapes=None, **kwargs):
-        require_samples(noise, latent_shapes)
-        return executor(noise, *args, latent_shapes=latent_shapes, **kwargs)
-
-    def predict_noise(self, executor, x, timestep, model_options=None, seed=None):
-        """D -> D_q for one model call."""
-        guider, form = executor.class_obj, FORMS[self.loaded.card.form]
+    def begin(self, guider, shape, model_options, seed):
         sampling = guider.inner_model.model_sampling
-        process = process_of(sampling)
+        bounds = {"first_sigma": sampling.percent_to_sigma(self.start), "last_sigma": sampling.percent_to_sigma(self.end)}
+        return SamplingRun(process=process_of(sampling, shape), **bounds)
+
+    def predict(self, run, guider, executor, x, timestep, model_options, seed):
+        form, process = FORMS[self.loaded.card.form], run.process
 
         def denoise(point: Tensor) -> Tensor:
-            return executor(point, timestep, {} if model_options is None else model_options, seed)
+            return executor(run.moved(x, point), timestep, model_options, seed)
 
-        # A batch may hold states of several noise levels, as where samples are collected.
-        active = (sampling.percent_to_sigma(self.end) < timestep) & (timestep <= sampling.percent_to_sigma(self.start))
+        active = run.active(timestep)  # a batch may hold states of several noise levels, as where samples are collected
         if self.loaded.card.form == "potential":
             active &= (process.scale(timestep) >= Estimator.min_scale).all()
         if not active.any():
-            return denoise(x)
+            return executor(x, timestep, model_options, seed)
         text = text_for(self.loaded, text_of(guider.conds.get("positive", ())), x)
         answer = as_here(denoise)
         with gradients(self.loaded.network):
@@ -585,20 +757,27 @@ def as_nodes_run() -> Iterator[None]:
         yield
 
 
-def static_clone(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
-    """A clone that can be wholly on its device."""
+def static_clone(model: comfy.model_patcher.ModelPatcher, what: str, instead: str) -> comfy.model_patcher.ModelPatcher:
+    """A clone that can be wholly on its device, for `what` takes a gradient through it; where that is impossible, `instead` is advised."""
+    if model.is_dynamic() and getattr(model, "cached_patcher_init", None) is None:
+        raise GuidanceError(
+            f"{what} needs the whole model on its device, and this model's loader cannot load it a second time for that: choose {instead}, load "
+            "the model by a loader of ComfyUI's own, or start ComfyUI with --disable-dynamic-vram."
+        )
     return model.clone(disable_dynamic=True)
 
 
 @contextmanager
-def training_through(model: comfy.model_patcher.ModelPatcher | None = None, reward: LatentReward | None = None) -> Iterator[None]:
+def training_through(
+    model: comfy.model_patcher.ModelPatcher | None = None, reward: LatentReward | None = None, instead: str = ""
+) -> Iterator[None]:
     """Inside, outside of sampling, both are on their devices, and gradients flow through them and none into their weights.
 
-    model: a static clone.
+    model: a static clone. instead: what to choose where the model has no gradient.
     """
     patchers, modules = (reward.patchers, reward.modules) if reward else ([], [])
     comfy.model_management.load_models_gpu([*([model] if model else []), *patchers], force_full_load=True)
-    with normal_weights(*modules), differentiable_model(model.model.requires_grad_(False)) if model else nullcontext():
+    with normal_weights(*modules), differentiable_model(model.model.requires_grad_(False), instead=instead) if model else nullcontext():
         yield
 
 

@@ -216,7 +216,7 @@ class Collector:
 
     @property
     def process(self) -> Process:
-        return process_of(self.studio.model.get_model_object("model_sampling"))
+        return process_of(self.studio.model.get_model_object("model_sampling"), self.studio.start().shape)
 
     def sigmas(self, seeds: Sequence[int]) -> Tensor:
         """The noise levels (N,K) at which the model is asked of the samples with these seeds."""

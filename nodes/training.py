@@ -51,17 +51,19 @@ def objective_of(data: GuidanceData, objective: str) -> str:
 def assistants(data: GuidanceData, plan: Plan, weights: Sequence[float]) -> dict[str, Callable]:
     """What a training asks beside the samples: the model at other points, or the gradient of the rewards by these weights; and what its steps
     happen in."""
-    description, model, reward = data.collection.description, None, None
+    description, model, reward, instead = data.collection.description, None, None, ""
     asked: dict[str, Callable] = {}
     if plan.form == "shift":
-        studio = with_static_model(data.ask("The form shift"))
+        instead = "the form correction"
+        studio = with_static_model(data.ask("The form shift"), "The form shift", instead)
         model = studio.model
         asked["denoise"] = lambda x, sigma, prompts: studio.denoise(x, sigma, prompts.tolist())
     if plan.objective == "reward_gradient":
         studio = data.ask("The objective reward_gradient")
         make: Callable[[Tensor, list[int]], Tensor] = lambda latents, _: latents  # noqa: E731
         if description.base.target == "noise":
-            studio = with_static_model(studio)
+            instead = "the objective weighted"
+            studio = with_static_model(studio, "The objective reward_gradient", instead)
             model, make = studio.model, generator_of(studio)
         decoder = make_decoder("auto", studio.model.get_model_object("latent_format"), studio.vae)
         weighted = replace(studio.reward, reward=CombinedReward([part for part, _ in parts_of(studio.reward.reward)], weights))
@@ -75,12 +77,12 @@ def assistants(data: GuidanceData, plan: Plan, weights: Sequence[float]) -> dict
 
         asked["reward"] = score
     if asked:
-        asked["around"] = partial(training_through, model, reward)
+        asked["around"] = partial(training_through, model, reward, instead)
     return asked
 
 
-def with_static_model(studio: Studio) -> Studio:
-    return replace(studio, model=static_clone(studio.model))
+def with_static_model(studio: Studio, what: str, instead: str) -> Studio:
+    return replace(studio, model=static_clone(studio.model, what, instead))
 
 
 def generator_of(studio: Studio) -> Callable[[Tensor, list[int]], Tensor]:

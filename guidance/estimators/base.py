@@ -63,6 +63,10 @@ class Estimator:
 
     min_scale = 0.01
     """Where x holds less of the data than this, σ²/a diverges and the estimator only watches."""
+    model_calls = 1
+    """At each step."""
+    model_gradient = False
+    """Whether it backpropagates through the model."""
 
     def __init__(self, process: Process, reward: LatentReward, settings: Settings, generator: torch.Generator):
         self.process = process
@@ -81,16 +85,30 @@ class Estimator:
         self.angle = math.inf
         """Of the noise level at which it was found."""
         self.calls = 0
+        self.first_angle = self.last_angle = -math.inf
+        """Noise level's angle at the first call since the state is empty, and at the last one."""
         self.moved = False
         """Whether any answer was tilted yet."""
 
     def __call__(self, denoise: Denoiser, x: Tensor, sigma: float) -> Tensor:
         """D_q(x, σ), shape of x."""
+        self.forget_another(x, self.process.angle(sigma))
         step = self.watch if self.process.scale(sigma) < self.min_scale else self.guide
         tilted = step(denoise, x, sigma)
         self.calls += 1
         self.listen()
         return tilted
+
+    def forget_another(self, x: Tensor, angle: float) -> None:
+        """Empty the state where x is another sample than at the last call: of another shape, or again at the noise it began with.
+
+        Samplers of videos that are made block by block call the model so, and those that change the resolution on the way.
+        """
+        restarts = angle >= self.first_angle and angle > self.last_angle
+        if restarts or (self.gradient is not None and self.gradient.shape != x.shape):
+            self.gradient = self.shift = None
+            self.angle, self.calls, self.first_angle = math.inf, 0, angle
+        self.last_angle = angle
 
     def take(self, rows: Tensor) -> None:
         """Go on with these rows (B,) of the batch, as after resampling it."""

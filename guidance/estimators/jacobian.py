@@ -6,6 +6,8 @@ from .base import Estimator
 class Jacobian(Estimator):
     """D_q = D + (σ²/a)·(∂D/∂x)ᵀ g: the chain rule through the model (DPS, arXiv 2209.14687). Costs a backward pass and its memory."""
 
+    model_gradient = True
+
     def guide(self, denoise, x, sigma):
         within_another = x.requires_grad
         with torch.enable_grad():

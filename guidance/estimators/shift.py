@@ -10,6 +10,8 @@ from .base import Estimator
 class ShiftTwoPass(Estimator):
     """Two model calls: one to find g where it is due, one at the shifted point."""
 
+    model_calls = 2
+
     def guide(self, denoise, x, sigma):
         if self.due:
             self.refresh(denoise(x), sigma)

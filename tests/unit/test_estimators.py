@@ -302,3 +302,31 @@ def test_a_gradient_that_is_not_finite_is_refused_within_its_step(name, slope):
     slopes.pop(0)
     with pytest.raises(NotFiniteError, match="not a finite number"):
         watching(lambda point: 0 * point + 1, torch.zeros(2, 3), 0.8)
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.5}, {"target": 0.0}, {"every": 2}], ids=str)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_what_is_made_block_by_block_is_guided_as_each_block_alone(name, settings):
+    """As samplers of long videos do: a block goes all the way from noise, then the next, the last of which may be shorter."""
+    mixture, draw = Mixture.random(6, 8, generator()), generator(1)
+    blocks = [torch.randn(4, 8, generator=draw, dtype=torch.float64), torch.randn(4, 8, generator=draw, dtype=torch.float64)]
+    blocks.append(torch.randn(2, 8, generator=draw, dtype=torch.float64))
+
+    def run(one, x):
+        for sigma, following in zip((*LEVELS, 0.0), (*LEVELS[1:], 0.0), strict=False):
+            x = x + (following - sigma) * (x - one(lambda point, s=sigma: mixture.denoised(point, Flow(), s), x, sigma)) / sigma
+        return x
+
+    make = lambda: estimator(name, Flow(), lambda point: point.sin().sum(1), **settings)  # noqa: E731
+    together = make()
+    for block in blocks:
+        assert torch.equal(run(together, block), run(make(), block))
+
+
+def test_a_climb_in_noise_keeps_the_gradient():
+    """Restart sampling goes up and down again on the way: its samples stay what they are."""
+    _, denoise, x, direction = setup(2, Flow(), 0.5)
+    one = estimator("shift", Flow(), lambda point: point @ direction)
+    for sigma in (0.8, 0.5, 0.7):
+        guided = one(denoise, x, sigma)
+    assert not torch.equal(guided, denoise(x))
