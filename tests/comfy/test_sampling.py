@@ -8,16 +8,19 @@ from reward_guidance.tests.harness.inprocess import load_comfyui
 load_comfyui()
 
 import comfy.model_management
+import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import torch
+from comfy_extras.nodes_train import TrainLoraNode
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.estimators import ESTIMATORS, Settings, Smoothing
 from reward_guidance.guidance.process import Diffusion, Flow
 from reward_guidance.guidance.randomness import generator
 from reward_guidance.guidance.rewards import Reward
-from reward_guidance.nodes.runtime import LatentReward, LoadedReward, RewardGuidance, gradients, normal_weights
+from reward_guidance.nodes.runtime import LatentReward, LoadedReward, RewardGuidance, gradients, normal_weights, process_of
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
+from reward_guidance.tests.standins.families import CAUSAL_WAN, WAN_5B
 from reward_guidance.tests.standins.mixture import Mixture
 
 RING = Mixture.ring(radius=1.5, std=0.15)
@@ -278,3 +281,125 @@ def test_estimators_agree_with_the_library_outside_comfyui(estimator):
         denoised = one(denoise, x, sigma)
         x = x + (following - sigma) * (x - denoised) / sigma
     assert (sample(model) - x).abs().max() < 2e-4
+
+
+def test_a_video_that_is_made_block_by_block():
+    """Causal Wan: three blocks of two frames, the last of one, each of them all the way from noise."""
+    model, latent, condition = CAUSAL_WAN.build(), CAUSAL_WAN.empty(), CAUSAL_WAN.conditioning()
+    reward = lambda latents: latents.flatten(1).mean(1)  # noqa: E731
+    made = []
+    for candidate in (model, guidance(reward, smoothing=Smoothing(0), strength=4.0).attach(model)):
+        sigmas = comfy.samplers.calculate_sigmas(candidate.get_model_object("model_sampling"), "simple", 4)
+        sampler = comfy.samplers.ksampler("ar_video", {"num_frame_per_block": 2})
+        with torch.inference_mode():
+            noise = comfy.sample.prepare_noise(latent, 1)
+            rest = (noise, 1.0, sampler, sigmas, condition, condition, latent)
+            made.append(comfy.sample.sample_custom(candidate, *rest, disable_pbar=True, seed=1))
+    rise = (made[1] - made[0]).mean((0, 1, 3, 4))
+    assert (rise > 1e-3).all(), "every frame follows the reward"
+
+
+@pytest.mark.parametrize(("estimator", "why"), [("shift_two_pass", "calls the model 2 times"), ("jacobian", "backpropagates")])
+def test_a_model_that_remembers_its_calls_is_called_once(estimator, why):
+    model, latent, condition = CAUSAL_WAN.build(), CAUSAL_WAN.empty(), CAUSAL_WAN.conditioning()
+    guided = guidance(lambda latents: latents.flatten(1).mean(1), estimator, smoothing=Smoothing(0)).attach(model)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
+    with pytest.raises(GuidanceError, match=f"{why}.*choose the estimator shift"), torch.inference_mode():
+        noise = comfy.sample.prepare_noise(latent, 1)
+        comfy.sample.sample_custom(guided, noise, 1.0, comfy.samplers.ksampler("ar_video"), sigmas, condition, condition, latent, disable_pbar=True)
+
+
+def growing_sampler():
+    """Euler that doubles the picture in the middle, as samplers that begin small do."""
+
+    def function(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for i, sigma in enumerate(sigmas[:-1]):
+            if i == len(sigmas) // 2:
+                x = x.repeat_interleave(2, -1)
+            x = x + (sigmas[i + 1] - sigma) * (x - model(x, sigma * x.new_ones(len(x)), **extra_args)) / sigma
+        return x
+
+    return comfy.samplers.KSAMPLER(function)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_picture_that_grows_on_the_way(estimator):
+    """The state of the small picture is of no use to the large one."""
+    model = analytic_model(Mixture.random(4, 1, torch.Generator().manual_seed(0)), Flow(), True, 3.0)
+    model.model.diffusion_model.answer = lambda x, sigma: x
+    guided = guidance(lambda latents: latents.flatten(1).mean(1), estimator, smoothing=Smoothing(2, 1.0, 0), target=1.0).attach(model)
+    latent = torch.zeros(2, 1, 1, 20)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 6)
+    with torch.inference_mode():
+        noise = comfy.sample.prepare_noise(latent, 0)
+        made = comfy.sample.sample_custom(guided, noise, 1.0, growing_sampler(), sigmas, CONDITION, CONDITION, latent, disable_pbar=True)
+    assert made.shape == (2, 1, 1, 40) and made.isfinite().all()
+
+
+def test_samples_of_several_noise_levels_are_refused():
+    def function(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        return model(x, torch.linspace(0.2, 0.8, len(x)), **extra_args)
+
+    with pytest.raises(GuidanceError, match="one noise level"), torch.inference_mode():
+        latent, model = torch.zeros(4, 2, 1, 1), guidance().attach(flow_model())
+        sigmas, sampler = torch.tensor([0.8, 0.0]), comfy.samplers.KSAMPLER(function)
+        comfy.sample.sample_custom(model, latent, 1.0, sampler, sigmas, CONDITION, CONDITION, latent, disable_pbar=True)
+
+
+class PictureToPicture(comfy.model_sampling.CONST):
+    """Under a name that only a newer ComfyUI has."""
+
+
+PictureToPicture.__name__ = "IMG_TO_IMG_VELOCITY"
+
+
+@pytest.mark.parametrize("kind", [comfy.model_sampling.IMG_TO_IMG, comfy.model_sampling.IMG_TO_IMG_FLOW, PictureToPicture])
+def test_models_that_map_picture_to_picture_are_refused_at_once(kind):
+    model = flow_model()
+    model.add_object_patch("model_sampling", type("Sampling", (kind,), {})())
+    with pytest.raises(GuidanceError, match="maps picture to picture"):
+        guidance().attach(model)
+    assert guidance(strength=0.0).attach(model) is model
+
+
+class ScaledBySize(comfy.model_sampling.CONST):
+    """Noise that grows with the picture, as SenseNova's."""
+
+    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+        return super().noise_scaling(sigma, noise * noise.shape[-1] ** 0.5, latent_image, max_denoise)
+
+
+def test_the_scale_of_the_noise_is_that_of_the_picture_that_is_made():
+    sampling = ScaledBySize()
+    assert process_of(sampling, (1, 4, 16, 16)) == Flow(4.0)
+    assert process_of(sampling, (2, 4, 1, 8, 64)) == Flow(8.0)
+    sampling.noise_scale = 0.5
+    assert process_of(sampling, (1, 4, 16, 16)) == Flow(2.0)
+    assert process_of(comfy.model_sampling.CONST(), (1, 4, 16, 16)) == Flow()
+    assert process_of(comfy.model_sampling.COSMOS_RFLOW(), (1, 4, 16, 16)) == Diffusion()
+
+
+@pytest.mark.parametrize("estimator", ["shift", "jacobian"])
+def test_a_lora_is_trained_on_the_model_without_its_guidance(caplog, estimator):
+    """Train LoRA calls the model where nobody samples."""
+    family = WAN_5B
+    losses = []
+    for guided in (False, True):
+        model = family.build()
+        model.cached_patcher_init = (lambda disable_dynamic=False: family.build(), ())
+        if guided:
+            model = guidance(lambda latents: latents.flatten(1).mean(1), estimator, smoothing=Smoothing(0), strength=9.0).attach(model)
+        with torch.inference_mode():
+            latents = [{"samples": torch.randn(family.shape, generator=torch.Generator().manual_seed(5))}]
+            settings = {
+                "batch_size": 1, "grad_accumulation_steps": 1, "steps": 2, "learning_rate": 1e-3, "rank": 2, "optimizer": "SGD",
+                "loss_function": "MSE", "seed": 3, "training_dtype": "none", "lora_dtype": "fp32", "quantized_backward": False,
+                "algorithm": "LoRA", "gradient_checkpointing": False, "checkpoint_depth": 1, "offloading": False,
+                "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False,
+            }  # fmt: skip
+            torch.manual_seed(0)
+            out = TrainLoraNode.execute([model], latents, [family.conditioning()], **{name: [value] for name, value in settings.items()})
+        losses.append(out.result[1]["loss"])
+        assert ("guidance is off" in caplog.text) == guided
+    assert losses[0] == losses[1]
+    assert not comfy.model_management.in_training
