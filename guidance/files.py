@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .errors import GuidanceError
-from .network import Architecture, GuidanceNetwork
+from .errors import GuidanceError, pass_out_of_memory, quoted, short
+from .network import FORMS, Architecture, GuidanceNetwork
+from .records import record
+from .tensors import Shapes, read_header, read_tensors
 
 FORMAT = "reward-guidance-network"
 VERSION = 1
@@ -38,11 +39,11 @@ class Base:
         Finetunes of a family are not told apart.
         """
         if self.model != other.model:
-            raise GuidanceError(f"This {what} was made for {self.model}, but the model is {other.model}: use one that was made for it.")
+            raise GuidanceError(f"This {what} was made for {short(self.model)}, but the model is {other.model}: use one that was made for it.")
         for item, name in (("latents", "latents"), ("channels", "latent channels"), ("process", "noising process"), ("target", "target")):
             mine, theirs = getattr(self, item), getattr(other, item)
             if mine != theirs:
-                raise GuidanceError(f"This {what} was made for {self.model} with the {name} {mine}, but here it is {theirs}.")
+                raise GuidanceError(f"This {what} was made for {self.model} with the {name} {short(mine)}, but here it is {theirs}.")
 
 
 @dataclass(frozen=True)
@@ -87,52 +88,87 @@ class Card:
         return "\n".join(lines)
 
 
-def save_network(path: Path, network: GuidanceNetwork, card: Card, advice: str = "Mend that and save again.") -> None:
-    """Whole or not at all. Raises GuidanceError where the disk does not take it."""
+def save_network(path: Path, network: GuidanceNetwork, card: Card, advice: str = "Mend that and save again.", new: bool = False) -> None:
+    """Whole or not at all. Raises GuidanceError where the disk does not take it, and FileExistsError as `write` does."""
     metadata = {"format": FORMAT, "version": str(VERSION), "architecture": json.dumps(asdict(network.architecture)), "card": json.dumps(asdict(card))}
     weights = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
-    write(path, lambda partial: save_file(weights, partial, metadata), advice)
+    write(path, lambda partial: save_file(weights, partial, metadata), advice, new)
 
 
-def write(path: Path, save: Callable[[Path], object], advice: str = "Mend that and run again: it goes on from here.") -> None:
-    """Save to a path, whole or not at all. Raises GuidanceError, with advice, where the disk does not take it."""
+def write(path: Path, save: Callable[[Path], object], advice: str = "Mend that and run again: it goes on from here.", new: bool = False) -> None:
+    """Save to a path, whole or not at all. Raises GuidanceError, with advice, where the disk does not take it.
+
+    new: raise FileExistsError where the path has a file already, or another process is writing one.
+    """
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(partial)
-        os.replace(partial, path)
+        taken = new and not _reserved(partial, path)
+        if not taken:
+            save(partial)
+            os.replace(partial, path)
     except Exception as error:
         with suppress(OSError):
             partial.unlink()
-        reason = str(error).partition("\n")[0]
-        raise GuidanceError(f"{path.name} could not be written ({reason}). {advice}") from error
+        pass_out_of_memory(error, f"{path.name} was written")
+        raise GuidanceError(f"{path.name} could not be written ({short(str(error).partition(chr(10))[0])}). {advice}") from error
+    if taken:
+        raise FileExistsError(path)
+
+
+def _reserved(partial: Path, path: Path) -> bool:
+    """Make a file that only one process can make, on any disk, and look whether what it stands for is still to be written."""
+    try:
+        partial.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    if path.exists():
+        partial.unlink()
+        return False
+    return True
 
 
 def load_network(path: Path) -> tuple[GuidanceNetwork, Card]:
-    """Raises GuidanceError, in a sentence, for whatever is not a guidance network or a damaged one."""
+    """Raises GuidanceError, in a sentence, for whatever is not a guidance network or a damaged one.
+
+    Of a damaged one no more is read than its header, and nothing is made that it does not hold.
+    """
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        shapes, metadata = read_header(path)
     except Exception as error:
+        pass_out_of_memory(error, f"{path.name} was read")
         raise GuidanceError(f"{path.name} is not a safetensors file, or only half of one; copy it again.") from error
     if metadata.get("format") != FORMAT:
         raise GuidanceError(f"{path.name} is not a guidance network; Save Guidance Network writes those.")
     if metadata.get("version") != str(VERSION):
-        raise GuidanceError(f"{path.name} has version {metadata.get('version')} of the format; this pack reads {VERSION}. Update the pack.")
+        raise GuidanceError(f"{path.name} has version {short(metadata.get('version'))} of the format; this pack reads {VERSION}. Update the pack.")
     try:
-        network = GuidanceNetwork(Architecture(**json.loads(metadata["architecture"])))
-        network.load_state_dict(weights)
-        return network.eval().requires_grad_(False), _card(json.loads(metadata["card"]))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise GuidanceError(f"{path.name} is a guidance network, but a damaged one ({type(error).__name__}); copy it again.") from error
+        network = GuidanceNetwork.described(record(Architecture, json.loads(metadata["architecture"])))
+        card = _card(json.loads(metadata["card"]))
+        _require_fitting(network, card, shapes)
+        network.load_state_dict({name: tensor.float() for name, tensor in read_tensors(path).items()}, assign=True)
+    except Exception as error:
+        pass_out_of_memory(error, f"{path.name} was read")
+        raise GuidanceError(f"{path.name} is a guidance network, but a damaged one ({short(error)}); copy it again.") from error
+    if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
+        raise GuidanceError(f"{path.name} holds weights that are not finite numbers: copy it again, and if that is no help, train it anew.")
+    return network.eval().requires_grad_(False), card
 
 
-def _card(content: dict[str, Any]) -> Card:
+def _card(content: Any) -> Card:
+    """What this version knows of a card: a newer one may say more."""
     known = {item.name for item in fields(Card)}
-    values = {name: _tuples(value) for name, value in content.items() if name in known}
-    return Card(**values | {"base": Base(**content["base"])})
+    card = record(Card, {name: value for name, value in dict(content).items() if name in known})
+    if card.form not in FORMS or len(card.rewards) != len(card.reward_weights):
+        raise ValueError("its card contradicts itself")
+    return card
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
+def _require_fitting(network: GuidanceNetwork, card: Card, shapes: Shapes) -> None:
+    """Raise ValueError where a file does not hold the network that it describes."""
+    a = network.architecture
+    if (a.inputs, a.scalar) != (FORMS[card.form].inputs, card.form == "potential"):
+        raise ValueError("its card and its network contradict each other")
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    if wrong := [name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)]:
+        raise ValueError(f"{quoted(min(wrong))} does not fit")

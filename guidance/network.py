@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import GuidanceError
+from .errors import GuidanceError, short
 from .process import Process, column
 
 
@@ -53,8 +53,13 @@ class Architecture:
     """One number per sample, read off the lowest resolution; what would be a latent is a guess of the model's answer, to learn to see from."""
 
     def __post_init__(self):
-        if min(self.channels, self.inputs, self.width, self.levels, self.blocks) < 1 or self.width % GROUPS:
-            raise GuidanceError(f"A guidance network needs sizes of at least 1 and a width that is a multiple of {GROUPS}, not {self}.")
+        for name, (least, most) in SIZES.items():
+            if not least <= getattr(self, name) <= most:
+                raise GuidanceError(f"A guidance network has {name} of {least} to {most}, not {short(getattr(self, name))}.")
+        if self.width % GROUPS:
+            raise GuidanceError(f"A guidance network has a width that is a multiple of {GROUPS}, not {self.width}.")
+        if self.kernel % 2 == 0:
+            raise GuidanceError(f"A guidance network has an odd kernel, not {self.kernel}.")
 
     def fitted(self, shape: Sequence[int]) -> "Architecture":
         """Without levels and kernels that latents (C,H,W) of this shape are too small for."""
@@ -64,6 +69,12 @@ class Architecture:
 
 GROUPS = 8
 """Of normalised channels."""
+SIZES = {
+    "channels": (1, 1024), "inputs": (1, 2), "tokens": (0, 2**16), "pooled": (0, 2**16), "width": (1, 1024), "levels": (1, 8), "blocks": (1, 16),
+    "kernel": (1, 7),
+}  # fmt: skip
+"""Least and most of each size of an architecture. The most is several times what any model or training has (latents of 128 channels, texts of
+12,288, a width of 64 at 3 levels of 2 blocks); a network of these sizes is described within a second, and a damaged file can ask for no more."""
 HEAD = 32
 """Channels of an attention head."""
 
@@ -88,6 +99,14 @@ class GuidanceNetwork(nn.Module):
         self.value = Value(widths[-1], 4 * a.width) if a.scalar else None
         for parameter in self.last.parameters():
             nn.init.zeros_(parameter)
+
+    @staticmethod
+    def described(architecture: Architecture) -> "GuidanceNetwork":
+        """One whose weights have shapes and no values: it takes no memory, until `load_state_dict(..., assign=True)` gives it weights."""
+        with torch.device("meta"):
+            network = GuidanceNetwork(architecture)
+        network.embed.frequencies = frequencies(architecture.width)
+        return network
 
     @property
     def last(self) -> nn.Module:
@@ -125,14 +144,19 @@ def resized(x: Tensor, like: Tensor) -> Tensor:
     return x if x.shape[-2:] == like.shape[-2:] else F.interpolate(x, like.shape[-2:], mode="nearest")
 
 
+def frequencies(width: int) -> Tensor:
+    """At which a noise level is shown, (width/2,); no part of a file."""
+    return torch.logspace(0, 1.5, width // 2)
+
+
 class Embedding(nn.Module):
     """Noise level and pooled text -> (B,outputs)."""
 
-    def __init__(self, frequencies: int, pooled: int, outputs: int):
+    def __init__(self, width: int, pooled: int, outputs: int):
         super().__init__()
         self.frequencies: Tensor
-        self.register_buffer("frequencies", torch.logspace(0, 1.5, frequencies // 2), persistent=False)
-        self.angle = nn.Linear(2 * (frequencies // 2), outputs)
+        self.register_buffer("frequencies", frequencies(width), persistent=False)
+        self.angle = nn.Linear(2 * (width // 2), outputs)
         self.standardized = Standardized(pooled)
         self.pooled = nn.Linear(pooled, outputs) if pooled else None
         self.mix = nn.Sequential(nn.SiLU(), nn.Linear(outputs, outputs), nn.SiLU())

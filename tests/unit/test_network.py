@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,7 +11,10 @@ from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.files import Base, Card, load_network, save_network
 from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork, Standardized, Text
 from reward_guidance.guidance.process import Diffusion, Flow
+from reward_guidance.guidance.tensors import read_header
+from reward_guidance.tests.standins.files import run_with_little_memory, sparse
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SMALL = Architecture(channels=4, width=16, levels=2, blocks=1, tokens=6, pooled=5)
 BASE = Base(model="SD15", latents="SD15", channels=4, process="Diffusion")
@@ -90,9 +95,9 @@ def test_architectures_shrink_to_small_latents():
     assert Architecture(channels=2).fitted((2, 1, 1)) == Architecture(channels=2, levels=1, kernel=1)
 
 
-@pytest.mark.parametrize("options", [{"width": 12}, {"levels": 0}, {"channels": 0}])
+@pytest.mark.parametrize("options", [{"width": 12}, {"levels": 0}, {"channels": 0}, {"kernel": 2}, {"width": 2048}, {"blocks": 10**9}])
 def test_impossible_architectures_are_refused(options):
-    with pytest.raises(GuidanceError, match="sizes of at least 1"):
+    with pytest.raises(GuidanceError, match=f"A guidance network has .*{next(iter(options))}.* not {next(iter(options.values()))}"):
         Architecture(**{"channels": 4} | options)
 
 
@@ -191,6 +196,138 @@ def test_bad_files_are_refused_in_a_sentence(tmp_path, kind, said):
     damaged(path, kind)
     with pytest.raises(GuidanceError, match=said):
         load_network(path)
+
+
+class NothingLarge(TorchDispatchMode):
+    """Refuses tensors that take memory of more than a megabyte."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.device.type != "meta" and made.nbytes > 2**20:
+            raise AssertionError(f"{function} made a tensor of {made.nbytes / 2**20:.0f} MB")
+        return made
+
+
+ABSURD = (
+    {"width": 1024}, {"width": 2**40}, {"width": 64.0}, {"width": "64"}, {"width": float("nan")}, {"levels": 8}, {"levels": 64}, {"blocks": 10**9},
+    {"channels": 2**62}, {"channels": True}, {"tokens": -1}, {"tokens": 10**400}, {"pooled": None}, {"kernel": 10**6}, {"scalar": 1},
+    {"scalar": True}, {"inputs": 1}, {"depth": 3},
+)  # fmt: skip
+
+
+def rewritten(path, **parts) -> None:
+    """The same tensors with other metadata."""
+    _, metadata = read_header(path)
+    save_file(load_file(path), path, metadata | {name: part if isinstance(part, str) else json.dumps(part) for name, part in parts.items()})
+
+
+@pytest.mark.parametrize("absurd", ABSURD, ids=lambda absurd: str(absurd)[:30])
+def test_what_a_file_claims_is_not_built_before_it_is_checked(tmp_path, absurd):
+    path = tmp_path / "likes.safetensors"
+    save_network(path, network(), CARD)
+    rewritten(path, architecture=dataclasses.asdict(SMALL) | absurd)
+    with NothingLarge(), pytest.raises(GuidanceError, match="a damaged one .*copy it again") as refusal:
+        load_network(path)
+    assert len(str(refusal.value)) < 300
+
+
+CARDS = (
+    {"temperature": "1"}, {"temperature": None}, {"temperature": float("nan")}, {"rewards": "PickScore"}, {"rewards": [1, 2]},
+    {"rewards": ["PickScore"]}, {"reward_weights": ["1", "2"]}, {"curve": [[1]]}, {"curve": 3}, {"curve": [["200", -0.1]]}, {"best": [1, 2, 3]},
+    {"best": 400}, {"steps": 4e3},
+    {"base": None}, {"base": {}}, {"base": "SD15"}, {"form": "circle"}, {"form": "noise"}, {"form": ["shift"]},
+    {"effective": "x" * 10**6}, {"prompts": 3},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", CARDS, ids=lambda wrong: str(wrong)[:30])
+def test_cards_that_could_not_be_shown_are_refused(tmp_path, wrong):
+    path = tmp_path / "likes.safetensors"
+    save_network(path, network(), CARD)
+    rewritten(path, card=dataclasses.asdict(CARD) | wrong)
+    with pytest.raises(GuidanceError, match="a damaged one .*copy it again") as refusal:
+        load_network(path)
+    assert len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", "{", "[" * 10**5, ""])
+@pytest.mark.parametrize("part", ["card", "architecture"])
+def test_metadata_that_is_no_record_is_refused(tmp_path, part, text):
+    path = tmp_path / "likes.safetensors"
+    save_network(path, network(), CARD)
+    rewritten(path, **{part: text})
+    with pytest.raises(GuidanceError, match="a damaged one"):
+        load_network(path)
+
+
+def test_what_a_newer_card_adds_is_left_out(tmp_path):
+    path = tmp_path / "likes.safetensors"
+    save_network(path, network(), CARD)
+    rewritten(path, card=dataclasses.asdict(CARD) | {"seconds": 3})
+    assert load_network(path)[1] == CARD
+
+
+def test_a_version_of_any_length_is_named_in_short(tmp_path):
+    path = tmp_path / "likes.safetensors"
+    save_network(path, network(), CARD)
+    rewritten(path, version="9" * 10**6)
+    with pytest.raises(GuidanceError, match="Update the pack") as refusal:
+        load_network(path)
+    assert len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["head.bias", "embed.standardized.mean"])
+def test_networks_whose_weights_are_no_numbers_are_refused(tmp_path, name, value):
+    path, broken = tmp_path / "likes.safetensors", network()
+    broken.state_dict()[name].view(-1)[0] = value
+    save_network(path, broken, CARD)
+    with pytest.raises(GuidanceError, match="likes.safetensors holds weights that are not finite numbers"):
+        load_network(path)
+
+
+def test_a_loaded_network_is_made_whole(tmp_path):
+    """Also of what is in no file; and in single precision, whatever the file has."""
+    path, saved = tmp_path / "likes.safetensors", network()
+    save_network(path, saved, CARD)
+    x, angle, words = randn(2, 4, 8, 8), torch.rand(2), text(2)
+    loaded, _ = load_network(path)
+    assert torch.equal(loaded((x, x), angle, words), saved((x, x), angle, words))
+    save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path, read_header(path)[1])
+    loaded, _ = load_network(path)
+    torch.testing.assert_close(loaded((x, x), angle, words), saved((x, x), angle, words), rtol=0.05, atol=0.05)
+
+
+def test_too_little_memory_is_no_damage(tmp_path):
+    """A file of 2 GB, none of which is on the disk, in a process that may take little more than it has."""
+    path, large = tmp_path / "likes.safetensors", dataclasses.replace(SMALL, width=512)
+    save_network(path, network(), CARD)
+    _, metadata = read_header(path)
+    sparse(path, GuidanceNetwork.described(large).state_dict(), metadata | {"architecture": json.dumps(dataclasses.asdict(large))})
+    words = "Memory ran out while likes.safetensors was"
+    assert run_with_little_memory("from reward_guidance.guidance.files import load_network as load", path) == words
+
+
+def test_networks_that_are_saved_at_once_are_all_kept(tmp_path):
+    """By threads that all have the same name in mind: one has it, the others are told so, and what it wrote stays."""
+    path = tmp_path / "likes_00001_.safetensors"
+    cards = [dataclasses.replace(CARD, samples=i) for i in range(8)]
+    barrier = threading.Barrier(len(cards))
+
+    def save(card: Card) -> bool:
+        barrier.wait()
+        try:
+            save_network(path, network(), card, new=True)
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(len(cards)) as pool:
+        saved = list(pool.map(save, cards))
+    assert [card for card, done in zip(cards, saved, strict=True) if done] == [load_network(path)[1]]
+    with pytest.raises(FileExistsError):
+        save_network(path, network(), CARD, new=True)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
