@@ -16,6 +16,10 @@ class GuidanceError(ValueError):
     """Guidance cannot go on. The message says what to do."""
 
 
+class OutOfMemoryError(GuidanceError):
+    """Memory ran out, which is the fault of no file."""
+
+
 def short(text: object) -> str:
     """A text as a message shows it: on one line, and no more of it than a person reads."""
     line = " ".join(str(text).split())
@@ -29,7 +33,7 @@ def quoted(value: object) -> str:
 
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on the CPU or an accelerator, whoever raised it."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError, OutOfMemoryError)):
         return True
     return getattr(error, "errno", None) == errno.ENOMEM or _NO_MEMORY.search(str(error)) is not None
 
@@ -37,9 +41,9 @@ def ran_out_of_memory(error: BaseException) -> bool:
 def pass_out_of_memory(error: Exception, doing: str) -> None:
     """For handlers that call a file damaged: raise where memory ran out instead.
 
-    An accelerator's error is raised as it is, as ComfyUI knows it and frees memory; any other as a GuidanceError that says while doing what.
+    An accelerator's error is raised as it is, as ComfyUI knows it and frees memory; any other as one that says while doing what.
     """
     if ran_out_of_memory(error):
-        if isinstance(error, _ACCELERATOR):
+        if isinstance(error, (*_ACCELERATOR, OutOfMemoryError)):
             raise error
-        raise GuidanceError(f"Memory ran out while {doing}: close what else takes memory, and try again.") from error
+        raise OutOfMemoryError(f"Memory ran out while {doing}: close what else takes memory, and try again.") from error

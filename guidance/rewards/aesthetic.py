@@ -46,14 +46,15 @@ def is_aesthetic_head(keys: Shapes | StateDict) -> bool:
 
 def collapse(state: StateDict) -> tuple[Tensor, Tensor]:
     """The linear layers, between which there is no activation, as one: (E,) and ()."""
-    weight, bias = state["layers.0.weight"].double(), state["layers.0.bias"].double()
-    for i in _LAYERS[1:]:
-        layer = state[f"layers.{i}.weight"].double()
-        weight, bias = layer @ weight, layer @ bias + state[f"layers.{i}.bias"].double()
-    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+    layers = [(state[f"layers.{i}.weight"].double(), state[f"layers.{i}.bias"].double()) for i in _LAYERS]
+    widths = [layers[0][0].shape[-1:], *(bias.shape for _, bias in layers)]
+    if any(weight.shape != (*after, *before) for (weight, _), before, after in zip(layers, widths, widths[1:], strict=False)):
         raise RewardError("the layers of its head do not follow each other; download it again.")
-    if len(weight) != 1:
-        raise RewardError(f"its head ends in {len(weight)} numbers; a score is one.")
+    if widths[-1] != (1,):
+        raise RewardError(f"its head ends in {widths[-1].numel()} numbers; a score is one.")
+    weight, bias = layers.pop()
+    for layer, addition in reversed(layers):
+        weight, bias = weight @ layer, weight @ addition + bias
     return weight[0], bias[0]
 
 
@@ -70,7 +71,7 @@ def load_aesthetic(weights: Weights, options: LoadOptions) -> AestheticReward:
         raise RewardError(_advice(f"{file.name} has no image tower that ends in {len(weight)} numbers; it needs that", file.parent, options))
     state = prepare(image_part(tower.state), options.precision)
     reward = AestheticReward(build_image_tower(state, tower.hints, quick_gelu=True), weight, bias)
-    reward.description = f"LAION aesthetic, with the image tower of {tower.name}"
+    reward.description, reward.files = f"LAION aesthetic, with the image tower of {tower.name}", tower.files
     return reward
 
 

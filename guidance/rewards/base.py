@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from pathlib import Path
 from textwrap import shorten
 from typing import Generic, TypeVar
 
@@ -31,6 +32,8 @@ class Reward(nn.Module):
     """What it compares pictures with, in a few letters: tells two rewards of one name apart."""
     description = ""
     """Of one from a file: what the file was taken for."""
+    files: tuple[Path, ...] = ()
+    """Of one from files: all that it was read from."""
     differentiable = True
     needs_prompt = False
     reference_mean = 0.0

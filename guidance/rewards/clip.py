@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import quoted
 from .base import PromptMemory, Reward, RewardError, at_least_float32, warn_of_unread
 from .clip_checkpoint import (
     build,
@@ -155,7 +156,7 @@ def recognise_kind(weights: Weights, wanted: str | None = None) -> str:
     """
     if stated := wanted or weights.hints.get("kind"):
         if stated not in CLIP_KINDS:
-            raise RewardError(f"there is no kind of CLIP reward called {stated!r}; choose one of {', '.join(CLIP_KINDS)}.")
+            raise RewardError(f"there is no kind of CLIP reward called {quoted(stated)}; choose one of {', '.join(CLIP_KINDS)}.")
         return stated
     name = weights.name.lower()
     patches = weights.state.get("visual.conv1.weight", weights.state.get("vision_model.embeddings.patch_embedding.weight"))
@@ -187,4 +188,5 @@ def load_clip_of_towers(weights: Weights, options: LoadOptions) -> ClipReward:
     state = image_part(weights.state) | text_part(text.state) | {"logit_scale": scale}
     reward = load_clip(Weights(weights.path, state, {**text.hints, **weights.hints}), options)
     reward.description += f", prompts read by {file.name}"
+    reward.files = text.files
     return reward

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import short
 from .base import RewardError
 from .files import Hints, Shapes, StateDict, Weights
 
@@ -57,6 +58,9 @@ _UNSUPPORTED = {
 }
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _VOCABULARY = 49408
+_LARGEST, _LONGEST = 2048, 1024
+"""Pixels a side, and tokens: several times those of any that are published (560 and 248). What a few numbers in a file claim beyond that
+would take all memory."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class VisionArchitecture:
     mlp: int
 
     def __post_init__(self) -> None:
+        check_image_size(self.image_size)
         check_heads("vision", self.width, self.heads)
 
 
@@ -84,17 +89,24 @@ class TextArchitecture:
     def __post_init__(self) -> None:
         if self.vocabulary != _VOCABULARY:
             raise RewardError(f"the vocabulary has {self.vocabulary} tokens; only CLIP's own, of {_VOCABULARY}, is supported.")
+        if self.context_length > _LONGEST:
+            raise RewardError(f"the text tower reads {self.context_length} tokens; at most {_LONGEST} are supported.")
         check_heads("text", self.width, self.heads)
+
+
+def check_image_size(pixels: int) -> None:
+    if not 0 < pixels <= _LARGEST:
+        raise RewardError(f"the image tower sees pictures of {pixels} pixels a side; 1 to {_LARGEST} are supported.")
 
 
 def check_heads(tower: str, width: int, heads: int) -> None:
     if heads < 1 or width % heads:
-        raise RewardError(f"a {tower} tower {width} wide cannot have {heads} heads; state {tower}_heads in the file's metadata.")
+        raise RewardError(f"a {tower} tower {width} wide cannot have {short(heads)} heads; state {tower}_heads in the file's metadata.")
 
 
 def check_floats(state: StateDict) -> None:
     if sparse := next((key for key, tensor in state.items() if tensor.layout != torch.strided), None):
-        raise RewardError(f"{sparse} is stored as a sparse tensor; save it as a dense one.")
+        raise RewardError(f"{short(sparse)} is stored as a sparse tensor; save it as a dense one.")
     if unreadable := {tensor.dtype for tensor in state.values()}.difference(_FLOATS):
         raise RewardError(f"the weights are stored as {', '.join(map(str, unreadable))}; save them as float16, bfloat16 or float32.")
 

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..errors import quoted
 from .base import Reward, RewardError, evaluate, judge
 
 
@@ -22,7 +23,7 @@ class CombinedReward(Reward):
         super().__init__()
         norm = math.hypot(*weights)
         if not rewards or len(rewards) != len(weights) or not 0 < norm < math.inf:
-            raise RewardError(f"A combination of {len(rewards)} rewards needs as many finite weights, not all 0; it got {list(weights)}.")
+            raise RewardError(f"A combination of {len(rewards)} rewards needs as many finite weights, not all 0; it got {quoted(list(weights))}.")
         rewards, weights = zip(*(part for pair in zip(rewards, weights, strict=True) for part in _parts(*pair)), strict=True)
         self.rewards = nn.ModuleList(rewards)
         self.weights = [weight / norm for weight in weights]

@@ -10,9 +10,10 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from ..errors import pass_out_of_memory, short
+from ..tensors import read_header, read_tensors
 from .base import RewardError
 from .published import advice
 
@@ -21,6 +22,8 @@ Hints = Mapping[str, str]
 Shapes = Mapping[str, tuple[int, ...]]
 
 _WEIGHT_NAMES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+_CONFIGURATIONS = ("config.json", "open_clip_config.json")
+"""transformers' and open_clip's."""
 _SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.)")
 """What Hugging Face puts into the names of the parts of a large file."""
@@ -36,6 +39,8 @@ class Weights:
     """The safetensors metadata, and what a config.json beside the weights says."""
     wrapper: tuple[str, ...] = ()
     """Names beside the `state_dict` under which a checkpoint keeps its weights, itself among them."""
+    files: tuple[Path, ...] = ()
+    """All that was read, and a configuration that would have been read if it were there."""
 
     @property
     def name(self) -> str:
@@ -72,13 +77,14 @@ def read(path: str | Path) -> Weights:
     """A weights file (safetensors, or a PyTorch checkpoint without code), one of its shards, or a Hugging Face folder."""
     file = _weights_file(Path(path))
     state: StateDict = {}
-    hints = _read_config(file.parent) if _named_alike(file) else {}
+    configurations = [file.with_name(name) for name in _CONFIGURATIONS] if _named_alike(file) else []
+    hints = _read_config(configurations)
     wrapper: tuple[str, ...] = ()
-    for shard in _shards(file):
+    for shard in (shards := _shards(file)):
         part, metadata, wrapper = _read_one(shard)
         state |= part
         hints |= metadata
-    return Weights(file, state, hints, wrapper)
+    return Weights(file, state, hints, wrapper, (*shards, *configurations))
 
 
 def find(folders: Iterable[Path], fits: Callable[[Path, Shapes], bool]) -> Path | None:
@@ -105,12 +111,12 @@ def shapes(file: Path) -> Shapes:
         with file.open("rb") as stream:
             start = stream.read(9)
         if start[8:9] == b"{":
-            with safe_open(file, framework="pt") as weights:
-                return {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+            return read_header(file)[0]
         if start.startswith(b"PK"):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             return {key: tuple(tensor.shape) for key, tensor in _unwrap(content)[0].items()}
-    except Exception:  # whatever is wrong with it, another file may fit
+    except Exception as error:  # whatever is wrong with it, another file may fit
+        pass_out_of_memory(error, f"{file.name} was read")
         return {}
     return {}
 
@@ -119,7 +125,7 @@ def summary(error: Exception) -> str:
     """An error in a line; of PyTorch's lists of keys only the first."""
     words = " ".join(f"{type(error).__name__}: {error}".split())
     listed = re.search(r"(?:Missing|Unexpected) key\(s\) in state_dict: \"[^\"]+\"|size mismatch for [^.]+[^:]*", words)
-    return listed[0] if listed else shorten(words, 200, placeholder=" ...")
+    return shorten(listed[0] if listed else words, 200, placeholder=" ...")
 
 
 def _weights_file(path: Path) -> Path:
@@ -165,9 +171,9 @@ def _read_one(file: Path) -> tuple[StateDict, dict[str, str], tuple[str, ...]]:
 
 def _read_safetensors(file: Path) -> tuple[StateDict, dict[str, str]]:
     try:
-        with safe_open(file, framework="pt") as weights:
-            return {key: weights.get_tensor(key) for key in weights.keys()}, weights.metadata() or {}  # noqa: SIM118
+        return read_tensors(file), read_header(file)[1]
     except Exception as error:
+        pass_out_of_memory(error, f"{file.name} was read")
         raise RewardError(f"{file.name} is damaged or only half downloaded; download it again.") from error
 
 
@@ -175,8 +181,9 @@ def _read_checkpoint(file: Path, bare_pickle: bool) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
+        pass_out_of_memory(error, f"{file.name} was read")
         if type(error).__name__ == "UnpicklingError" and (code := re.search(r"GLOBAL (\S+)", str(error))):
-            raise RewardError(f"{file.name} contains code ({code[1]}), which is not run; use a safetensors version of it.") from error
+            raise RewardError(f"{file.name} contains code ({short(code[1])}), which is not run; use a safetensors version of it.") from error
         if "TorchScript" in str(error):
             raise RewardError(f"{file.name} is a TorchScript program, which is not run; use a safetensors version of it.") from error
         if bare_pickle:
@@ -193,14 +200,15 @@ def _unwrap(content: Any) -> tuple[StateDict, tuple[str, ...]]:
     return {str(key).removeprefix("module."): value for key, value in items if isinstance(value, Tensor)}, wrapper
 
 
-def _read_config(folder: Path) -> dict[str, str]:
-    """What the weights cannot tell, from transformers' or open_clip's configuration with the defaults those give to entries left out."""
-    for name in ("config.json", "open_clip_config.json"):
-        if (folder / name).is_file():
+def _read_config(files: Iterable[Path]) -> dict[str, str]:
+    """What the weights cannot tell, from the first configuration that is there, with the defaults of its library for entries left out."""
+    for file in files:
+        if file.is_file():
             try:
-                return _config_hints(json.loads((folder / name).read_text(encoding="utf-8")))
-            except (ValueError, TypeError, AttributeError, ZeroDivisionError, OSError) as error:
-                raise RewardError(f"{name} in {folder.name} is damaged; download it again ({summary(error)}).") from error
+                return _config_hints(json.loads(file.read_text(encoding="utf-8")))
+            except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
+                pass_out_of_memory(error, f"{file.name} was read")
+                raise RewardError(f"{file.name} in {file.parent.name} is damaged; download it again ({summary(error)}).") from error
     return {}
 
 

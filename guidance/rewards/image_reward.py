@@ -11,11 +11,12 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor, nn
 
+from ..errors import pass_out_of_memory, short
 from .aesthetic import collapse
 from .base import PromptMemory, Reward, RewardError, at_least_float32, warn_of_unread
 from .blip import TextEncoder, VisionTransformer
 from .clip import layer_activation_bytes, preprocess
-from .clip_checkpoint import check_floats, check_heads
+from .clip_checkpoint import check_floats, check_heads, check_image_size
 from .files import Hints, LoadOptions, Shapes, StateDict, Weights, summary
 from .published import BERT
 
@@ -26,6 +27,8 @@ _ADDED_WORDS = 2
 """BLIP's [DEC] and [ENC], which BERT's vocabulary lacks."""
 _UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 """Left over from BLIP's own training."""
+_VOCABULARIES = ("vocab.txt", "tokenizer.json")
+"""The first that is there is read."""
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -111,9 +114,12 @@ def load_image_reward(weights: Weights, options: LoadOptions) -> ImageReward:
     vision, text = ({key: tensor.to(precision) for key, tensor in _under(f"blip.{part}_encoder.", state).items()} for part in ("visual", "text"))
     encoders = _vision_encoder(vision, weights.hints), _text_encoder(text, weights.hints)
     if unknown := [key for key in state if not key.startswith(("mlp.", "blip.visual_encoder.", "blip.text_encoder."))]:
-        raise RewardError(f"it holds {unknown[0]}, which ImageReward has no place for.")
+        raise RewardError(f"it holds {short(unknown[0])}, which ImageReward has no place for.")
     words = len(text["embeddings.word_embeddings.weight"])
-    return ImageReward(*encoders, weight, bias, find_vocabulary(weights.path.parent, words))
+    folder = weights.path.parent
+    reward = ImageReward(*encoders, weight, bias, find_vocabulary(folder, words))
+    reward.files = tuple(folder / name for name in _VOCABULARIES)
+    return reward
 
 
 def _under(prefix: str, state: StateDict) -> StateDict:
@@ -125,6 +131,7 @@ def _vision_encoder(state: StateDict, hints: Hints) -> VisionTransformer:
     heads = int(hints.get("vision_heads", max(1, width // 64)))
     check_heads("vision", width, heads)
     image_size = patch_size * math.isqrt(state["pos_embed"].shape[1] - 1)
+    check_image_size(image_size)
     with torch.device("meta"):
         encoder = VisionTransformer(image_size, patch_size, width, _count("blocks", state), heads, len(state["blocks.0.mlp.fc1.bias"]))
     encoder.load_state_dict(state, assign=True)
@@ -150,7 +157,7 @@ def _count(stack: str, state: StateDict) -> int:
 
 def find_vocabulary(folder: Path, words: int) -> Vocabulary:
     """The vocabulary beside the weights, whose embedding has `words` rows."""
-    for file in (folder / "vocab.txt", folder / "tokenizer.json"):
+    for file in (folder / name for name in _VOCABULARIES):
         if file.is_file():
             return _read_vocabulary(file, words)
     raise RewardError(f"it reads prompts with BERT's vocabulary; put {BERT} into {folder}.")
@@ -160,6 +167,7 @@ def _read_vocabulary(file: Path, words: int) -> Vocabulary:
     try:
         tokenizer = Tokenizer.from_file(str(file)) if file.suffix == ".json" else _word_pieces(file.read_text(encoding="utf-8").splitlines())
     except Exception as error:  # tokenizers raises nothing more special
+        pass_out_of_memory(error, f"{file.name} was read")
         raise RewardError(f"{file.name} beside it is damaged; download it again ({summary(error)}).") from error
     found = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if found not in (words, words - _ADDED_WORDS) or any(tokenizer.token_to_id(word) is None for word in _SPECIAL):

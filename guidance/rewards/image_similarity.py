@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import quoted
 from .base import Reward, RewardError, at_least_float32
 from .clip import ClipReward
 from .image import luma, ycbcr
@@ -63,7 +64,7 @@ class ImageSimilarity(Reward):
     def __init__(self, reference: Tensor, likeness: str = "colour"):
         super().__init__()
         if likeness not in LIKENESSES:
-            raise RewardError(f"There is no image likeness called {likeness!r}; choose one of {', '.join(LIKENESSES)}.")
+            raise RewardError(f"There is no image likeness called {quoted(likeness)}; choose one of {', '.join(LIKENESSES)}.")
         self.name = f"{likeness} likeness"
         self.likeness = LIKENESSES[likeness]
         self.reference_mean = self.likeness.reference_mean

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import quoted
 from .base import Reward, RewardError, at_least_float32
 from .image import constant, luma, resize_shortest_side, ycbcr
 
@@ -63,7 +64,7 @@ class ImageStatistic(Reward):
     def __init__(self, statistic: str):
         super().__init__()
         if statistic not in STATISTICS:
-            raise RewardError(f"There is no image statistic called {statistic!r}; choose one of {', '.join(STATISTICS)}.")
+            raise RewardError(f"There is no image statistic called {quoted(statistic)}; choose one of {', '.join(STATISTICS)}.")
         self.name = statistic
         self.reference_mean = STATISTICS[statistic].reference_mean
         self.reference_std = STATISTICS[statistic].reference_std
@@ -83,8 +84,8 @@ class ColourReward(Reward):
 
     def __init__(self, colour: Sequence[float], every_pixel: bool = False):
         super().__init__()
-        if len(colour) != 3 or not all(0 <= value <= 1 for value in colour):
-            raise RewardError(f"A colour is three numbers from 0 to 1 (red, green, blue), not {tuple(colour)}.")
+        if len(colour) != 3 or not all(isinstance(value, int | float) and 0 <= value <= 1 for value in colour):
+            raise RewardError(f"A colour is three numbers from 0 to 1 (red, green, blue), not {quoted(colour)}.")
         self.name = "colour of every pixel" if every_pixel else "mean colour"
         self.compared_with = "#" + "".join(f"{round(255 * value):02x}" for value in colour)
         self.reference_mean = -0.62 if every_pixel else -0.58

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import pass_out_of_memory, quoted, short
 from .aesthetic import is_aesthetic_head, load_aesthetic
 from .base import Reward, RewardError
 from .clip import load_clip, load_clip_of_towers
@@ -36,7 +37,7 @@ def load_reward(path: str | Path, options: LoadOptions | None = None) -> Reward:
     """
     weights = read(path)
     reward = _build(weights, options or LoadOptions())
-    reward.name = weights.name
+    reward.name, reward.files = weights.name, (*weights.files, *reward.files)
     reward.reference_mean = _number(weights.hints, "reference_mean", reward.reference_mean)
     reward.reference_std = _number(weights.hints, "reference_std", reward.reference_std)
     if reward.reference_std <= 0:
@@ -56,11 +57,12 @@ def _build(weights: Weights, options: LoadOptions) -> Reward:
             except RewardError as error:
                 raise RewardError(f"{name}: {error}") from error
             except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+                pass_out_of_memory(error, f"{name} was loaded")
                 advice = "download it again, or use the published file where this one was converted"
                 raise RewardError(f"{name} is of a known kind, but its weights do not fit together ({summary(error)}); {advice}.") from error
     if has_text_tower(shapes):
         raise RewardError(f"{name} is a text tower alone; choose the image tower that belongs to it, and this as its text tower.")
-    found = ", ".join(sorted(shapes)[:3]) or "no tensors"
+    found = short(", ".join(sorted(shapes)[:3])) or "no tensors"
     raise RewardError(f"{name} is not a reward that can be read (it holds {found}); supported are {_SUPPORTED}.")
 
 
@@ -72,5 +74,5 @@ def _number(hints: Hints, key: str, default: float) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise RewardError(f"The metadata entry {key} must be a number, not {hints[key]!r}; correct it or remove it.")
+        raise RewardError(f"The metadata entry {key} must be a number, not {quoted(hints[key])}; correct it or remove it.")
     return number

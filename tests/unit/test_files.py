@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import pytest
 import torch
-from reward_guidance.guidance.errors import SHOWN, GuidanceError, pass_out_of_memory, quoted, ran_out_of_memory
+from reward_guidance.guidance.errors import SHOWN, OutOfMemoryError, pass_out_of_memory, quoted, ran_out_of_memory
 from reward_guidance.guidance.records import record
 from reward_guidance.guidance.tensors import read_header, read_tensors
 from safetensors import SafetensorError
@@ -76,9 +76,11 @@ OTHERS = [RuntimeError("shape '[3]' is invalid"), OSError(errno.ENOSPC, "No spac
 def test_it_is_known_when_memory_ran_out(error):
     assert ran_out_of_memory(error)
     accelerator = isinstance(error, torch.cuda.OutOfMemoryError)
-    kind, words = (type(error), "CUDA") if accelerator else (GuidanceError, "Memory ran out while x was read")
-    with pytest.raises(kind, match=words):
+    kind, words = (type(error), "CUDA") if accelerator else (OutOfMemoryError, "Memory ran out while x was read")
+    with pytest.raises(kind, match=words) as refusal:
         pass_out_of_memory(error, "x was read")
+    with pytest.raises(kind, match=words):
+        pass_out_of_memory(refusal.value, "something else was done")
 
 
 @pytest.mark.parametrize("error", OTHERS, ids=repr)

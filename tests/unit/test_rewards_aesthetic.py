@@ -104,9 +104,9 @@ GOOD = head(16).state_dict()
 HEADS_THAT_ARE_NONE = {
     "with activations between": ({f"layers.{i}.{part}": torch.zeros(1) for i in (0, 3, 6, 9, 11) for part in ("weight", "bias")}, "is not a reward"),
     "of five numbers": (GOOD | {"layers.7.weight": torch.zeros(5, 4), "layers.7.bias": torch.zeros(5)}, "its head ends in 5 numbers"),
-    "that does not chain": (GOOD | {"layers.4.weight": torch.zeros(8, 99)}, "do not fit together"),
+    "that does not chain": (GOOD | {"layers.4.weight": torch.zeros(8, 99)}, "do not follow each other"),
     "of one dimension": (GOOD | {"layers.0.weight": torch.zeros(20)}, "the layers of its head do not follow each other"),
-    "of no dimension": (GOOD | {"layers.7.weight": torch.zeros(())}, "do not fit together"),
+    "of no dimension": (GOOD | {"layers.7.weight": torch.zeros(())}, "do not follow each other"),
 }
 
 

@@ -5,8 +5,11 @@ import os
 import pickle
 import random
 import re
+import shutil
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -15,8 +18,11 @@ import transformers
 from reward_guidance.guidance.rewards import ClipReward, ImageReward, LoadOptions, RewardError, evaluate, load_reward
 from reward_guidance.guidance.rewards.image_reward import _word_pieces
 from reward_guidance.tests.standins import rewards as standins
+from reward_guidance.tests.standins.files import run_with_little_memory, sparse
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def tiny_state():
@@ -136,6 +142,10 @@ def test_weights_that_are_no_reward(tmp_path, state, message, save):
         ({"reference_std": "0"}, "it must be positive"),
         ({"vision_heads": "3"}, "8 wide cannot have 3 heads"),
         ({"text_heads": "many"}, "'many'"),
+        ({"reference_std": "x" * 10**6}, "reference_std must be a number, not 'x"),
+        ({"text_heads": "x" * 10**6}, "do not fit together"),
+        ({"text_heads": "9" * 4000}, "cannot have"),
+        ({"kind": "x" * 10**6}, "no kind of CLIP reward called 'x"),
     ],
 )
 def test_bad_metadata(tmp_path, metadata, message):
@@ -159,11 +169,80 @@ def test_missing_files_and_folders(tmp_path):
     assert_refused(tmp_path, "holds no weights; it needs one of model.safetensors")
 
 
-@pytest.mark.parametrize("config", ["", "[]", '"text"', '{"vision_config": []}', '{"model_cfg": {"vision_cfg": {"head_width": 0}}}', "\xff"])
+DEEP = "[" * 10**5
+
+
+@pytest.mark.parametrize("config", ["", "[]", '"text"', '{"vision_config": []}', '{"model_cfg": {"vision_cfg": {"head_width": 0}}}', DEEP, "\xff"])
 def test_damaged_config(good, tmp_path, config):
     (tmp_path / "model.safetensors").write_bytes((good / "tiny.safetensors").read_bytes())
     (tmp_path / "config.json").write_text(config, encoding="latin-1")
     assert_refused(tmp_path, "config.json in .* is damaged")
+
+
+CLAIMS = {
+    "words": ({"positional_embedding": torch.zeros(10**5, 8)}, "reads 100000 tokens; at most 1024"),
+    "pixels": ({"visual.positional_embedding": torch.zeros(1 + 10**6, 8)}, "pictures of 8000 pixels a side; 1 to 2048"),
+    "no pixels": ({"visual.positional_embedding": torch.zeros(1, 8)}, "pictures of 0 pixels a side"),
+}
+
+
+@pytest.mark.parametrize(("changed", "message"), CLAIMS.values(), ids=CLAIMS)
+def test_a_small_file_cannot_claim_much_memory(tmp_path, changed, message):
+    save_file(STATE | changed, tmp_path / "reward.safetensors")
+    assert_refused(tmp_path / "reward.safetensors", message)
+
+
+def test_names_of_any_length_are_shown_in_short(tmp_path):
+    save_file({"x" * 10**6: torch.zeros(1)}, tmp_path / "reward.safetensors")
+    assert_refused(tmp_path / "reward.safetensors", "is not a reward that can be read .it holds x+…")
+    state = STATE | {"visual." + "x" * 10**6: torch.zeros(1)}
+    save_file(state, tmp_path / "reward.safetensors")
+    assert_refused(tmp_path / "reward.safetensors", "do not fit together")
+
+
+@pytest.mark.parametrize("name", ["clip.safetensors", "image_reward.safetensors", "head.pth"])
+def test_a_file_that_is_shortened_after_loading_does_no_harm(targets, tmp_path, name):
+    """In a process of its own: a mapping of such a file would end it."""
+    shutil.copytree(targets, tmp_path / "copy")
+    script = f"""
+import os, runpy, torch
+from pathlib import Path
+runpy.run_path({str(CHECKOUT / "tests" / "conftest.py")!r})
+from reward_guidance.guidance.rewards import LoadOptions, evaluate, load_reward
+folder = Path({str(tmp_path / "copy")!r})
+reward = load_reward(folder / {name!r}, LoadOptions(image_folders=(folder / "towers",)))
+for file in folder.rglob("*.*"):
+    os.truncate(file, 0)
+print(evaluate(reward, torch.rand(1, 3, 8, 8), "a cat").isfinite().all())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "tensor(True)\n"), done.stderr
+
+
+def test_too_little_memory_is_no_damage(tmp_path):
+    """Weights of 400 MB, none of which are on the disk, in a process that may take little more than it has."""
+    sparse(tmp_path / "likes.safetensors", STATE | {"more": torch.empty(100, 2**20, device="meta")})
+    imported = "from reward_guidance.guidance.rewards import load_reward as load"
+    assert run_with_little_memory(imported, tmp_path / "likes.safetensors") == "Memory ran out while likes.safetensors was"
+
+
+CONFIGURATIONS = ("config.json", "open_clip_config.json")
+READ = {
+    "clip.safetensors": ["clip.safetensors"],
+    "clip.pt": ["clip.pt"],
+    "sharded": [*(f"sharded/model-0000{i}-of-00002.safetensors" for i in (1, 2)), *(f"sharded/{name}" for name in CONFIGURATIONS)],
+    "folder": ["folder/model.safetensors", *(f"folder/{name}" for name in CONFIGURATIONS)],
+    "head.pth": ["head.pth", "towers/l14.safetensors"],
+    "towers/vision.safetensors": ["towers/vision.safetensors", "texts/text.safetensors"],
+    "image_reward.pt": ["image_reward.pt", "vocab.txt", "tokenizer.json"],
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_reward_knows_what_it_was_read_from(targets, name):
+    options = LoadOptions(image_folders=(targets / "towers",), text_folders=(targets / "texts",))
+    files = load_reward(targets / name, options).files
+    assert [file.relative_to(targets).as_posix() for file in files] == READ[name]
 
 
 def test_weights_that_are_not_finite_are_said_at_the_first_score(tmp_path):
