@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import prior
-from .errors import GuidanceError
+from .errors import GuidanceError, quoted
 from .files import Card
 from .network import FORMS, Architecture, GuidanceNetwork
 from .process import process_named
@@ -64,7 +64,7 @@ def weights_from(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(",")) if text.strip() else ()
     except ValueError as error:
-        raise GuidanceError(f"Weights are written as numbers with commas between them, such as 1, 0.5, not as {text!r}.") from error
+        raise GuidanceError(f"Weights are written as numbers with commas between them, such as 1, 0.5, not as {quoted(text)}.") from error
 
 
 @dataclass(frozen=True)

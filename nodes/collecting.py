@@ -14,15 +14,17 @@ from comfy_api.v0_0_2 import io, ui
 from server import PromptServer
 from torch import Tensor
 
-from ..guidance.errors import GuidanceError
+from ..guidance.errors import GuidanceError, quoted
 from ..guidance.fitting import overview
 from ..guidance.samples import SHARD, Collection, Description
 from .decoders import check_belongs
 from .guidance import sampler_inputs
+from .node import Node
 from .rewards import REWARD
 from .runtime import LoadedReward, base_of, name_of, require_unguided
 from .sampling import samples_of
 from .studio import Collector, Studio, parts_of
+from .watching import identity
 
 DATA = io.Custom("GUIDANCE_DATA")
 CATEGORY = "reward guidance/training"
@@ -63,7 +65,7 @@ def folder_named(name: str) -> Path:
     """output/guidance_data/NAME"""
     name = name.strip()
     if not name or name != Path(name).name or name == ".." or "\0" in name or len(name.encode()) > LONGEST:
-        raise GuidanceError(f"{name[:60]!r} is not a name for a folder in output/{FOLDER}: write a short one without slashes.")
+        raise GuidanceError(f"{quoted(name)} is not a name for a folder in output/{FOLDER}: write a short one without slashes.")
     return folder_root() / name
 
 
@@ -88,7 +90,7 @@ class Bar:
         self.show(self.done - 1, denoised, denoised, self.total)
 
 
-class CollectData(io.ComfyNode):
+class CollectData(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         _, steps, cfg, sampler_name, scheduler, *_ = sampler_inputs()
@@ -188,8 +190,6 @@ class CollectData(io.ComfyNode):
         levels: int,
         keep_images: bool,
     ) -> io.NodeOutput:
-        if min(count, levels) < 1:
-            raise GuidanceError(f"Count and levels must be at least 1, not {count} and {levels}.")
         require_unguided(model)
         check_belongs(vae, model.get_model_object("latent_format"))
         samples, told = samples_of(latent_image), lines(prompts)
@@ -250,7 +250,7 @@ def collect(node: str, studio: Studio, collection: Collection, count: int, keep_
         raise
 
 
-class LoadData(io.ComfyNode):
+class LoadData(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -281,7 +281,7 @@ class LoadData(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, folder: str) -> list:
         """Samples may have been added, or the rewards weighted anew."""
-        return [(path.name, path.stat().st_mtime) for path in sorted(folder_named(folder).glob("*")) if path.suffix in (".safetensors", ".json")]
+        return [(path.name, identity(path)) for path in sorted(folder_named(folder).glob("*")) if path.suffix in (".safetensors", ".json")]
 
 
 NODES = [CollectData, LoadData]

@@ -11,6 +11,7 @@ import nodes as comfy_nodes
 
 from ..guidance.estimators import ESTIMATORS, Settings, Smoothing
 from .decoders import DECODERS, make_decoder
+from .node import Node
 from .reporting import Reporter
 from .rewards import REWARD
 from .runtime import LatentReward, LoadedReward, RewardGuidance
@@ -238,7 +239,7 @@ def guide(hidden, model, reward: LoadedReward | None, prompt: str, strength: flo
 HIDDEN = [io.Hidden.unique_id]
 
 
-class RewardGuidanceModel(io.ComfyNode):
+class RewardGuidanceModel(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -257,7 +258,7 @@ class RewardGuidanceModel(io.ComfyNode):
         return io.NodeOutput(guide(cls.hidden, model, reward, prompt, strength, tuning)[0])
 
 
-class RewardGuidanceKSampler(io.ComfyNode):
+class RewardGuidanceKSampler(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

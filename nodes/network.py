@@ -1,6 +1,6 @@
 """Nodes that sample with a guidance network, and keep it in a file."""
 
-import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,15 +10,22 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
-from ..guidance.errors import GuidanceError
+from ..guidance.errors import GuidanceError, quoted, short
 from ..guidance.files import load_network, save_network
 from .guidance import interval_inputs, sampler_inputs
+from .node import Node
 from .runtime import LoadedNetwork, NetworkGuidance, base_of, manage_network, tilt
 from .sampling import Sampling, sampled, samples_of
+from .watching import ReadFiles
 
 NETWORK = io.Custom("GUIDANCE_NETWORK")
 FOLDER = "guidance_networks"
 CATEGORY = "reward guidance/network"
+LONGEST = 200
+"""Bytes of a file's name, and of a folder's."""
+ATTEMPTS = 100
+"""To find a number that no other server takes."""
+_read = ReadFiles()
 
 
 GUIDES, TILTS = "4 about a quarter of it; 0.5 to 5", "and more guesses; 0.5 to 2"
@@ -47,7 +54,7 @@ def noise_steps_input(name: str = "noise_steps", **options) -> io.Input:
     )
 
 
-class LoadNetwork(io.ComfyNode):
+class LoadNetwork(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -73,16 +80,24 @@ class LoadNetwork(io.ComfyNode):
     @classmethod
     @torch.inference_mode(False)
     def execute(cls, network_name: str) -> io.NodeOutput:
-        network, card = load_network(Path(folder_paths.get_full_path_or_raise(FOLDER, network_name)))
+        path = network_path(network_name)
+        network, card = load_network(path)
+        _read.remember([path])
         return io.NodeOutput(manage_network(network, card), card.describe(), ui=ui.PreviewText(card.describe()))
 
     @classmethod
-    def fingerprint_inputs(cls, network_name: str | None) -> float:
-        """When the file was written. None: the name comes from another node."""
-        return os.path.getmtime(folder_paths.get_full_path_or_raise(FOLDER, network_name)) if network_name else 0.0
+    def fingerprint_inputs(cls, **choices) -> int:
+        return _read.fingerprint()
 
 
-class SaveNetwork(io.ComfyNode):
+def network_path(name: str | None) -> Path:
+    if (path := folder_paths.get_full_path(FOLDER, name) if name else None) is None:
+        folder = folder_paths.get_folder_paths(FOLDER)[0]
+        raise GuidanceError(f"There is no guidance network {quoted(name or '')} in {folder}: put it there, press R, and choose it.")
+    return Path(path)
+
+
+class SaveNetwork(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -105,21 +120,34 @@ class SaveNetwork(io.ComfyNode):
 
     @classmethod
     def execute(cls, network: LoadedNetwork, filename_prefix: str) -> io.NodeOutput:
-        path = free_path(filename_prefix)
-        save_network(path, network.network, network.card)
+        path = save_under(filename_prefix, network)
         return io.NodeOutput(ui=ui.PreviewText(f"{path}\n{network.card.describe()}"))
+
+
+def save_under(prefix: str, network: LoadedNetwork) -> Path:
+    """Save in models/guidance_networks, by the first number that is free. Another server may take a number in the same moment."""
+    for _ in range(ATTEMPTS):
+        with suppress(FileExistsError):
+            save_network(path := free_path(prefix), network.network, network.card, new=True)
+            return path
+    raise GuidanceError(f"No number after {quoted(prefix)} is free: write another filename_prefix.")
 
 
 def free_path(prefix: str) -> Path:
     """A path in models/guidance_networks that no file has."""
-    root = folder_paths.get_folder_paths(FOLDER)[0]
-    if not (Path(root) / prefix).resolve().is_relative_to(Path(root).resolve()) or not Path(prefix).name:
-        raise GuidanceError(f"{prefix!r} is not a name for a file in models/guidance_networks; leave out leading slashes and '..'.")
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
+    root = Path(folder_paths.get_folder_paths(FOLDER)[0])
+    parts = Path(prefix).parts
+    short_enough = parts and max(len(part.encode(errors="replace")) for part in parts) <= LONGEST
+    if not short_enough or "\0" in prefix or not (root / prefix).resolve().is_relative_to(root.resolve()):
+        raise GuidanceError(f"{quoted(prefix)} is not a name for a file in models/{FOLDER}: write a short one without leading slashes and '..'.")
+    try:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(root))
+    except OSError as error:
+        raise GuidanceError(f"{quoted(prefix)} cannot be a file in models/{FOLDER} ({short(error.strerror)}): write another name.") from error
     return Path(folder) / f"{name}_{counter:05}_.safetensors"
 
 
-class ApplyNetwork(io.ComfyNode):
+class ApplyNetwork(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -157,7 +185,7 @@ class GuidedNoise:
         return tilt(self.network, noise, self.conditioning, self.steps, self.strength)
 
 
-class Noise(io.ComfyNode):
+class Noise(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -194,7 +222,7 @@ def followed(
     return replace(sampling, tilt=lambda noise: tilt(network, noise, sampling.positive, noise_steps, strength))
 
 
-class NetworkKSampler(io.ComfyNode):
+class NetworkKSampler(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -16,6 +16,7 @@ from ..guidance.particles import Population, ranked
 from ..guidance.randomness import generator
 from .decoders import make_decoder
 from .guidance import HIDDEN, judging_inputs, sampler_inputs
+from .node import Node
 from .reporting import Reporter
 from .rewards import REWARD, remarks
 from .runtime import LatentReward, LoadedReward, Progress, RewardBeside, resampled, rewards_of
@@ -166,7 +167,7 @@ def require_noise(sampler_name: str) -> None:
         )
 
 
-class ParticlesKSampler(io.ComfyNode):
+class ParticlesKSampler(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         rare = {"advanced": True}
@@ -282,8 +283,6 @@ class ParticlesKSampler(io.ComfyNode):
         vae=None,
         held_out: LoadedReward | None = None,
     ) -> io.NodeOutput:
-        if min(particles, keep, every) < 1 or chunk < 0:
-            raise GuidanceError(f"Particles, keep and every must be at least 1 and chunk at least 0, not {particles}, {keep}, {every} and {chunk}.")
         if denoise <= 0:
             raise GuidanceError("With a denoise of 0 there is nothing to sample; raise it.")
         if particles > 1:

@@ -11,7 +11,7 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
-from ..guidance.errors import GuidanceError
+from ..guidance.errors import GuidanceError, quoted, short
 from ..guidance.rewards import (
     CLIP_KINDS,
     LIKENESSES,
@@ -29,7 +29,9 @@ from ..guidance.rewards import (
     parts_of,
 )
 from ..guidance.rewards.published import advice, published
+from .node import Node
 from .runtime import LoadedReward, manage_reward, normal_weights, precision
+from .watching import ReadFiles
 
 REWARD = io.Custom("REWARD")
 FOLDER = "reward_models"
@@ -37,10 +39,9 @@ CATEGORY = "reward guidance/rewards"
 IMAGE_TOWERS, TEXT_TOWERS = "clip_vision", "text_encoders"
 AUTO = "auto"
 DTYPES = {AUTO: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COMPANIONS = "config.json", "open_clip_config.json", "vocab.txt", "tokenizer.json"
-"""What may lie beside a reward's file and is read with it."""
 MOST_PICTURES, MOST_PIXELS = 8, 2**24
 """Of pictures scored at once."""
+_read = ReadFiles()
 
 
 def register_folder(name: str = FOLDER) -> None:
@@ -69,12 +70,12 @@ def not_there(name: str, kind: str) -> str:
     """A sentence on a file that is missing from this kind of folders."""
     folder, found = folder_paths.get_folder_paths(kind)[0], folder_paths.get_filename_list(kind)
     if published(name):
-        return f"{name} is missing: {advice(name, folder)}; then press R."
+        return f"{short(name)} is missing: {advice(short(name), folder)}; then press R."
     others = shorten(", ".join(found), 200, placeholder=" ...") or "nothing"
-    return f"{name} is not in {folder}, where there is {others}; choose another, or put it there."
+    return f"{short(name)} is not in {folder}, where there is {others}; choose another, or put it there."
 
 
-class LoadReward(io.ComfyNode):
+class LoadReward(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -140,6 +141,7 @@ class LoadReward(io.ComfyNode):
             precision=precision(DTYPES[dtype]),
         )
         reward = load_reward(reward_path(reward_name), options)
+        _read.remember(reward.files)
         return io.NodeOutput(manage_reward(reward), ui=ui.PreviewText(f"used as {reward.description}"))
 
     @classmethod
@@ -152,12 +154,8 @@ class LoadReward(io.ComfyNode):
             return str(error)
 
     @classmethod
-    def fingerprint_inputs(cls, reward_name: str | None, image_tower: str | None = AUTO, text_tower: str | None = AUTO, **choices) -> list[float]:
-        """When the files that are known from the choices were written. None: the choice comes from another node."""
-        towers = [_file(kind, name) for kind, name in ((IMAGE_TOWERS, image_tower), (TEXT_TOWERS, text_tower)) if name is not None]
-        file = Path(reward_path(reward_name)) if reward_name else None
-        beside = [file, *(file.with_name(name) for name in COMPANIONS)] if file else []
-        return [path.stat().st_mtime for path in (*beside, *towers) if path and path.is_file()]
+    def fingerprint_inputs(cls, **choices) -> int:
+        return _read.fingerprint()
 
 
 def _folders(kind: str) -> tuple[Path, ...]:
@@ -165,10 +163,14 @@ def _folders(kind: str) -> tuple[Path, ...]:
 
 
 def _file(kind: str, name: str) -> Path | None:
-    return None if name == AUTO else Path(folder_paths.get_full_path_or_raise(kind, name))
+    if name == AUTO:
+        return None
+    if (path := folder_paths.get_full_path(kind, name)) is None:
+        raise GuidanceError(not_there(name, kind))
+    return Path(path)
 
 
-class ImageStatisticReward(io.ComfyNode):
+class ImageStatisticReward(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -198,12 +200,12 @@ class ImageStatisticReward(io.ComfyNode):
 def _rgb(colour: str) -> tuple[float, float, float]:
     """#rrggbb -> three numbers in [0,1]."""
     if not (digits := re.fullmatch("#?([0-9a-fA-F]{2})([0-9a-fA-F]{2})([0-9a-fA-F]{2})(?:[0-9a-fA-F]{2})?", colour)):
-        raise GuidanceError(f"A colour is written as #rrggbb, not as {colour!r}.")
+        raise GuidanceError(f"A colour is written as #rrggbb, not as {quoted(colour)}.")
     red, green, blue = (int(pair, 16) / 255 for pair in digits.groups())
     return red, green, blue
 
 
-class ImageSimilarityReward(io.ComfyNode):
+class ImageSimilarityReward(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -236,7 +238,7 @@ class ImageSimilarityReward(io.ComfyNode):
             return io.NodeOutput(LoadedReward(ClipImageSimilarity(clip_reward.reward, reference), clip_reward.patchers))
 
 
-class CombineRewards(io.ComfyNode):
+class CombineRewards(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         parts = [

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..guidance.rewards import CombinedReward, Reward
 from .captions import Line, caption
 from .metadata import note, takers
+from .node import Node
 from .rewards import CATEGORY, REWARD, remarks, score_parts, to_pixels
 from .runtime import LoadedReward
 
@@ -31,7 +32,7 @@ class Column:
         return standardized if self.combined else f"{self.scores[picture]:.4f} ({standardized})"
 
 
-class ScoreImages(io.ComfyNode):
+class ScoreImages(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

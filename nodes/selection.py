@@ -16,6 +16,7 @@ from ..guidance.rewards import require_prompt
 from .decoders import check_belongs
 from .guidance import HIDDEN, held_out_input, sampler_inputs
 from .metadata import note, takers
+from .node import Node
 from .reporting import Reporter
 from .rewards import REWARD, remarks, score_images
 from .runtime import LoadedReward, Progress
@@ -41,7 +42,7 @@ def score(clips: Tensor, reward: LoadedReward, prompt: str) -> Tensor:
     return reward.reward.standardize(raw).view(len(clips), -1).mean(1)
 
 
-class SelectBest(io.ComfyNode):
+class SelectBest(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -237,7 +238,7 @@ class Search:
         return [Candidate(*each) for each in zip(seeds, scores, others, latents.split(1), clips, strict=True)]
 
 
-class BestOfN(io.ComfyNode):
+class BestOfN(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -317,8 +318,6 @@ class BestOfN(io.ComfyNode):
         chunk: int,
         held_out: LoadedReward | None = None,
     ) -> io.NodeOutput:
-        if n < 1 or keep < 1 or chunk < 0:
-            raise GuidanceError(f"Best of N needs n and keep of at least 1 and a chunk of at least 0, not {n}, {keep} and {chunk}.")
         for judge in filter(None, (reward, held_out)):
             require_prompt(judge.reward, [prompt])
         check_belongs(vae, model.get_model_object("latent_format"))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..guidance.errors import GuidanceError
+from ..guidance.errors import GuidanceError, quoted
 from ..guidance.files import write
 from ..guidance.process import Process, column
 from ..guidance.rewards import CombinedReward, Reward, RewardError
@@ -166,7 +166,7 @@ class Collector:
             try:
                 scores[i] = self.studio.judge(clip, prompt)
             except RewardError as error:
-                refusals.append(RewardError(f"{error} It was seed {description.seed_of(number)} of the prompt {prompt[:60]!r}."))
+                refusals.append(RewardError(f"{error} It was seed {description.seed_of(number)} of the prompt {quoted(prompt)}."))
         if len(refusals) == len(numbers):
             raise refusals[0]
         for refusal in refusals:

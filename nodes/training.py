@@ -28,6 +28,7 @@ from .collecting import CATEGORY, DATA, GuidanceData
 from .decoders import make_decoder
 from .guidance import HIDDEN
 from .network import NETWORK, followed
+from .node import Node
 from .reporting import Reporter
 from .runtime import LatentReward, as_nodes_run, manage_network, room_for, static_clone, trainable, training_through
 from .selection import decode
@@ -195,7 +196,7 @@ def leave_off(fitting: Fitting, node: str) -> None:
     _stopped[node] += not fitting.done
 
 
-class TrainNetwork(io.ComfyNode):
+class TrainNetwork(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         plan, rare = Plan(), {"advanced": True}

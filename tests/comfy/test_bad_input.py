@@ -189,7 +189,7 @@ def number(value):
 @pytest.mark.parametrize("value", [0.0, -1.0])
 def test_temperature_that_is_not_positive(refused, value):
     refused("flux", "smaller than min of 0.001 (temperature)", temperature=value)
-    refused("flux", "The temperature must be above 0", temperature=number(value))
+    refused("flux", f"temperature must be a number from 0.001 to 100.0, not {value}", temperature=number(value))
 
 
 def test_start_above_the_end(refused):
@@ -211,7 +211,7 @@ def test_colour_that_is_none(refused, colour):
 
 @pytest.mark.parametrize("value", [0, -2])
 def test_frames_that_make_no_sense(refused, value):
-    refused("wan", "At least 1 frame of a video must be scored", frames=lambda graph: graph.add("number", "PrimitiveInt", value=value))
+    refused("wan", f"frames must be a whole number from 1 to 64, not {value}", frames=lambda graph: graph.add("number", "PrimitiveInt", value=value))
 
 
 @pytest.mark.parametrize("frames", [1, 2, 64])

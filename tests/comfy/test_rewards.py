@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import re
 import time
 from urllib.parse import urlencode
@@ -11,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from reward_guidance.guidance.rewards import evaluate, load_reward
+from reward_guidance.guidance.tensors import read_header
 from reward_guidance.tests.harness import environment
 from reward_guidance.tests.harness.graphs import Graph
 from reward_guidance.tests.harness.guided import latents, mean_reward, one_box, statistic
 from reward_guidance.tests.standins import rewards as standins
+from safetensors.torch import load_file, save_file
 
 SEEDS = itertools.count(5000)
 PROMPT = "a large red circle"
@@ -342,6 +345,53 @@ def test_what_lies_beside_a_reward_file_is_read_again_when_it_changes(bench, mod
     finally:
         file.write_text(before)
     assert shown[1:] == [["used as CLIP score, with QuickGELU"], ["used as CLIP score, with GELU"]]
+
+
+SHARDS = ("tiny_shards/model-00001-of-00002.safetensors", "tiny_shards/model-00002-of-00002.safetensors")
+REPLACED = {
+    "the file": (FILES[0], f"reward_models/{FILES[0]}"),
+    "a later shard": (SHARDS[0], f"reward_models/{SHARDS[1]}"),
+    "an image tower that was found": (FILES[3], "clip_vision/tiny_l14.safetensors"),
+    "a text tower that was found": (FILES[4], "text_encoders/tiny_g.safetensors"),
+}
+
+
+@pytest.fixture(scope="module")
+def shards(models):
+    folder = models / "reward_models" / "tiny_shards"
+    folder.mkdir(exist_ok=True)
+    tensors, (_, hints) = load_file(models / "reward_models" / FILES[0]), read_header(models / "reward_models" / FILES[0])
+    for i, name in enumerate(SHARDS):
+        save_file({key: tensors[key] for key in sorted(tensors)[i::2]}, models / "reward_models" / name, hints)
+
+
+def otherwise(file, in_place):
+    """The same names, shapes, size and time; other numbers."""
+    before, (_, hints) = file.stat(), read_header(file)
+    torch.manual_seed(1)
+    other = {key: tensor + 0.1 * torch.randn_like(tensor) if tensor.is_floating_point() else tensor for key, tensor in load_file(file).items()}
+    save_file(other, file.with_suffix(".new"), hints)
+    if in_place:
+        file.write_bytes(file.with_suffix(".new").read_bytes())
+        file.with_suffix(".new").unlink()
+    else:
+        file.with_suffix(".new").replace(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "replaced"])
+@pytest.mark.parametrize(("name", "file"), REPLACED.values(), ids=REPLACED)
+def test_what_a_reward_was_read_from_is_read_again_when_it_is_another(bench, models, shards, name, file, in_place):
+    content = (models / file).read_bytes()
+    before = numbers(bench.run(scored(loaded(name))), "raw")
+    assert "loaded" not in bench.run(scored(loaded(name))).node_seconds
+    try:
+        otherwise(models / file, in_place)
+        assert numbers(bench.run(scored(loaded(name))), "raw") != before
+    finally:
+        (models / file).write_bytes(content)
+    assert numbers(bench.run(scored(loaded(name))), "raw") == before
 
 
 def test_a_name_from_another_node_is_remembered(bench, models):

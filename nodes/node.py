@@ -1,0 +1,51 @@
+"""What every node of the pack is."""
+
+import functools
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+from comfy_api.v0_0_2 import io
+
+from ..guidance.errors import GuidanceError, quoted
+
+
+class Node(io.ComfyNode):
+    """A node that checks numbers and texts against its own schema before it runs.
+
+    ComfyUI compares numbers with their limits where they are typed in, which NaN passes, and checks nothing that comes over a link.
+    """
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        execute = vars(cls).get("execute")
+        if execute is not None and not hasattr(execute.__func__, "__wrapped__"):  # ComfyUI makes copies of a class, which have it already
+            cls.execute = classmethod(checked(execute.__func__))
+
+
+def checked(execute: Callable) -> Callable:
+    """The same function of a node, which first raises GuidanceError for an input that does not fit the schema."""
+
+    @functools.wraps(execute)
+    def run(cls, *args, **inputs):
+        schema = cls.SCHEMA or cls.GET_SCHEMA()
+        for entry in schema.inputs:
+            if entry.id in inputs:
+                for value in inputs[entry.id] if schema.is_input_list else [inputs[entry.id]]:
+                    require_fitting(entry, value)
+        return execute(cls, *args, **inputs)
+
+    return run
+
+
+def require_fitting(entry: io.Input, value: Any) -> None:
+    """Raise GuidanceError that names the input where a number is none, or outside its limits, or a text is none.
+
+    A number without limits, such as a score, is not checked: it is what a node works on, and the node knows what to say of it.
+    """
+    if isinstance(entry, (io.Int.Input, io.Float.Input)) and entry.max is not None:
+        kind, name = (Integral, "whole number") if isinstance(entry, io.Int.Input) else (Real, "number")
+        if not (isinstance(value, kind) and entry.min <= value <= entry.max):  # as NaN never is
+            raise GuidanceError(f"{entry.id} must be a {name} from {entry.min} to {entry.max}, not {quoted(value)}.")
+    if isinstance(entry, (io.String.Input, io.Color.Input)) and not isinstance(value, str):
+        raise GuidanceError(f"{entry.id} must be a text, not {quoted(value)}.")
