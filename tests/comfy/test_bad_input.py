@@ -1,6 +1,7 @@
 """What goes wrong is said in a sentence, and the queue goes on."""
 
 import itertools
+import math
 import os
 import pickle
 import shutil
@@ -190,6 +191,13 @@ def number(value):
 def test_temperature_that_is_not_positive(refused, value):
     refused("flux", "smaller than min of 0.001 (temperature)", temperature=value)
     refused("flux", f"temperature must be a number from 0.001 to 100.0, not {value}", temperature=number(value))
+
+
+@pytest.mark.parametrize("name", ["strength", "temperature", "cap", "target", "end_percent"])
+def test_numbers_that_are_none(refused, name):
+    """Typed in, where ComfyUI compares them with the limits, and wired in, where it does not."""
+    for value in (math.nan, number(math.nan), number(1e9)):
+        refused("flux", f"{name} must be a number from ", **{name: value})
 
 
 def test_start_above_the_end(refused):

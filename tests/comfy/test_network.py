@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,17 +15,18 @@ load_comfyui()
 import comfy.sample
 import comfy.samplers
 import comfy.utils
+import folder_paths
 import torch
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.estimators import ESTIMATORS, Settings, Smoothing
-from reward_guidance.guidance.files import Card
+from reward_guidance.guidance.files import Card, load_network
 from reward_guidance.guidance.fitting import plan_for, prepare
 from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork
 from reward_guidance.guidance.process import Diffusion, Flow
 from reward_guidance.guidance.rewards import ImageStatistic, RewardError
 from reward_guidance.guidance.samples import Collection, Description, Rows, Samples, Texts, states
 from reward_guidance.guidance.training import Plan, Progress, fit
-from reward_guidance.nodes.network import GuidedNoise, followed
+from reward_guidance.nodes.network import FOLDER, GuidedNoise, followed, save_under
 from reward_guidance.nodes.runtime import (
     NetworkGuidance,
     RewardGuidance,
@@ -214,6 +217,22 @@ def test_one_box_samples_from_tilted_noise(model):
     assert torch.equal(guided, expected)
     off = followed(plain, loaded, strength=0.0)(latent, [5], lambda *_: None)
     assert torch.equal(off, plain(latent, [5], lambda *_: None))
+
+
+def test_networks_that_are_saved_at_once_under_one_name_are_all_kept(tmp_path, monkeypatch):
+    """As by two servers with one folder, which see the same number free."""
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, FOLDER, ([str(tmp_path)], {".safetensors"}))
+    loaded, counts = network(model_of(RING, True)), range(1, 9)
+    barrier = threading.Barrier(len(counts))
+
+    def save(count):
+        barrier.wait()
+        return save_under("styles/blue", dataclasses.replace(loaded, card=dataclasses.replace(loaded.card, samples=count)))
+
+    with ThreadPoolExecutor(len(counts)) as pool:
+        paths = list(pool.map(save, counts))
+    assert [load_network(path)[1].samples for path in paths] == list(counts)
+    assert sorted(path.name for path in (tmp_path / "styles").iterdir()) == sorted(path.name for path in paths)
 
 
 def test_noise_for_another_model_is_refused(model):

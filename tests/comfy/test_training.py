@@ -1,5 +1,6 @@
 """Collect, train, save, load and apply, queued as a user's page queues them."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -8,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from reward_guidance.guidance.files import load_network
+from reward_guidance.guidance.files import load_network, save_network
 from reward_guidance.guidance.fitting import plan_for, prepare
 from reward_guidance.guidance.samples import SHARD, Collection
 from reward_guidance.guidance.training import fit
@@ -774,6 +775,44 @@ def test_a_network_whose_name_comes_from_another_node_is_remembered(bench, netwo
     graph.add("show", "PreviewAny", source=["network", 1])
     assert "network" in bench.run(graph.prompt).node_seconds
     assert set(bench.run(graph.prompt).node_seconds) == set()
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "replaced"])
+def test_a_network_is_read_again_when_it_is_another(bench, networks, network_folder, in_place):
+    """One of the same size and time."""
+    file = network_folder / "same.safetensors"
+    graph = Graph()
+    graph.add("network", "RewardGuidanceLoadNetwork", network_name=file.name)
+    graph.add("show", "PreviewAny", source=["network", 1])
+    for samples in (111, 222):
+        network, card = load_network(network_folder / networks("flux"))
+        other = file.with_suffix(".new")
+        save_network(other, network, dataclasses.replace(card, samples=samples))
+        os.utime(other, ns=(10**18, 10**18))
+        if in_place and file.exists():
+            file.write_bytes(other.read_bytes())
+            os.utime(file, ns=(10**18, 10**18))
+        else:
+            other.replace(file)
+        (report,) = bench.run(graph.prompt).outputs["show"]["text"]
+        assert f"{samples} samples" in report
+    assert set(bench.run(graph.prompt).node_seconds) == set()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "y" * 10**5], ids=["long", "null", "longer"])
+def test_names_that_no_file_can_have(refused, networks, name):
+    graph = Graph()
+    network = graph.add("network", "RewardGuidanceLoadNetwork", network_name=networks("flux"))
+    graph.add("save", "RewardGuidanceSaveNetwork", network=network, filename_prefix=name)
+    refused(graph.prompt, "is not a name for a file in models/guidance_networks: write a short one")
+
+
+def test_a_network_that_is_not_there(refused):
+    graph = Graph()
+    graph.add("name", "ProbeName", name="gone.safetensors")
+    graph.add("network", "RewardGuidanceLoadNetwork", network_name=["name", 0])
+    graph.add("show", "PreviewAny", source=["network", 1])
+    refused(graph.prompt, "There is no guidance network 'gone.safetensors' in ")
 
 
 @pytest.mark.parametrize(("content", "words"), [(b"", "not a safetensors file"), (None, "only half of one")], ids=["empty", "truncated"])
