@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as distributed
 
-from .errors import GuidanceError
+from .errors import GuidanceError, quoted
 from .files import save_network, write
 from .fitting import BATCH, DATA_OBJECTIVES, WIDTHS, Fitting, plan_for, prepare, weights_from
 from .samples import Collection
@@ -51,7 +51,7 @@ def device(text: str) -> torch.device:
     try:
         return torch.device(text)
     except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"PyTorch knows no device {text!r}: cpu, cuda and cuda:1 are such") from error
+        raise argparse.ArgumentTypeError(f"PyTorch knows no device {quoted(text)}: cpu, cuda and cuda:1 are such") from error
 
 
 @contextmanager

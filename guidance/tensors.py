@@ -13,16 +13,13 @@ from torch import Tensor
 Shapes = dict[str, tuple[int, ...]]
 
 
-def read_tensors(path: Path, mapped: bool = False) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name. Raises what safetensors and the operating system raise.
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name, in memory. Raises what safetensors and the operating system raise.
 
-    They are read into memory. `mapped`: only what is used is read, when it is used, which suits files that are larger than memory; while such
-    tensors live, a file that is shortened or written anew in place kills the process. A file that is replaced by another does no harm.
+    Those of safetensors itself are a mapping of the file: if it is shortened, or written anew in place, the system ends the process.
     """
     with safe_open(path, "pt") as checked:
         tensors = {name: checked.get_tensor(name) for name in checked.keys()}  # noqa: SIM118
-    if mapped:
-        return tensors
     with path.open("rb") as file:
         start, header = _header(file)
         return {name: _read(file, start + header[name]["data_offsets"][0], tensor) for name, tensor in tensors.items()}

@@ -24,7 +24,6 @@ from .rewards import REWARD
 from .runtime import LoadedReward, base_of, name_of, require_unguided
 from .sampling import samples_of
 from .studio import Collector, Studio, parts_of
-from .watching import identity
 
 DATA = io.Custom("GUIDANCE_DATA")
 CATEGORY = "reward guidance/training"
@@ -281,7 +280,7 @@ class LoadData(Node):
     @classmethod
     def fingerprint_inputs(cls, folder: str) -> list:
         """Samples may have been added, or the rewards weighted anew."""
-        return [(path.name, identity(path)) for path in sorted(folder_named(folder).glob("*")) if path.suffix in (".safetensors", ".json")]
+        return [(path.name, path.stat().st_mtime) for path in sorted(folder_named(folder).glob("*")) if path.suffix in (".safetensors", ".json")]
 
 
 NODES = [CollectData, LoadData]

@@ -177,10 +177,16 @@ def test_made_inside_inference_mode_still_has_gradients():
         (lambda: ColourReward((1, 0)), "three numbers from 0 to 1"),
         (lambda: ColourReward((255, 0, 0)), "three numbers from 0 to 1"),
         (lambda: ImageSimilarity(torch.rand(1, 3, 8, 8), "taste"), "choose one of colour"),
+        (lambda: ImageSimilarity(torch.rand(1, 3, 8, 8), "x" * 10**6), "no image likeness called 'x{79}…; choose"),
+        (lambda: ImageStatistic("x" * 10**6), "no image statistic called 'x{79}…;"),
+        (lambda: ColourReward("abc"), "not 'abc'"),
+        (lambda: ColourReward((None, 0.1, 0.2)), "three numbers from 0 to 1"),
+        (lambda: ColourReward((float("nan"), 0.1, 0.2)), "three numbers from 0 to 1"),
         (lambda: ImageSimilarity(torch.rand(2, 3, 8, 8)), "one picture"),
         (lambda: ImageSimilarity(torch.rand(3, 8, 8)), "one picture"),
     ],
 )
 def test_bad_arguments_are_said_in_a_sentence(make, message):
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(RewardError, match=message) as refusal:
         make()
+    assert len(str(refusal.value)) < 300
