@@ -31,7 +31,7 @@ from ..guidance.network import FORMS, GuidanceNetwork, Text
 from ..guidance.prior import tilted_noise
 from ..guidance.process import Diffusion, Flow, Process, column
 from ..guidance.randomness import generator
-from ..guidance.rewards import Reward, evaluate, judge, require_prompt
+from ..guidance.rewards import Reward, RewardError, evaluate, judge, require_prompt
 from .decoders import Decoder
 
 _serial = count()
@@ -266,8 +266,25 @@ class LatentReward:
         pictures = self.pictures(latents)
         pixels = self.decoder.pixels(pictures)
         told = prompts if len(prompts) == 1 else [prompt for prompt in prompts for _ in range(len(pictures) // len(latents))]
-        scores = self.loaded.reward.standardize(by(self.loaded.reward, pixels, told))
-        return scores.view(len(latents), -1).mean(1)
+        try:
+            scores = by(self.loaded.reward, pixels, told)
+        except RewardError:
+            self.require_finite(pictures, pixels)
+            raise
+        return self.loaded.reward.standardize(scores).view(len(latents), -1).mean(1)
+
+    def require_finite(self, latents: Tensor, pixels: Tensor) -> None:
+        """Raise GuidanceError where the model or the decoder is at fault. It waits for a GPU, so it is for scores that were refused."""
+        if not latents.isfinite().all():
+            raise GuidanceError(
+                "The model's estimate is not a finite number, so no reward can score it: the model's file is damaged, or its precision is too "
+                "low. Load the model in another precision."
+            )
+        if not pixels.isfinite().all():
+            raise GuidanceError(
+                f"The decoder {self.decoder.name} made pixels that are not finite numbers: its file is damaged, or its precision is too low. "
+                "Replace the file, choose another decoder, or start ComfyUI with --fp32-vae."
+            )
 
     def pictures(self, latents: Tensor) -> Tensor:
         if latents.ndim == 4:

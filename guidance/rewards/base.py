@@ -102,8 +102,12 @@ def evaluate(reward: Reward, pixels: Tensor, prompts: str | Sequence[str]) -> Te
     """
     scores = judge(reward, pixels, prompts)
     if not torch.isfinite(scores).all():
+        if not torch.isfinite(pixels).all():
+            raise RewardError(
+                f"{reward.name} was given pictures with values that are not finite numbers; the VAE or the node that made them is at fault."
+            )
         name = reward.at_fault(pixels, [prompts] if isinstance(prompts, str) else prompts)
-        raise RewardError(f"{name} returned a score that is not a finite number; the pictures or the reward's weights are damaged.")
+        raise RewardError(f"{name} returned a score that is not a finite number; the reward's weights are damaged.")
     return scores
 
 

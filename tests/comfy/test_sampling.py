@@ -17,7 +17,7 @@ from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.estimators import ESTIMATORS, Settings, Smoothing
 from reward_guidance.guidance.process import Diffusion, Flow
 from reward_guidance.guidance.randomness import generator
-from reward_guidance.guidance.rewards import Reward
+from reward_guidance.guidance.rewards import ImageStatistic, Reward
 from reward_guidance.nodes.runtime import LatentReward, LoadedReward, RewardGuidance, gradients, normal_weights, process_of
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.families import CAUSAL_WAN, WAN_5B
@@ -169,6 +169,15 @@ def test_interrupt_stops_inside_the_reward_loop():
         sample(model)
     assert not calls, "the first model call's second reward evaluation was not reached"
     assert sample(guidance().attach(flow_model())).isfinite().all()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_decoder_whose_pixels_are_not_finite_is_named(estimator):
+    pixels = lambda latents: (latents[:, :1] / 0).expand(-1, 3, -1, -1)  # noqa: E731
+    decoder = SimpleNamespace(name="taesd", pixels=pixels, modules=(), activation_bytes=lambda height, width: 0)
+    reward = LatentReward(LoadedReward(ImageStatistic("brightness")), decoder, "")
+    with pytest.raises(GuidanceError, match="The decoder taesd made pixels that are not finite numbers"):
+        sample(RewardGuidance(reward, estimator, Settings()).attach(flow_model()))
 
 
 def test_two_rewards_compose():

@@ -252,6 +252,14 @@ def test_weights_that_are_not_finite_are_said_at_the_first_score(tmp_path):
         evaluate(load_reward(tmp_path / "reward.safetensors"), torch.rand(1, 3, 8, 8), "a cat")
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_pictures_that_are_not_finite_are_not_blamed_on_the_reward(good, value):
+    pictures = torch.rand(2, 3, 8, 8)
+    pictures[1, 0, 0, 0] = value
+    with pytest.raises(RewardError, match="was given pictures with values that are not finite numbers"):
+        evaluate(load_reward(good / "tiny.safetensors"), pictures, "a cat")
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 100.0, -200.0])
 def test_a_damaged_scale(tmp_path, value):
     """Its exponential is the scale of a CLIP score, but not of HPS."""
