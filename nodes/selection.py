@@ -13,7 +13,7 @@ from torch import Tensor
 from ..guidance.errors import GuidanceError
 from ..guidance.particles import at_least, best
 from ..guidance.rewards import require_prompt
-from .decoders import check_belongs
+from .decoders import check_belongs, decodable, same_draws
 from .guidance import HIDDEN, held_out_input, sampler_inputs
 from .metadata import note, takers
 from .node import Node
@@ -31,9 +31,19 @@ PICTURES = 0
 
 
 def decode(vae, latents: Tensor) -> Tensor:
-    """Latents (N,...) -> pictures (N,T,H,W,C) as VAE Decode shows them; T is 1 but for videos."""
-    images = vae.decode(latents)
+    """Latents (N,...) -> pictures (N,T,H,W,C) as VAE Decode shows them; T is 1 but for videos.
+
+    The same each time: a VAE that adds noise, as LTXV's does, adds the same to each video.
+    """
+    images = torch.cat([_decoded(vae, some) for some in decodable(getattr(vae, "first_stage_model", None), latents)])
+    if images.ndim not in (4, 5):
+        raise GuidanceError("The connected VAE makes neither pictures nor videos, which is what rewards score. Connect the VAE of a model that does.")
     return images if images.ndim == 5 else images.unsqueeze(1)
+
+
+def _decoded(vae, latents: Tensor) -> Tensor:
+    with same_draws(getattr(vae, "device", latents.device)):
+        return vae.decode(latents)
 
 
 def score(clips: Tensor, reward: LoadedReward, prompt: str) -> Tensor:
