@@ -20,7 +20,7 @@ from .node import Node
 from .reporting import Reporter
 from .rewards import REWARD, remarks
 from .runtime import LatentReward, LoadedReward, Progress, RewardBeside, resampled, rewards_of
-from .sampling import Callback, Sampling, one_by_one, sampled, seeds_from
+from .sampling import Callback, Sampling, fitted, sampled, seeds_from
 from .selection import CATEGORY
 
 SAMPLERS = ("euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "exp_heun_2_x0_sde", "seeds_2", "seeds_3", "ddpm", "lcm")
@@ -289,25 +289,26 @@ class ParticlesKSampler(Node):
             require_noise(sampler_name)
         latent_reward = LatentReward(reward, make_decoder(decoder, model.get_model_object("latent_format"), vae), prompt, frames)
         watched = LatentReward(held_out, latent_reward.decoder, prompt, frames) if held_out else None
-        originals = one_by_one(latent_image)
+        begun = fitted(model, latent_image)
         beside = RewardBeside(latent_reward, chunk, watched).attach(model)
         sampling = Sampling(beside, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
+        originals = sampling.each(begun)
         swarm = Swarm(sampling, latent_reward, temperature, resample_below, every, keep, watched)
         reporter, looks = Reporter(cls.hidden, decoder=latent_reward.decoder.name), list[Look]()
         callbacks = sampling.progress(len(originals))
         seeds = seeds_from(seed, particles * len(originals))
         kept, scores, origins = [], [], []
-        for i, latent in enumerate(originals):
+        for i, (alone, latent) in enumerate(originals):
 
             def report(look: Look, done: int = i) -> None:
                 looks.append(replace(look, step=done * look.steps + look.step, steps=len(originals) * look.steps))
                 reporter(looks[-1])
 
-            samples, rewards = swarm(latent, seeds[i * particles : (i + 1) * particles], callbacks(i), report)
+            samples, rewards = replace(swarm, sampling=alone)(latent, seeds[i * particles : (i + 1) * particles], callbacks(i), report)
             kept.append(samples)
             scores += rewards
             origins += [i] * len(rewards)
-        out = sampled(latent_image, origins, torch.cat(kept), seeds if particles == 1 else None)
+        out = sampled(begun, origins, torch.cat(kept), seeds if particles == 1 else None)
         text = "\n".join([summary(looks), *remarks(prompt, reward, held_out)])
         return io.NodeOutput(out, scores, text, ui={"reward_guidance": reporter.history})
 

@@ -2,23 +2,27 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.k_diffusion.sampling as k_diffusion
+import comfy.model_base
 import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-import torch.nn.functional as F
+from comfy.conds import is_equal
 from torch import Tensor
 
 from ..guidance.errors import GuidanceError
+from .conditioning import Row
 from .runtime import as_many_as_fit
 
 SEEDS = "seeds"
 """Key in a LATENT: for each sample, the seed by which a stock KSampler makes it alone."""
+RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+"""Keys in an empty LATENT: of the model that its size was chosen for."""
 
 Callback = Callable[[int, Tensor, Tensor, int], None]
 
@@ -33,29 +37,60 @@ def samples_of(latent: dict) -> Tensor:
     return samples
 
 
-def one_by_one(latent: dict) -> list[dict]:
-    """A LATENT as one LATENT for each sample."""
-    return [rows(latent, [i]) for i in range(len(samples_of(latent)))]
-
-
 def joined(latents: list[dict]) -> dict:
-    """One LATENT of several, with their masks, and the batch indices and seeds that all of them know."""
+    """One LATENT of several, with the mask, batch index and seed of each sample, and the entries that all share."""
     samples = [samples_of(latent) for latent in latents]
     if len(shapes := {tuple(each.shape[1:]) for each in samples}) > 1:
         raise GuidanceError(f"Latents of different shapes cannot be chosen among: {sorted(shapes)}. Sample them in one size.")
     if len(latents) == 1:
         return latents[0]
-    known = [key for key in ("batch_index", SEEDS) if all(key in latent for latent in latents)]
     masks = {"noise_mask": joined_masks(latents)} if any("noise_mask" in latent for latent in latents) else {}
-    return {"samples": torch.cat(samples)} | masks | {key: [value for latent in latents for value in latent[key]] for key in known}
+    return shared(latents) | {"samples": torch.cat(samples)} | masks | joined_numbers(latents)
+
+
+def shared(latents: list[dict]) -> dict:
+    """The entries that do not belong to single samples and are the same in all LATENTs: the type, for example."""
+    own = ("samples", "noise_mask", "batch_index", SEEDS)
+    first = {key: value for key, value in latents[0].items() if key not in own}
+    return {key: value for key, value in first.items() if all(is_equal(each.get(key), value) for each in latents)}
+
+
+def joined_numbers(latents: list[dict]) -> dict:
+    """Batch indices, where any LATENT has them: in one without, ComfyUI counts from 0. Seeds, where all have them."""
+    numbers: dict[str, list[int]] = {}
+    if any("batch_index" in latent for latent in latents):
+        indices = [latent.get("batch_index", range(len(latent["samples"]))) for latent in latents]
+        numbers["batch_index"] = [index for own in indices for index in own]
+    if all(SEEDS in latent for latent in latents):
+        numbers[SEEDS] = [seed for latent in latents for seed in latent[SEEDS]]
+    return numbers
 
 
 def joined_masks(latents: list[dict]) -> Tensor:
-    """A mask for every sample, in the size of the first; of a latent without one, everything is sampled."""
-    first = next(latent["noise_mask"] for latent in latents if "noise_mask" in latent)
-    masks = [latent.get("noise_mask", torch.ones_like(first[:1])) for latent in latents]
-    resized = [mask if mask.shape[2:] == first.shape[2:] else F.interpolate(mask, first.shape[2:]) for mask in masks]
-    return torch.cat([comfy.utils.repeat_to_batch_size(mask, len(latent["samples"])) for mask, latent in zip(resized, latents, strict=True)])
+    """A mask for every sample; without one, everything is sampled. Masks of different sizes get the latents' size."""
+    masks = [mask_rows(latent) for latent in latents if "noise_mask" in latent]
+    if len({mask.shape[1:] for mask in masks}) > 1:
+        size = max(mask.shape[1] for mask in masks), *latents[0]["samples"].shape[2:]
+        masks = [comfy.utils.reshape_mask(mask, (len(mask), *size)) for mask in masks]
+    own = iter(masks)
+    whole = torch.ones_like(masks[0][:1])
+    counts = [len(latent["samples"]) for latent in latents]
+    without = [comfy.utils.repeat_to_batch_size(whole, count) for count in counts]
+    every = [next(own) if "noise_mask" in each else ones for each, ones in zip(latents, without, strict=True)]
+    return torch.cat([mask.to(whole) for mask in every])
+
+
+def mask_rows(latent: dict) -> Tensor:
+    """The noise mask of a LATENT with a row for each sample, in its own resolution, read as comfy.utils.reshape_mask reads it.
+
+    Beside latents with frames, a mask of fewer dimensions holds the frames of one video, which all samples share.
+    """
+    samples, mask = latent["samples"], latent["noise_mask"]
+    if samples.ndim == 4:
+        mask = mask.reshape(-1, 1, *mask.shape[-2:])
+    if samples.ndim == 5 and mask.ndim < 5:
+        mask = mask.reshape(1, 1, -1, *mask.shape[-2:])
+    return comfy.utils.repeat_to_batch_size(mask, len(samples))
 
 
 def rows(latent: dict, indices: list[int]) -> dict:
@@ -63,7 +98,7 @@ def rows(latent: dict, indices: list[int]) -> dict:
     count = len(latent["samples"])
     chosen = {**latent, "samples": latent["samples"][indices]}
     if "noise_mask" in latent:
-        chosen["noise_mask"] = comfy.utils.repeat_to_batch_size(latent["noise_mask"], count)[indices]
+        chosen["noise_mask"] = mask_rows(latent)[indices]
     for key in ("batch_index", SEEDS):
         values = chosen.pop(key, [])
         if len(values) == count:
@@ -71,17 +106,23 @@ def rows(latent: dict, indices: list[int]) -> dict:
     return chosen
 
 
+def fitted(model, latent: dict) -> dict:
+    """A LATENT in the model's shape, which decides how its mask is read and is found once for the whole batch."""
+    rest = {key: value for key, value in latent.items() if key not in RATIOS}
+    return rest | {"samples": start_of(model, latent | {"samples": samples_of(latent)})}
+
+
 def sampled(latent: dict, origins: list[int], samples: Tensor, seeds: Sequence[int] | None = None) -> dict:
     """The LATENT a sampler returns: new samples (N,...), made from these rows of the old one."""
     out = rows(latent, origins) | {"samples": samples}
-    for key in ("downscale_ratio_spacial", "downscale_ratio_temporal", SEEDS):
+    for key in (*RATIOS, SEEDS):
         out.pop(key, None)
     return out if seeds is None else out | {SEEDS: list(seeds)}
 
 
 def start_of(model, latent: dict) -> Tensor:
     """The latent in the model's shape."""
-    ratios = {name: latent[name] for name in ("downscale_ratio_spacial", "downscale_ratio_temporal") if name in latent}
+    ratios = {name: latent[name] for name in RATIOS if name in latent}
     return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
 
 
@@ -103,6 +144,18 @@ class Sampling:
     denoise: float
     tilt: Callable[[Tensor], Tensor] = lambda noise: noise
     """What becomes of the noise before it is sampled from."""
+
+    def each(self, latent: dict) -> list[tuple["Sampling", dict]]:
+        """For each sample of a LATENT that fits the model: how to sample it as in the whole batch, and its own LATENT."""
+        count = len(latent["samples"])
+        if count > 1 and isinstance(self.model.model, comfy.model_base.SVD_img2vid):
+            raise GuidanceError(
+                "The batch of this video model holds the frames of one video, which cannot be sampled one by one. Sample whole "
+                "videos with KSampler, and score their frames with Score Images."
+            )
+        chosen = [Row(i, count, latent["samples"].ndim) for i in range(count)]
+        alone = [replace(self, positive=row(self.positive), negative=row(self.negative)) for row in chosen]
+        return [(sampling, rows(latent, [i])) for i, sampling in enumerate(alone)]
 
     def __call__(self, latent: dict, seeds: Sequence[int], callback: Callback) -> Tensor:
         """A sample (N,...) of one latent for each seed. A seed alone gives what a stock KSampler gives, bit for bit."""

@@ -1,7 +1,7 @@
 """Nodes that choose among samples by their rewards."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import shorten
 from typing import Any
 
@@ -20,7 +20,7 @@ from .node import Node
 from .reporting import Reporter
 from .rewards import REWARD, remarks, score_images
 from .runtime import LoadedReward, Progress
-from .sampling import SEEDS, Callback, Sampling, joined, one_by_one, rows, sampled, seeds_from
+from .sampling import SEEDS, Callback, Sampling, fitted, joined, rows, sampled, seeds_from
 
 CATEGORY = "reward guidance/selection"
 UNKNOWN_SEED = -1
@@ -331,8 +331,9 @@ class BestOfN(Node):
         for judge in filter(None, (reward, held_out)):
             require_prompt(judge.reward, [prompt])
         check_belongs(vae, model.get_model_object("latent_format"))
-        originals = one_by_one(latent_image)
+        begun = fitted(model, latent_image)
         sampling = Sampling(model, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
+        originals = sampling.each(begun)
         seeds = seeds_from(seed, n * len(originals))
         reporter, all_judged = Reporter(cls.hidden, decoder="vae"), list[Judged]()
 
@@ -341,17 +342,17 @@ class BestOfN(Node):
             reporter(all_judged[-1])
 
         search = Search(sampling, vae, reward, held_out, prompt, min(keep, n), stop_above, report)
-        at_once = sampling.at_once(chunk, originals[0], n)
+        at_once = sampling.at_once(chunk, begun, n)
         runs = -(-n // at_once)
         callbacks = sampling.progress(runs * len(originals))
         found: list[list[Candidate]] = []
-        for i, latent in enumerate(originals):
+        for i, (alone, latent) in enumerate(originals):
             own = seeds[i * n : (i + 1) * n]
             chunks = [own[start : start + at_once] for start in range(0, n, at_once)]
-            found.append(search(latent, chunks, map(callbacks, range(i * runs, (i + 1) * runs))))
+            found.append(replace(search, sampling=alone)(latent, chunks, map(callbacks, range(i * runs, (i + 1) * runs))))
         kept = [(i, candidate) for i, candidates in enumerate(found) for candidate in candidates]
         return io.NodeOutput(
-            sampled(latent_image, [i for i, _ in kept], torch.cat([c.latent for _, c in kept]), [c.seed for _, c in kept]),
+            sampled(begun, [i for i, _ in kept], torch.cat([c.latent for _, c in kept]), [c.seed for _, c in kept]),
             torch.cat([candidate.pictures for _, candidate in kept]),
             [candidate.score for _, candidate in kept],
             [candidate.seed for _, candidate in kept],

@@ -10,19 +10,23 @@ from reward_guidance.tests.harness.inprocess import load_comfyui
 
 load_comfyui()
 
+import comfy.clip_vision
+import comfy.model_base
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
+from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.estimators import Settings, Smoothing
 from reward_guidance.guidance.particles import Population, Resampled
 from reward_guidance.guidance.process import Diffusion, Flow
 from reward_guidance.guidance.rewards import ImageStatistic
 from reward_guidance.nodes import selection
+from reward_guidance.nodes.conditioning import Row
 from reward_guidance.nodes.particles import SAMPLERS, FirstAnswered, ParticleSampler, Swarm
 from reward_guidance.nodes.runtime import LoadedReward, RewardBeside, RewardGuidance, as_many_as_fit
-from reward_guidance.nodes.sampling import SEEDS, Sampling, joined, rows, sampled
+from reward_guidance.nodes.sampling import SEEDS, Sampling, fitted, joined, rows, sampled
 from reward_guidance.tests.harness.environment import CHECKOUT
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
@@ -154,11 +158,97 @@ def test_rows_of_a_latent_stay_together():
     assert made["batch_index"] == [4, 4]
     assert "downscale_ratio_spacial" not in made
     assert joined([latent, latent])[SEEDS] == [1, 2, 3, 4] * 2
-    assert "batch_index" not in joined([latent, {"samples": latent["samples"]}])
+    alone = joined([latent, {"samples": latent["samples"]}])
+    assert alone["batch_index"] == [4, 5, 6, 7, 0, 1, 2, 3], "as LatentBatch counts those of which nothing is known"
+    assert SEEDS not in alone and "type" not in alone
+    assert joined([latent, latent])["type"] == "x"
     larger = {"samples": latent["samples"][:1], "noise_mask": torch.full((1, 1, 2, 2), 0.5)}
     together = joined([latent, {"samples": latent["samples"][:1]}, larger])
     assert together["noise_mask"].flatten().tolist() == [0, 1, 0, 1, 1, 0.5]
     assert rows(together, [5, 0])["noise_mask"].flatten().tolist() == [0.5, 0]
+
+
+PICTURES, VIDEOS = (2, 3, 4, 4), (2, 4, 3, 2, 2)
+MASKS = [
+    *((PICTURES, mask) for mask in [(4, 4), (8, 8), (2, 4, 4), (1, 1, 4, 4), (2, 1, 4, 4), (2, 3, 4, 4), (3, 1, 2, 2), (2, 1, 2, 4, 4)]),
+    *((VIDEOS, mask) for mask in [(2, 2), (3, 2, 2), (3, 1, 2, 2), (9, 1, 4, 4), (2, 1, 2, 2), (2, 1, 3, 2, 2), (1, 1, 3, 1, 1)]),
+    *((VIDEOS, mask) for mask in [(2, 4, 3, 4, 4), (3, 1, 3, 2, 2), (2, 1, 5, 2, 2)]),
+]
+"""Latents of 48 numbers, and the masks that a stock KSampler takes beside them."""
+
+
+def masked(latents, mask):
+    """A model of such latents, and a LATENT of them with such a soft mask."""
+    model, draw = model_of(CLOUD, True), torch.Generator().manual_seed(3)
+    model.model.latent_format.latent_channels, model.model.latent_format.latent_dimensions = latents[1], len(latents) - 2
+    return model, {"samples": torch.randn(latents, generator=draw), "noise_mask": torch.rand(mask, generator=draw)}
+
+
+def together(model, latent, seeds, positive=CONDITION):
+    """A whole batch by a stock KSampler, but that each sample begins with the noise of its own seed."""
+    noise = torch.cat([comfy.sample.prepare_noise(latent["samples"][:1], seed) for seed in seeds])
+    arguments = (STEPS, 1.0, "euler", "simple", positive, CONDITION, latent["samples"])
+    return comfy.sample.sample(model, noise, *arguments, seed=seeds[0], disable_pbar=True, noise_mask=latent["noise_mask"])
+
+
+@pytest.mark.parametrize(("shape", "mask"), MASKS)
+def test_every_sample_keeps_its_own_mask(shape, mask):
+    model, latent = masked(shape, mask)
+    expected, run = together(model, latent, [5, 6]), sampling(model, "euler")
+    alone = [own(one, [seed], ignore) for (own, one), seed in zip(run.each(fitted(model, latent)), [5, 6], strict=True)]
+    assert (torch.cat(alone) - expected).abs().max() < 1e-5
+    assert (torch.cat([run(rows(latent, [i]), [5 + i], ignore) for i in range(2)]) - expected).abs().max() < 1e-5
+    twins = torch.cat([own(one, [seed, seed], ignore)[1:] for (own, one), seed in zip(run.each(fitted(model, latent)), [5, 6], strict=True)])
+    assert (twins - expected).abs().max() < 1e-5, "sampled together with another seed"
+
+
+@pytest.mark.parametrize(("shape", "mask"), MASKS)
+@pytest.mark.parametrize("other", [None, (1, 1, 6, 6)], ids=["without a mask", "of another size"])
+def test_masks_stay_with_samples_that_are_joined(shape, mask, other):
+    model, latent = masked(shape, mask)
+    second = {"samples": latent["samples"] + 1} | ({"noise_mask": torch.full(other, 0.25)} if other else {})
+    both, run = joined([latent, second]), sampling(model, "euler")
+    expected = together(model, latent, [5, 6])
+    whole = together(model, second | {"noise_mask": second.get("noise_mask", torch.ones(1, *shape[1:]))}, [7, 8])
+    made = torch.cat([run(rows(both, [i]), [5 + i], ignore) for i in range(4)])
+    assert (made - torch.cat([expected, whole])).abs().max() < 1e-5
+
+
+def test_a_batch_of_pictures_for_a_model_of_videos():
+    """It reads their masks as the frames of one video."""
+    model, latent = masked((2, 48, 1, 1, 1), (2, 1, 1, 1))
+    latent["samples"] = latent["samples"].squeeze(2)
+    expected = together(model, latent | {"samples": latent["samples"].unsqueeze(2)}, [5, 6])
+    run = sampling(model, "euler")
+    alone = [own(one, [seed], ignore) for (own, one), seed in zip(run.each(fitted(model, latent)), [5, 6], strict=True)]
+    assert (torch.cat(alone) - expected).abs().max() < 1e-5
+
+
+def test_conditionings_have_one_row_for_each_sample():
+    """Repeated or picked as ComfyUI does it for a batch of 4 latents with frames."""
+    numbers = lambda count, *shape: torch.arange(float(count)).view(-1, *[1] * len(shape)).expand(count, *shape)  # noqa: E731
+    vision = comfy.clip_vision.Output()
+    vision["image_embeds"], vision["image_sizes"] = numbers(4, 2), [(3, 224, 224)] * 4
+    options = {
+        "pooled_output": numbers(1, 2), "mask": numbers(3, 2, 2), "concat_latent_image": numbers(3, 2, 1, 2, 2), "guidance": 3.5,
+        "reference_latents": [numbers(4, 2, 2, 2), numbers(1, 2, 2, 2)], "clip_vision_output": vision, "pooled": None,
+    }  # fmt: skip
+    [[tokens, taken]] = Row(3, 4, 5)([[numbers(2, 5, 7), options]])
+    first = lambda tensor: tensor.flatten(1)[:, 0].tolist()  # noqa: E731
+    assert first(tokens) == [1]
+    assert first(taken["concat_latent_image"]) == [2]
+    assert [first(each) for each in taken["reference_latents"]] == [[3], [0]]
+    assert first(taken["clip_vision_output"].image_embeds) == [3] and len(vision.image_embeds) == 4
+    assert first(taken["mask"]) == [0, 1, 2], "the frames of one mask"
+    assert first(Row(1, 4, 4)([[None, options]])[0][1]["mask"]) == [1], "a mask for each picture"
+    assert (taken["guidance"], taken["pooled"], len(taken["pooled_output"])) == (3.5, None, 1)
+
+
+def test_the_frames_of_one_video_are_not_sampled_one_by_one():
+    model, latent = masked(PICTURES, (4, 4))
+    model.model.__class__ = type("Video", (comfy.model_base.SVD_img2vid,), {"__init__": ignore})
+    with pytest.raises(GuidanceError, match="holds the frames of one video"):
+        sampling(model, "euler").each(latent)
 
 
 def particle_run(model, sampler, n, seed=0, groups=1, every=2, reward=ring_reward, threshold=0.5, temperature=1.0, report=ignore, steps=STEPS):

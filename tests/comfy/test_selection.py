@@ -228,6 +228,55 @@ def test_particles_keep_what_the_mask_keeps(bench):
     assert distance(made[..., :4], begun[..., :4]) > 1e-2
 
 
+def with_mask(guide, shape):
+    """Samples a latent with a soft noise mask of this shape, in part."""
+
+    def build(graph, inputs):
+        masked = graph.add("mask", "ProbeNoiseMask", latent=inputs["latent_image"], shape=",".join(map(str, shape)))
+        return guide(graph, inputs | {"latent_image": masked, "denoise": 0.7})
+
+    return build
+
+
+@pytest.mark.parametrize("guide", [best_of, particles], ids=["best of n", "particles"])
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [
+        ("sd15", (64, 64)), ("sd15", (1, 4, 8, 8)), ("flux", (2, 64, 64)), ("flux", (1, 16, 64, 64)),
+        ("wan", (64, 64)), ("wan", (2, 1, 8, 8)), ("wan", (5, 1, 64, 64)), ("wan", (1, 1, 2, 1, 1)), ("wan", (1, 16, 2, 8, 8)),
+    ],
+)  # fmt: skip
+def test_one_candidate_keeps_what_a_stock_ksampler_keeps(bench, family, shape, guide):
+    options = {"family": family, "n": 1} if guide is best_of else {"particles": 1}
+    seed = next(SEEDS)
+    made, expected = (
+        bench.sample(family, with_mask(way, shape), seed=seed, sampler_name="euler_ancestral", steps=3) for way in (guide(**options), stock)
+    )
+    assert distance(made, expected) == 0
+
+
+def test_conditionings_of_a_batch_stay_with_their_latents(bench):
+    """Each latent has a ControlNet's picture of its own, also where several seeds of it are sampled together."""
+
+    def controlled(guide, *colours):
+        def build(graph, inputs):
+            control = graph.add("control", "ControlNetLoader", control_net_name="control_v11p_sd15_canny.pth")
+            conditions = {name: inputs[name] for name in ("positive", "negative")}
+            graph.add("controlled", "ControlNetApplyAdvanced", control_net=control, image=pictures(graph, colours), strength=1.0, **conditions)
+            return guide(graph, inputs | {"positive": ["controlled", 0], "negative": ["controlled", 1]})
+
+        return build
+
+    red, blue, seed = 0xFF0000, 0x0000FF, next(SEEDS)
+    for chunk in (1, 2):
+        guide = best_of("sd15", n=2, keep=2, chunk=chunk)
+        result, kept = chosen(bench, "sd15", controlled(guide, red, blue), seed=seed, batch=2)
+        hints = [red, red, blue, blue]
+        alone = [bench.sample("sd15", controlled(stock, hint), seed=own) for hint, own in zip(hints, numbers(result, "seeds"), strict=True)]
+        assert distance(kept, torch.cat(alone)) < (1e-3 if chunk > 1 else 1e-6)
+    assert distance(alone[0], bench.sample("sd15", controlled(stock, blue), seed=numbers(result, "seeds")[0])) > 1e-2
+
+
 def test_the_last_seed_is_followed_by_the_first(bench):
     result, _ = chosen(bench, guide=best_of(n=3, keep=3), seed=2**64 - 2)
     assert sorted(numbers(result, "seeds")) == [0, 2**64 - 2, 2**64 - 1]

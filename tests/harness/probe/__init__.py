@@ -102,6 +102,24 @@ class ProbeEmptyBatch(io.ComfyNode):
         return io.NodeOutput(torch.empty(0, 64, 64, 3), {"samples": torch.empty(0, 16, 8, 8)}, [])
 
 
+class ProbeNoiseMask(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ProbeNoiseMask",
+            category="probe",
+            description="Gives a latent that is not empty a soft noise mask of any shape.",
+            inputs=[io.Latent.Input("latent"), io.String.Input("shape"), io.Int.Input("seed", default=0)],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, latent, shape: str, seed: int) -> io.NodeOutput:
+        draw = torch.Generator().manual_seed(seed)
+        samples = torch.randn(latent["samples"].shape, generator=draw)
+        return io.NodeOutput({**latent, "samples": samples, "noise_mask": torch.rand([int(n) for n in shape.split(",")], generator=draw)})
+
+
 class ProbeList(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -136,7 +154,7 @@ class ProbeName(io.ComfyNode):
 
 class Probe(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ProbeModelCalls, ProbeBrokenReward, ProbeNumbers, ProbeEmptyBatch, ProbeList, ProbeName]
+        return [ProbeModelCalls, ProbeBrokenReward, ProbeNumbers, ProbeEmptyBatch, ProbeNoiseMask, ProbeList, ProbeName]
 
 
 async def comfy_entrypoint() -> Probe:
