@@ -20,7 +20,7 @@ from ..guidance.samples import SHARD, Collection, Description
 from .decoders import check_belongs
 from .guidance import sampler_inputs
 from .node import Node
-from .rewards import REWARD
+from .rewards import REWARD, left_out
 from .runtime import LoadedReward, base_of, name_of, require_unguided
 from .sampling import samples_of
 from .studio import Collector, Studio, parts_of
@@ -215,7 +215,7 @@ class CollectData(Node):
         collection = Collection.create(folder_named(folder), description, studio.text)
         collect(cls.hidden.unique_id, studio, collection, count, keep_images)
         _collected[cls.hidden.unique_id] = collection, count
-        report = overview(collection)
+        report = "\n".join([overview(collection), *remarks_on(told, reward)])
         return io.NodeOutput(GuidanceData(collection, studio), report, ui=ui.PreviewText(report))
 
     @classmethod
@@ -247,6 +247,13 @@ def collect(node: str, studio: Studio, collection: Collection, count: int, keep_
     except comfy.model_management.InterruptProcessingException:
         say("are on disk; queue again to go on")
         raise
+
+
+def remarks_on(prompts: tuple[str, ...], reward: LoadedReward) -> list[str]:
+    """Of how many prompts the reward leaves out ComfyUI's syntax, and what it reads of the first of them."""
+    found = [said for prompt in prompts if (said := left_out(prompt, [part for part, _ in parts_of(reward.reward)]))]
+    count = f"The reward does not read ComfyUI's syntax in {len(found)} of {len(prompts)} prompts. For example:"
+    return [count, *found[0]] if found else []
 
 
 class LoadData(Node):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Row:
-    """Takes out of conditionings what a stock sampler shows the model with one sample of a batch: one row of all that has several."""
+    """Takes the part of a conditioning that a stock sampler shows the model with one sample of a batch."""
 
     index: int
     samples: int
@@ -24,7 +24,10 @@ class Row:
 
     def __call__(self, conditioning: list) -> list:
         """A CONDITIONING, of one sample."""
-        return [[self.of(tokens), {name: self.entry(name, value) for name, value in options.items()}] for tokens, options in conditioning]
+        return [
+            [self.of(tokens), {name: self.entry(name, value) for name, value in options.items()}]
+            for tokens, options in conditioning
+        ]
 
     def of(self, value: Any) -> Any:
         """ComfyUI repeats or cuts tensors that have more or fewer rows than there are samples."""
@@ -33,9 +36,13 @@ class Row:
         return comfy.utils.repeat_to_batch_size(value, self.samples)[self.index : self.index + 1]
 
     def entry(self, name: str, value: Any) -> Any:
-        if name == "mask" and isinstance(value, Tensor) and value.ndim < self.dimensions - 1:  # its first dimension is not the batch
+        if (
+            name == "mask" and isinstance(value, Tensor) and value.ndim < self.dimensions - 1
+        ):  # its first dimension is not the batch
             return value
-        if name.startswith("concat_") and isinstance(value, Tensor):  # ComfyUI picks rows of these instead of repeating them
+        if name.startswith("concat_") and isinstance(
+            value, Tensor
+        ):  # ComfyUI picks rows of these instead of repeating them
             return self.of(comfy.utils.resize_to_batch_size(value, self.samples))
         if isinstance(value, list):
             return [self.of(each) for each in value]

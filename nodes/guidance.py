@@ -13,7 +13,7 @@ from ..guidance.estimators import ESTIMATORS, Settings, Smoothing
 from .decoders import DECODERS, make_decoder
 from .node import Node
 from .reporting import Reporter
-from .rewards import REWARD
+from .rewards import REWARD, remarks
 from .runtime import LatentReward, LoadedReward, RewardGuidance
 
 CATEGORY = "reward guidance"
@@ -216,6 +216,8 @@ def guide(hidden, model, reward: LoadedReward | None, prompt: str, strength: flo
     logging.info(f"Reward guidance decodes by {decoder.name}.")
     reporter = Reporter(hidden, decoder=decoder.name)
     held_out = tuning.get("held_out")
+    for remark in remarks(prompt, reward, held_out):
+        logging.info(remark)
     guidance = RewardGuidance(
         reward=LatentReward(reward, decoder, prompt, tuning["frames"]),
         estimator=tuning["estimator"],

@@ -304,7 +304,8 @@ class ParticlesKSampler(Node):
                 looks.append(replace(look, step=done * look.steps + look.step, steps=len(originals) * look.steps))
                 reporter(looks[-1])
 
-            samples, rewards = replace(swarm, sampling=alone)(latent, seeds[i * particles : (i + 1) * particles], callbacks(i), report)
+            own = seeds[i * particles : (i + 1) * particles]
+            samples, rewards = replace(swarm, sampling=alone)(latent, own, callbacks(i), report)
             kept.append(samples)
             scores += rewards
             origins += [i] * len(rewards)

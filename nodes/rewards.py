@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 
@@ -30,6 +31,7 @@ from ..guidance.rewards import (
 )
 from ..guidance.rewards.published import advice, published
 from .node import Node
+from .prompts import leaves_open, plain
 from .runtime import LoadedReward, manage_reward, normal_weights, precision
 from .watching import ReadFiles
 
@@ -293,10 +295,23 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def remarks(prompt: str, *judges: LoadedReward | None) -> list[str]:
-    """What rewards, and the parts of combinations, do not see of a prompt that is too long: a sentence each."""
+    """What rewards and the parts of combinations read in place of the prompt, and do not see of one that is too long."""
     rewards = [part for judge in judges if judge for part in parts_of(judge.reward)]
-    ends = {reward.name: shorten(end, 100, placeholder=" ...") for reward in rewards if (end := reward.unread(prompt))}
-    return [f"{name} reads only the beginning of the prompt; it does not see: {end}" for name, end in ends.items()]
+    unread = {reward.name: reward.unread(plain(prompt)) for reward in rewards}
+    ends = {name: shorten(end, 100, placeholder=" ...") for name, end in unread.items() if end}
+    cut = [f"{name} reads only the beginning of the prompt; it does not see: {end}" for name, end in ends.items()]
+    return left_out(prompt, rewards) + cut
+
+
+def left_out(prompt: str, rewards: Sequence[Reward]) -> list[str]:
+    """What is read of a prompt with ComfyUI's syntax, where any of these rewards needs a prompt."""
+    read = plain(prompt)
+    if read == prompt or not any(reward.needs_prompt for reward in rewards):
+        return []
+    said = [f"The reward reads {shorten(read, 200, placeholder=' ...')!r}."]
+    if leaves_open(prompt):
+        said.append("Of a choice {a|b} in the prompt it reads the first: it cannot know which was drawn for the picture.")
+    return said
 
 
 def score_images(images: Tensor, loaded: LoadedReward, prompt: str) -> Tensor:
@@ -307,10 +322,10 @@ def score_images(images: Tensor, loaded: LoadedReward, prompt: str) -> Tensor:
 def score_parts(images: Tensor, loaded: LoadedReward, prompt: str) -> list[tuple[Reward, Tensor]]:
     """The reward with its raw scores (B,) on the CPU, and after it the parts of a combination with theirs. The same pictures, which ComfyUI
     keeps for its next run, are not scored again."""
-    known = loaded.scored.setdefault(images, {})
-    if prompt not in known:
-        known[prompt] = _score_parts(images, loaded, prompt)
-    return known[prompt]
+    known, read = loaded.scored.setdefault(images, {}), plain(prompt)
+    if read not in known:
+        known[read] = _score_parts(images, loaded, read)
+    return known[read]
 
 
 def _score_parts(images: Tensor, loaded: LoadedReward, prompt: str) -> list[tuple[Reward, Tensor]]:

@@ -33,6 +33,7 @@ from ..guidance.process import Diffusion, Flow, Process, column
 from ..guidance.randomness import generator
 from ..guidance.rewards import Reward, RewardError, evaluate, judge, require_prompt
 from .decoders import Decoder
+from .prompts import plain
 
 _serial = count()
 GRADIENT_KEY = "reward_guidance.gradient."
@@ -243,7 +244,7 @@ class LatentReward:
     """
 
     def __init__(self, loaded: LoadedReward, decoder: Decoder, prompt: str, frames: int = 3):
-        require_prompt(loaded.reward, [prompt])
+        require_prompt(loaded.reward, [plain(prompt)])
         if frames < 1:
             raise GuidanceError(f"At least 1 frame of a video must be scored, not {frames}.")
         self.loaded = loaded
@@ -265,7 +266,8 @@ class LatentReward:
         comfy.model_management.throw_exception_if_processing_interrupted()
         pictures = self.pictures(latents)
         pixels = self.decoder.pixels(pictures)
-        told = prompts if len(prompts) == 1 else [prompt for prompt in prompts for _ in range(len(pictures) // len(latents))]
+        frames = 1 if len(prompts) == 1 else len(pictures) // len(latents)
+        told = [plain(prompt) for prompt in prompts for _ in range(frames)]
         try:
             scores = by(self.loaded.reward, pixels, told)
         except RewardError:

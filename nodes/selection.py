@@ -1,5 +1,6 @@
 """Nodes that choose among samples by their rewards."""
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from textwrap import shorten
@@ -17,10 +18,13 @@ from .decoders import check_belongs, decodable, same_draws
 from .guidance import HIDDEN, held_out_input, sampler_inputs
 from .metadata import note, takers
 from .node import Node
+from .prompts import plain
 from .reporting import Reporter
 from .rewards import REWARD, remarks, score_images
 from .runtime import LoadedReward, Progress
 from .sampling import SEEDS, Callback, Sampling, fitted, joined, rows, sampled, seeds_from
+
+log = logging.getLogger(__name__)
 
 CATEGORY = "reward guidance/selection"
 UNKNOWN_SEED = -1
@@ -163,6 +167,8 @@ def scored(batches: list[Tensor] | None, reward: list[LoadedReward] | None, prom
         raise GuidanceError("Select Best has nothing to score: connect images, or latents and their vae, or scores.")
     if reward is None:
         raise GuidanceError("Select Best has nothing to choose by: connect a reward or scores.")
+    for remark in dict.fromkeys(remark for prompt in prompts for remark in remarks(prompt, reward[0])):
+        log.info(remark)
     paired = [(clips, prompts[min(i, len(prompts) - 1)]) for i, clips in enumerate(batches)]
     return torch.cat([score(clips, reward[0], prompt) for clips, prompt in paired])
 
@@ -329,7 +335,7 @@ class BestOfN(Node):
         held_out: LoadedReward | None = None,
     ) -> io.NodeOutput:
         for judge in filter(None, (reward, held_out)):
-            require_prompt(judge.reward, [prompt])
+            require_prompt(judge.reward, [plain(prompt)])
         check_belongs(vae, model.get_model_object("latent_format"))
         begun = fitted(model, latent_image)
         sampling = Sampling(model, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
@@ -349,7 +355,8 @@ class BestOfN(Node):
         for i, (alone, latent) in enumerate(originals):
             own = seeds[i * n : (i + 1) * n]
             chunks = [own[start : start + at_once] for start in range(0, n, at_once)]
-            found.append(replace(search, sampling=alone)(latent, chunks, map(callbacks, range(i * runs, (i + 1) * runs))))
+            turns = map(callbacks, range(i * runs, (i + 1) * runs))
+            found.append(replace(search, sampling=alone)(latent, chunks, turns))
         kept = [(i, candidate) for i, candidates in enumerate(found) for candidate in candidates]
         return io.NodeOutput(
             sampled(begun, [i for i, _ in kept], torch.cat([c.latent for _, c in kept]), [c.seed for _, c in kept]),

@@ -675,6 +675,17 @@ def test_a_finished_training_is_not_repeated(bench):
     assert [bool(bench.queue(prompt).check().of("reward_guidance.step")) for _ in range(2)] == [True, False]
 
 
+def test_rewards_read_plain_prompts_which_are_kept_as_they_are_typed(bench, data_folder, clip_reward):
+    typed = {"plain": "a red circle", "weighted": "a (red:1.0) circle <lora:none:1>"}
+    options = {"reward": clip_reward, "target": "noise", "count": 2, "batch": 2}
+    reports = {name: report(collect(bench, "flux", name, prompts=text, **options).check()) for name, text in typed.items()}
+    assert reports["weighted"][-2:] == [
+        "The reward does not read ComfyUI's syntax in 1 of 1 prompts. For example:", "The reward reads 'a red circle'."
+    ]  # fmt: skip
+    assert not any("The reward reads" in line for line in reports["plain"])
+    assert [Collection.open(data_folder(name)).description.prompts for name in typed] == [(text,) for text in typed.values()]
+
+
 def test_an_empty_batch_has_no_size_to_collect(refused):
     def empty(graph, *given, **options):
         data = collected(graph, *given, **options)
