@@ -135,18 +135,21 @@ class CollectData(Node):
                     default=1024,
                     min=1,
                     max=10_000_000,
+                    optional=True,
                     tooltip=f"Samples in all, kept {SHARD} to a file. 500 to 20,000: more follow the reward more closely. On disk each takes 0.3 MB "
                     "(SD1.5 at 512 pixels) to 4.7 MB (Flux at 1024).",
                 ),
                 io.Combo.Input(
                     "target",
                     options=["data", "noise"],
+                    optional=True,
                     tooltip="data: for models that take several steps. noise: for one-step generators such as SD-Turbo, whose first noise is "
                     "what will be chosen; set steps and cfg as you use them.",
                 ),
                 io.String.Input(
                     "folder",
                     default="guidance",
+                    optional=True,
                     tooltip=f"Where in output/{FOLDER} the samples go: a folder of its own for each model and way of sampling.",
                 ),
                 io.Int.Input(
@@ -154,11 +157,18 @@ class CollectData(Node):
                     default=8,
                     min=1,
                     max=1000,
+                    optional=True,
                     tooltip="data: noise levels at which the model is asked about each sample. More teach more from a sample; each costs a "
                     "model call and disk space. 4 to 16.",
                     **rare,
                 ),
-                io.Boolean.Input("keep_images", default=False, tooltip="Also keep every new picture, as PNG in the subfolder images.", **rare),
+                io.Boolean.Input(
+                    "keep_images",
+                    default=False,
+                    optional=True,
+                    tooltip="Also keep every new picture, as PNG in the subfolder images.",
+                    **rare,
+                ),
             ],
             outputs=[
                 DATA.Output(display_name="data", tooltip="For Train Guidance Network."),

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import comfy.samplers
 from comfy_api.v0_0_2 import io
@@ -69,6 +70,7 @@ def reward_inputs() -> list[io.Input]:
             "prompt",
             multiline=True,
             default="",
+            optional=True,
             tooltip="The prompt, for rewards that compare the picture with it. Write the same text as in the positive prompt.",
         ),
         io.Float.Input(
@@ -77,6 +79,7 @@ def reward_inputs() -> list[io.Input]:
             min=0.0,
             max=20.0,
             step=0.05,
+            optional=True,
             tooltip="How closely to follow the reward. 0 is off, 1 the reward-weighted distribution; lower it when pictures look overdone. 0.3 to 2.",
         ),
     ]
@@ -93,7 +96,7 @@ def held_out_input() -> io.Input:
 
 def judging_inputs() -> list[io.Input]:
     """How a reward sees estimates on the way, and what judges them beside it."""
-    rare = {"advanced": True}
+    rare = dict[str, Any](advanced=True, optional=True)
     return [
         io.Combo.Input(
             "decoder",
@@ -117,7 +120,7 @@ def judging_inputs() -> list[io.Input]:
 
 def interval_inputs(what: str, ends: str) -> list[io.Input]:
     """Where on the way something acts; `ends` says where it may well end."""
-    common = {"min": 0.0, "max": 1.0, "step": 0.01, "advanced": True}
+    common = {"min": 0.0, "max": 1.0, "step": 0.01, "advanced": True, "optional": True}
     way = "on the way from noise (0) to the picture (1)"
     start = f"Where {what} starts, {way}. Later leaves the composition to the model. 0 to 0.3."
     end = f"Where {what} ends, {way}. Earlier leaves the finish to the model, which keeps artefacts out. {ends}."
@@ -128,7 +131,7 @@ def interval_inputs(what: str, ends: str) -> list[io.Input]:
 
 
 def tuning_inputs() -> list[io.Input]:
-    rare = {"advanced": True}
+    rare = dict[str, Any](advanced=True, optional=True)
     return [
         io.Float.Input(
             "temperature",

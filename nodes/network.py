@@ -39,6 +39,7 @@ def strength_input(beyond: str = GUIDES) -> io.Input:
         min=0.0,
         max=20.0,
         step=0.05,
+        optional=True,
         tooltip=f"How closely to follow what the network learned. 0 is off, 1 the temperature it was trained at, {beyond}.",
     )
 
@@ -49,6 +50,7 @@ def noise_steps_input(name: str = "noise_steps", **options) -> io.Input:
         default=4,
         min=1,
         max=1000,
+        optional=True,
         tooltip="For networks that tilt noise: calls of the small network before the model is asked. More are more exact; 4 to 16.",
         **options,
     )
@@ -111,6 +113,7 @@ class SaveNetwork(Node):
                 io.String.Input(
                     "filename_prefix",
                     default="guidance",
+                    optional=True,
                     tooltip="How the file is called, before its number; it may begin with subfolders: styles/blue becomes styles/blue_00001_.",
                 ),
             ],

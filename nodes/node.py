@@ -11,7 +11,11 @@ from ..guidance.errors import GuidanceError, quoted
 
 
 class Node(io.ComfyNode):
-    """A node that checks numbers and texts against its own schema before it runs.
+    """A node that fills in the defaults of its own schema, and checks numbers and texts against it, before it runs.
+
+    An optional widget that a prompt leaves out has its default, so that prompts saved before there was such an input still run.
+    ComfyUI lists optional inputs after the required ones, and saved workflows keep the values of widgets by their order: no
+    required widget may follow an optional one.
 
     ComfyUI compares numbers with their limits where they are typed in, which NaN passes, and checks nothing that comes over a link.
     """
@@ -20,15 +24,16 @@ class Node(io.ComfyNode):
         super().__init_subclass__(**options)
         execute = vars(cls).get("execute")
         if execute is not None and not hasattr(execute.__func__, "__wrapped__"):  # ComfyUI makes copies of a class, which have it already
-            cls.execute = classmethod(checked(execute.__func__))
+            cls.execute = classmethod(prepared(execute.__func__))
 
 
-def checked(execute: Callable) -> Callable:
-    """The same function of a node, which first raises GuidanceError for an input that does not fit the schema."""
+def prepared(execute: Callable) -> Callable:
+    """The same function of a node with every default, which first raises GuidanceError for an input that does not fit."""
 
     @functools.wraps(execute)
     def run(cls, *args, **inputs):
         schema = cls.SCHEMA or cls.GET_SCHEMA()
+        inputs = defaults(schema) | inputs
         for entry in schema.inputs:
             if entry.id in inputs:
                 for value in inputs[entry.id] if schema.is_input_list else [inputs[entry.id]]:
@@ -36,6 +41,17 @@ def checked(execute: Callable) -> Callable:
         return execute(cls, *args, **inputs)
 
     return run
+
+
+def defaults(schema: io.Schema) -> dict[str, Any]:
+    """The values that the page gives to optional widgets: the first option where a choice names no default."""
+    found = {}
+    for entry in schema.inputs:
+        if entry.optional and isinstance(entry, io.WidgetInput) and not entry.force_input:
+            first = entry.default is None and isinstance(entry, io.Combo.Input)
+            value = entry.options[0] if first else entry.default
+            found[entry.id] = [value] if schema.is_input_list else value
+    return found
 
 
 def require_fitting(entry: io.Input, value: Any) -> None:

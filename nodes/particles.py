@@ -170,7 +170,7 @@ def require_noise(sampler_name: str) -> None:
 class ParticlesKSampler(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        rare = {"advanced": True}
+        rare = dict[str, Any](advanced=True, optional=True)
         return io.Schema(
             node_id="RewardGuidanceKSamplerParticles",
             display_name="KSampler (Reward Particles)",
@@ -193,6 +193,7 @@ class ParticlesKSampler(Node):
                     "prompt",
                     multiline=True,
                     default="",
+                    optional=True,
                     tooltip="The prompt, for rewards that compare the picture with it. Write the same text as in the positive prompt.",
                 ),
                 io.Int.Input(
@@ -200,6 +201,7 @@ class ParticlesKSampler(Node):
                     default=4,
                     min=1,
                     max=4096,
+                    optional=True,
                     tooltip="Particles for each latent of the batch: more follow the reward more exactly, and take so many times as long. 4 to 16; "
                     "1 is the stock KSampler.",
                 ),

@@ -133,7 +133,7 @@ class LoadReward(Node):
         )
 
     @classmethod
-    def execute(cls, reward_name: str, dtype: str = AUTO, clip_kind: str = AUTO, image_tower: str = AUTO, text_tower: str = AUTO) -> io.NodeOutput:
+    def execute(cls, reward_name: str, dtype: str, clip_kind: str, image_tower: str, text_tower: str) -> io.NodeOutput:
         options = LoadOptions(
             image_folders=_folders(IMAGE_TOWERS) + _folders(FOLDER),
             text_folders=_folders(TEXT_TOWERS),
@@ -187,8 +187,18 @@ class ImageStatisticReward(Node):
                     options=["colour", "colour of every pixel", *STATISTICS],
                     tooltip="What to raise. 'colour' pulls the mean colour toward the target and leaves the composition free.",
                 ),
-                io.Color.Input("colour", default="#3366cc", tooltip="The target of the two colour statistics; the others ignore it."),
-                io.Boolean.Input("lower", default=False, tooltip="Lower the statistic instead: darker, flatter, greyer, softer, another colour."),
+                io.Color.Input(
+                    "colour",
+                    default="#3366cc",
+                    optional=True,
+                    tooltip="The target of the two colour statistics; the others ignore it.",
+                ),
+                io.Boolean.Input(
+                    "lower",
+                    default=False,
+                    optional=True,
+                    tooltip="Lower the statistic instead: darker, flatter, greyer, softer, another colour.",
+                ),
             ],
             outputs=[REWARD.Output(display_name="reward", tooltip="For guidance, scoring and choosing.")],
         )
@@ -254,6 +264,7 @@ class CombineRewards(Node):
                     min=-10.0,
                     max=10.0,
                     step=0.05,
+                    optional=True,
                     tooltip="Its share of the sum beside the other weights: 0.2 to 2. Negative weights punish, 0 leaves it out.",
                 ),
             )

@@ -44,7 +44,13 @@ class ScoreImages(Node):
             inputs=[
                 io.Image.Input("images", tooltip="A batch of pictures; each gets its own score."),
                 REWARD.Input("reward", tooltip="What to score by. Of a combination, the report shows every part."),
-                io.String.Input("prompt", multiline=True, default="", tooltip="The prompt of the pictures, for rewards that compare with one."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    tooltip="The prompt of the pictures, for rewards that compare with one.",
+                ),
             ],
             outputs=[
                 io.Float.Output(display_name="scores", is_output_list=True, tooltip="Raw scores, one for each picture."),

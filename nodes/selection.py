@@ -77,19 +77,34 @@ class SelectBest(Node):
                     tooltip="In place of a reward: a number for each candidate, higher is better, such as Score Images gives.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes latents to score where no pictures are connected."),
-                io.String.Input("prompt", multiline=True, default="", tooltip="The prompt of the pictures, for rewards that compare with one."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    tooltip="The prompt of the pictures, for rewards that compare with one.",
+                ),
                 io.Combo.Input(
                     "choose",
                     options=["best", "above threshold"],
+                    optional=True,
                     tooltip="best: the highest scores, as many as keep says. above threshold: all whose score is at least the threshold.",
                 ),
-                io.Int.Input("keep", default=1, min=1, max=4096, tooltip="best: how many candidates to keep, 1 to 8. Of fewer, all are kept."),
+                io.Int.Input(
+                    "keep",
+                    default=1,
+                    min=1,
+                    max=4096,
+                    optional=True,
+                    tooltip="best: how many candidates to keep, 1 to 8. Of fewer, all are kept.",
+                ),
                 io.Float.Input(
                     "threshold",
                     default=0.0,
                     min=-1e6,
                     max=1e6,
                     step=0.05,
+                    optional=True,
                     tooltip="above threshold: the lowest score to keep, in units of the reward's typical spread (0 to 2), or of the scores given.",
                 ),
             ],
@@ -257,6 +272,7 @@ class Search:
 class BestOfN(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        rare = dict[str, Any](advanced=True, optional=True)
         return io.Schema(
             node_id="RewardGuidanceKSamplerBestOfN",
             display_name="KSampler (Best of N)",
@@ -272,6 +288,7 @@ class BestOfN(Node):
                     "prompt",
                     multiline=True,
                     default="",
+                    optional=True,
                     tooltip="The prompt, for rewards that compare the picture with it. Write the same text as in the positive prompt.",
                 ),
                 io.Int.Input(
@@ -279,9 +296,10 @@ class BestOfN(Node):
                     default=4,
                     min=1,
                     max=4096,
+                    optional=True,
                     tooltip="Candidates for each latent of the batch: the best of more is better, and sampling takes n times as long. 2 to 16.",
                 ),
-                io.Int.Input("keep", default=1, min=1, max=4096, tooltip="How many of them to keep, best first. 1 to 4.", advanced=True),
+                io.Int.Input("keep", default=1, min=1, max=4096, tooltip="How many of them to keep, best first. 1 to 4.", **rare),
                 io.Float.Input(
                     "stop_above",
                     default=100.0,
@@ -289,7 +307,7 @@ class BestOfN(Node):
                     max=100.0,
                     step=0.05,
                     tooltip="Stop early once enough candidates are this good, in units of the reward's typical spread. 1 to 3; 100 never stops.",
-                    advanced=True,
+                    **rare,
                 ),
                 io.Int.Input(
                     "chunk",
@@ -298,7 +316,7 @@ class BestOfN(Node):
                     max=4096,
                     tooltip="How many candidates to sample at once, 1 to 16; 0 takes as many as memory holds. With 1 a stock KSampler makes each "
                     "again from its seed, bit for bit; with more, to rounding, and guided ones only roughly.",
-                    advanced=True,
+                    **rare,
                 ),
                 held_out_input(),
             ],

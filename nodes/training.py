@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
+from typing import Any
 
 import comfy.model_management
 import comfy.samplers
@@ -199,7 +200,7 @@ def leave_off(fitting: Fitting, node: str) -> None:
 class TrainNetwork(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        plan, rare = Plan(), {"advanced": True}
+        plan, rare = Plan(), dict[str, Any](advanced=True, optional=True)
         return io.Schema(
             node_id="RewardGuidanceTrain",
             display_name="Train Guidance Network",
@@ -218,6 +219,7 @@ class TrainNetwork(Node):
                     step=0.05,
                     tooltip="β in exp(reward/β), in standard deviations of the reward among samples of one prompt. Lower values insist on the best "
                     "samples, so that fewer of them count: the report says how many. 0.3 to 2.",
+                    optional=True,
                 ),
                 io.Int.Input(
                     "steps",
@@ -225,12 +227,14 @@ class TrainNetwork(Node):
                     min=1,
                     max=10_000_000,
                     tooltip="Training steps: more learn more of many samples, and take longer. 1,000 to 20,000; the best network on the way is kept.",
+                    optional=True,
                 ),
                 io.Combo.Input(
                     "size",
                     options=list(WIDTHS),
                     default="medium",
                     tooltip="Of the network: about 2, 6 or 10 million parameters. Larger ones learn more from many samples, and cost more per step.",
+                    optional=True,
                 ),
                 io.Int.Input(
                     "seed",
@@ -239,6 +243,7 @@ class TrainNetwork(Node):
                     max=2**64 - 1,
                     control_after_generate=False,
                     tooltip="Of the first weights and of the order of the samples. A training goes on only with the seed that it began with.",
+                    optional=True,
                 ),
                 io.Combo.Input(
                     "objective",
