@@ -17,6 +17,7 @@ import folder_paths
 import torch
 from comfy.latent_formats import LatentFormat
 from comfy.ldm.modules.diffusionmodules.model import AttnBlock, ResnetBlock
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -286,10 +287,20 @@ def _affine(process_output) -> tuple[float, float]:
 def _private_copy(vae: comfy.sd.VAE) -> nn.Module:
     """Weights of our own: the VAE's may be partly offloaded or staged while gradients flow."""
     if vae.patcher.is_dynamic():
-        module = vae.patcher.clone(disable_dynamic=True).model
+        module = static_clone(vae.patcher, "The decoder vae", "another decoder").model
     else:
         module = copy.deepcopy(vae.first_stage_model)
     return module.eval().requires_grad_(False)
+
+
+def static_clone(patcher: ModelPatcher, what: str, instead: str) -> ModelPatcher:
+    """A clone that can be wholly on its device, for `what` takes a gradient through it; where that is impossible, `instead` is advised."""
+    if patcher.is_dynamic() and getattr(patcher, "cached_patcher_init", None) is None:
+        raise GuidanceError(
+            f"{what} takes a gradient through the whole model, and its loader cannot load it a second time for that: choose {instead}, load it by "
+            "a loader of ComfyUI's own, or start ComfyUI with --disable-dynamic-vram."
+        )
+    return patcher.clone(disable_dynamic=True)
 
 
 def checkpointed(module: nn.Module) -> nn.Module:

@@ -185,7 +185,7 @@ class GuidedNoise:
 
     def generate_noise(self, input_latent: dict) -> Tensor:
         noise = comfy.sample.prepare_noise(samples_of(input_latent), self.seed, input_latent.get("batch_index"))
-        return tilt(self.network, noise, self.conditioning, self.steps, self.strength)
+        return tilt(self.network, noise, self.conditioning, self.steps, self.strength, input_latent.get("noise_mask"))
 
 
 class Noise(Node):
@@ -222,7 +222,7 @@ def followed(
     if network.card.base.target == "data":
         return replace(sampling, model=NetworkGuidance(network, strength, start, end).attach(sampling.model))
     network.card.base.require(base_of(sampling.model, "noise", network.card.shape), "guidance network")
-    return replace(sampling, tilt=lambda noise: tilt(network, noise, sampling.positive, noise_steps, strength))
+    return replace(sampling, tilt=lambda noise, mask: tilt(network, noise, sampling.positive, noise_steps, strength, mask))
 
 
 class NetworkKSampler(Node):

@@ -32,7 +32,7 @@ from ..guidance.prior import tilted_noise
 from ..guidance.process import Diffusion, Flow, Process, column
 from ..guidance.randomness import generator
 from ..guidance.rewards import Reward, RewardError, evaluate, judge, require_prompt
-from .decoders import Decoder
+from .decoders import Decoder, static_clone
 from .prompts import plain
 
 _serial = count()
@@ -747,8 +747,11 @@ class NetworkGuidance(SamplerHooks):
             return form(self.loaded.network, process, answer, x.clone(), timestep.clone(), text, strength)
 
 
-def tilt(loaded: LoadedNetwork, noise: Tensor, conditioning: list, steps: int, strength: float) -> Tensor:
-    """Noise (B,...) -> noise from which a one-step generator makes pictures that are rewarded; on the device and in the dtype it came in."""
+def tilt(loaded: LoadedNetwork, noise: Tensor, conditioning: list, steps: int, strength: float, mask: Tensor | None = None) -> Tensor:
+    """Noise (B,...) -> noise from which a one-step generator makes pictures that are rewarded; on the device and in the dtype it came in.
+
+    mask: the noise mask of a LATENT; where it keeps the latent, the noise stays what it was.
+    """
     loaded.require("noise", "Apply Guidance Network")
     if noise.shape[1] != loaded.card.base.channels:
         raise GuidanceError(
@@ -759,7 +762,8 @@ def tilt(loaded: LoadedNetwork, noise: Tensor, conditioning: list, steps: int, s
     comfy.model_management.load_models_gpu([loaded.patcher])
     moved = noise.to(loaded.patcher.load_device, torch.float32)
     text = text_for(loaded, text_of_conditioning(conditioning), moved)
-    return tilted_noise(loaded.network, moved, text, steps, strength, loaded.card.form).to(noise)
+    tilted = tilted_noise(loaded.network, moved, text, steps, strength, loaded.card.form).to(noise)
+    return tilted if mask is None else torch.lerp(noise, tilted, comfy.utils.reshape_mask(mask, noise.shape).to(noise))
 
 
 @contextmanager
@@ -774,16 +778,6 @@ def as_nodes_run() -> Iterator[None]:
     """Inside, all is as ComfyUI runs its prompts."""
     with torch.inference_mode():
         yield
-
-
-def static_clone(model: comfy.model_patcher.ModelPatcher, what: str, instead: str) -> comfy.model_patcher.ModelPatcher:
-    """A clone that can be wholly on its device, for `what` takes a gradient through it; where that is impossible, `instead` is advised."""
-    if model.is_dynamic() and getattr(model, "cached_patcher_init", None) is None:
-        raise GuidanceError(
-            f"{what} needs the whole model on its device, and this model's loader cannot load it a second time for that: choose {instead}, load "
-            "the model by a loader of ComfyUI's own, or start ComfyUI with --disable-dynamic-vram."
-        )
-    return model.clone(disable_dynamic=True)
 
 
 @contextmanager

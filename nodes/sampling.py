@@ -142,8 +142,8 @@ class Sampling:
     positive: list
     negative: list
     denoise: float
-    tilt: Callable[[Tensor], Tensor] = lambda noise: noise
-    """What becomes of the noise before it is sampled from."""
+    tilt: Callable[[Tensor, Tensor | None], Tensor] = lambda noise, mask: noise
+    """Noise (N,...) and the noise mask of the latent -> the noise to begin with."""
 
     def each(self, latent: dict) -> list[tuple["Sampling", dict]]:
         """For each sample of a LATENT that fits the model: how to sample it as in the whole batch, and its own LATENT."""
@@ -170,7 +170,7 @@ class Sampling:
         noise = [comfy.sample.prepare_noise(start, seed, latent.get("batch_index")) for seed in seeds]
         return comfy.sample.sample_custom(
             self.model,
-            self.tilt(torch.cat(noise)),
+            self.tilt(torch.cat(noise), latent.get("noise_mask")),
             self.cfg,
             sampler,
             self.sigmas(),

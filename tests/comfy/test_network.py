@@ -208,6 +208,23 @@ def test_guided_noise_is_the_stock_noise_tilted():
     torch.testing.assert_close(alone, tilted[:1], atol=1e-3, rtol=0)  # four calls of a network that rounds otherwise in a batch
 
 
+def test_noise_stays_where_a_mask_keeps_the_latent():
+    model = model_of(CLOUD, True)
+    model.model.latent_format.latent_channels = 3
+    loaded, mask = network(model, "noise", channels=3), torch.tensor([[0.0, 0.0, 0.5, 1.0]]).expand(1, 4, 4)
+    latent = {"samples": torch.zeros(2, 3, 4, 4), "noise_mask": mask}
+    stock = comfy.sample.prepare_noise(latent["samples"], 9)
+    tilted = GuidedNoise(loaded, CONDITION, 9, 4, 1.0).generate_noise(latent)
+    everywhere = GuidedNoise(loaded, CONDITION, 9, 4, 1.0).generate_noise({"samples": latent["samples"]})
+    assert torch.equal(tilted[..., :2], stock[..., :2])
+    assert torch.equal(tilted[..., 3], everywhere[..., 3])
+    assert torch.allclose(tilted[..., 2], (stock + everywhere)[..., 2] / 2)
+    seen = []
+    sampling = dataclasses.replace(sampling_of(model), tilt=lambda noise, mask: seen.append(mask) or noise)
+    sampling({"samples": latent["samples"][:1], "noise_mask": mask}, [5, 6], lambda *_: None)
+    assert torch.equal(seen[0], mask)
+
+
 def test_one_box_samples_from_tilted_noise(model):
     loaded, latent = network(model, "noise"), {"samples": torch.zeros(2, 2, 1, 1)}
     plain = sampling_of(model)
