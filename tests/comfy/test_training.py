@@ -704,19 +704,19 @@ def test_a_gradient_objective_needs_a_gradient(refused, few):
 def test_a_full_disk_loses_nothing(refused, few, data_folder, bench):
     """What is about to be written leads to a device without space."""
     images = data_folder(few) / "images"
-    images.mkdir()
-    (images / "000001.partial").symlink_to("/dev/full")
+    (images / "000001.png.partial").mkdir(parents=True)
+    (images / "000001.png.partial" / "whole").symlink_to("/dev/full")
     refused(prompt_of_collecting(few, count=7, keep_images=True), "000001.png could not be written", "No space left on device", "goes on from here")
     assert report(collect(bench, "flux", few, count=6, keep_images=True).check())[0].startswith("6 samples")
     seed = next(SEEDS)
     checkpoint = begin(data_folder(few), seed, data_folder(few), steps=5000).training.checkpoint
     prompt = prompt_of_training(few, steps=5000, seed=seed)
-    full, writing = lambda: checkpoint.with_suffix(".partial").mkdir(), once(bench.client.interrupt)  # noqa: E731
-    full()
-    stopped = bench.queue(prompt, on_event=writing)
+    full = checkpoint.with_name(f"{checkpoint.name}.partial")
+    full.write_bytes(b"")
+    stopped = bench.queue(prompt, on_event=once(bench.client.interrupt))
     assert stopped.error is None and any(line.startswith("stopped") and "goes on from there" not in line for line in report(stopped))
     assert f"There is no checkpoint to go on from: {checkpoint.name} could not be written" in report(stopped)[-1]
-    checkpoint.with_suffix(".partial").rmdir()
+    full.unlink()
 
 
 @pytest.mark.parametrize("way", [applied, boxed])
