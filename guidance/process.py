@@ -5,11 +5,14 @@ Everything is algebra that works alike on floats and on tensors that broadcast a
 
 import math
 from bisect import bisect_left
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from .errors import GuidanceError
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -17,6 +20,9 @@ Number = TypeVar("Number", float, Tensor)
 @dataclass(frozen=True)
 class Process:
     """x = scale(σ)·x0 + noise_std(σ)·ε with ε ~ N(0, I); σ is the sampler's noise level."""
+
+    highest = math.inf
+    """The highest noise level there is."""
 
     @property
     def name(self) -> str:
@@ -85,6 +91,7 @@ class Flow(Process):
     """Straight paths x = (1-σ)·x0 + σ·noise_scale·ε (CONST: SD3, Flux, Wan, Z-Image)."""
 
     noise_scale: float = 1.0
+    highest = 1.0
 
     @property
     def name(self) -> str:
@@ -119,9 +126,14 @@ class Spherical(Process):
 
 
 def process_named(name: str) -> Process:
-    """The process of a model by its name."""
-    kind, *scale = name.split()
-    return {"Diffusion": Diffusion, "Flow": Flow}[kind](*map(float, scale))
+    """The process of a model by its name. Raises GuidanceError for one that is not known."""
+    kind, _, scale = name.partition(" ")
+    if name == "Diffusion":
+        return Diffusion()
+    with suppress(ValueError):
+        if kind == "Flow" and 0 < (noise_scale := float(scale or 1)) < math.inf:
+            return Flow(noise_scale)
+    raise GuidanceError(f"This version of the pack knows no noising process {name[:60]!r}: update the pack.")
 
 
 @dataclass(frozen=True)

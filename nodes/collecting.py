@@ -24,6 +24,7 @@ from .rewards import REWARD, left_out
 from .runtime import LoadedReward, base_of, name_of, require_unguided
 from .sampling import samples_of
 from .studio import Collector, Studio, parts_of
+from .watching import identity
 
 DATA = io.Custom("GUIDANCE_DATA")
 CATEGORY = "reward guidance/training"
@@ -249,6 +250,9 @@ def collect(node: str, studio: Studio, collection: Collection, count: int, keep_
 
     try:
         for numbers in missing:
+            if collection.has(numbers):  # another server was faster
+                left -= len(numbers)
+                continue
             samples = collector.shard(numbers)
             collection.add(numbers, samples)
             left -= len(numbers)
@@ -257,6 +261,8 @@ def collect(node: str, studio: Studio, collection: Collection, count: int, keep_
     except comfy.model_management.InterruptProcessingException:
         say("are on disk; queue again to go on")
         raise
+    if next(collection.missing(count), None) is not None:
+        raise GuidanceError(f"Samples in {collection.folder.name} were deleted while more were collected: queue again, which makes them anew.")
 
 
 def remarks_on(prompts: tuple[str, ...], reward: LoadedReward) -> list[str]:
@@ -296,8 +302,9 @@ class LoadData(Node):
 
     @classmethod
     def fingerprint_inputs(cls, folder: str) -> list:
-        """Samples may have been added, or the rewards weighted anew."""
-        return [(path.name, path.stat().st_mtime) for path in sorted(folder_named(folder).glob("*")) if path.suffix in (".safetensors", ".json")]
+        """Samples may have been added or exchanged, or the rewards weighted anew."""
+        files = (path for path in sorted(folder_named(folder).glob("*")) if path.suffix in (".safetensors", ".json"))
+        return [(path.name, identity(path)) for path in files]
 
 
 NODES = [CollectData, LoadData]

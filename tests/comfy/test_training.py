@@ -320,6 +320,49 @@ def test_an_interrupted_collection_keeps_whole_shards_and_goes_on(bench, data_fo
     assert (data_folder("stopped") / "shard-00000.safetensors").stat().st_mtime_ns == written
 
 
+TAKEN = {
+    "the description": (lambda folder: (folder / "collection.json").unlink(), None),
+    "all": (shutil.rmtree, "taken was deleted or moved while its samples were collected: queue again"),
+    "the text": (lambda folder: (folder / "prompts.safetensors").unlink(), "prompts.safetensors in taken is missing or damaged: collect again"),
+    "samples": (
+        lambda folder: (folder / "shard-00000.safetensors").unlink(),
+        "Samples in taken were deleted while more were collected: queue again",
+    ),
+}
+
+
+@pytest.mark.parametrize(("take", "said"), TAKEN.values(), ids=TAKEN)
+def test_what_is_taken_away_while_it_is_collected_is_no_success(bench, data_folder, take, said):
+    """Or is put back. Queued again, all is there."""
+    folder, left = data_folder("taken"), [take]
+    shutil.rmtree(folder, ignore_errors=True)
+
+    def act(kind, data):
+        if kind == "progress" and data["node"] == "collect" and data["value"] > 3 * SHARD + 4 and left:
+            left.pop()(folder)
+
+    graph = Graph()
+    collected(graph, "flux", "taken", count=LONG, batch=16, seed=next(SEEDS))
+    result = bench.queue(graph.prompt, on_event=act)
+    assert result.error is None if said is None else said in result.error
+    bench.queue(graph.prompt).check()
+    assert len(Collection.open(folder).load()) == LONG
+
+
+def test_a_shard_that_was_exchanged_is_seen_although_its_time_is_the_same(bench, networks, data_folder):
+    networks("flux")
+    shutil.copytree(data_folder("flux"), data_folder("exchanged"))
+    graph = Graph()
+    graph.add("data", "RewardGuidanceLoadData", folder="exchanged")
+    shown(graph, ["data", 1], "report")
+    before = report(bench.queue(graph.prompt).check())
+    path = data_folder("exchanged") / "shard-00000.safetensors"
+    status, parts = path.stat(), load_file(path)
+    save_file(parts | {"scores": parts["scores"] + 1}, path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert report(bench.queue(graph.prompt).check())[1] != before[1]
+
+
 def test_an_interrupted_training_returns_its_best_and_goes_on(bench, networks, data_folder, network_folder):
     networks("flux")
     prompt = prompt_of_training("flux", "best", steps=5000, seed=next(SEEDS))
