@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 8 -m guidance FOLDER --out likes.safetensors --temperature 0.5
 
 It prints how it goes, and leaves a checkpoint beside the network until it is done: the same command goes on after whatever stopped it.
+A folder keeps the checkpoints of trainings that run, and of the last 3 that were stopped.
 """
 
 import argparse
@@ -95,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
         raise GuidanceError(f"{options.out} is not a name for a network: it is a file that ends in .safetensors.")
     if leads():
         require_writable(options.out)
-    samples = Collection.open(options.folder).load()
+    samples = Collection.open(options.folder.resolve()).load()
     asked = {name: getattr(options, name) for name in ("objective", "temperature", "steps", "batch", "learning_rate", "seed")}
     plan = plan_for(samples.description, **asked)
     fitting = prepare(samples, plan, options.size, weights_from(options.weights), device_for(options.device), options.out.absolute().parent)

@@ -12,26 +12,32 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from shutil import rmtree
+from typing import Any, BinaryIO, Protocol
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .errors import GuidanceError
-from .files import write
+from .errors import GuidanceError, pass_out_of_memory, quoted
+from .files import held, in_use, write
 from .network import FORMS, Architecture, Denoiser, GuidanceNetwork, Text
 from .process import Process, column
 from .randomness import generator
+from .records import record
+from .stored import reason, shown
 
 log = logging.getLogger(__name__)
 
 LOW_SHARE = 0.1
 """Effective share of the samples below which most of what they cost is wasted."""
+CHECKPOINTS = "training-*.checkpoint"
+KEPT = 3
+"""Checkpoints in a folder: of the trainings that were interrupted last."""
 FEW = 100
 """Effective samples whose averages are uncertain by a tenth: fewer teach a network their accidents."""
 
@@ -309,6 +315,8 @@ class Training:
     """On the last batch."""
     diverged: bool = field(default=False, init=False)
     """Whether it had to end early."""
+    used: BinaryIO | None = field(default=None, init=False)
+    """The checkpoint that it has written, while it runs."""
     unsaved: str = field(default="", init=False)
     """Why the last checkpoint could not be written; empty where it was."""
 
@@ -332,6 +340,12 @@ class Training:
         return min(1, (step + 1) / min(100, steps)) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
 
     def __iter__(self) -> Iterator[Progress]:
+        try:
+            yield from self.steps()
+        finally:
+            self.let_go()
+
+    def steps(self) -> Iterator[Progress]:
         plan = self.task.plan
         network: nn.Module = nn.parallel.DistributedDataParallel(self.network) if distributed.is_initialized() else self.network
         while self.step < plan.steps and not self.diverged:
@@ -382,6 +396,7 @@ class Training:
         """Stopped between two looks: look, so that what has been reached since the last one counts."""
         if self.step and (not self.curve or self.curve[-1][0] != self.step):
             self.look()
+            self.let_go()
 
     def result(self) -> GuidanceNetwork:
         """The best network so far."""
@@ -395,35 +410,112 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Whole or not at all; where the disk does not take it, the training goes on without."""
+        self.let_go()
         try:
             write(path, lambda partial: torch.save(self.state(), partial), "The training goes on without it, and tries again.")
+            self.used = in_use(path)
             self.unsaved = ""
-        except GuidanceError as error:
+            drop_oldest(path)
+        except (GuidanceError, OSError) as error:
             if not self.unsaved:
                 log.warning("%s", error)
             self.unsaved = str(error)
 
+    def let_go(self) -> None:
+        """Stop using the checkpoint, which may then be deleted for newer ones."""
+        if self.used is not None:
+            self.used.close()
+        self.used = None
+
     def saved(self) -> dict[str, Any] | None:
         """The state to go on from. The process that writes it reads it for all: the others may be on machines of their own."""
-        found = [self.read(self.checkpoint) if self.checkpoint is not None and leads() and self.checkpoint.exists() else None]
+        found = [self.read(self.checkpoint) if self.checkpoint is not None and leads() else None]
         if distributed.is_initialized():
             distributed.broadcast_object_list(found, device=self.device)
         return found[0]
 
-    def read(self, path: Path) -> dict[str, Any]:
+    def read(self, path: Path) -> dict[str, Any] | None:
+        """The state in a checkpoint; none where there is none. Raises GuidanceError where it is not one of this training."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            plan = state["plan"]
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            pass_out_of_memory(error, f"{path.name} was read")
+            told = f"{shown(path)} cannot be read ({reason(error)})"
+            raise GuidanceError(f"{told}: mend that, or take it away to train from the start.") from error
         except Exception as error:
-            raise GuidanceError(f"{path.name} is damaged; delete it to train from the start.") from error
-        if plan != asdict(self.task.plan):
-            raise GuidanceError(f"{path.name} belongs to a training with other settings: delete it, or go back to those settings.")
+            pass_out_of_memory(error, f"{path.name} was read")
+            raise self.damaged(path) from error
+        if not isinstance(state, dict) or "plan" not in state:
+            raise self.damaged(path)
+        if unknown := state.keys() - self.state().keys():
+            told = f"{shown(path)} has {quoted(min(map(str, unknown)))}, which this version of the pack does not know"
+            raise GuidanceError(f"{told}: update the pack, or delete it to train from the start.")
+        try:
+            other = state["plan"] != asdict(self.task.plan)
+            if not other:
+                self.require_fitting(state)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise self.damaged(path) from error
+        if other:
+            raise GuidanceError(f"{shown(path)} belongs to a training with other settings: delete it, or go back to those settings.")
         return state
 
+    def damaged(self, path: Path) -> GuidanceError:
+        return GuidanceError(f"{path.name} is damaged; delete it to train from the start. It lies in {path.parent}.")
+
+    def require_fitting(self, state: dict[str, Any]) -> None:
+        """Raise ValueError, KeyError or TypeError where this training cannot have left a state."""
+        expected, found = self.state(), state["optimizer"]["state"]
+        moments = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(self.network.parameters())}
+        moments = {i: like for i, like in moments.items() if i in found}  # what has no gradient has none
+        pairs = [(state[name], expected[name]) for name in ("network", "average", "best")]
+        if not all(alike(given, like) for given, like in [*pairs, (found, moments)]):
+            raise ValueError("its tensors are not those of this network")
+        step, curve = record(int, state["step"]), record(tuple[tuple[int, float], ...], state["curve"])
+        steps = [at for at, _ in curve]
+        if not 1 <= step <= self.task.plan.steps or state["average"]["n_averaged"] != step:
+            raise ValueError("its steps contradict each other")
+        if steps != sorted(set(steps)) or steps[-1:] != [step]:
+            raise ValueError("its curve is another's")
+
     def restore(self, state: dict[str, Any]) -> None:
-        for name in ("network", "average", "optimizer", "schedule"):
-            getattr(self, name).load_state_dict(state[name])
+        """What follows from the step, as the learning rate, is not read."""
         self.best, self.step, self.curve = state["best"], state["step"], [tuple(point) for point in state["curve"]]
+        self.network.load_state_dict(state["network"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+        self.schedule.last_epoch = self.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.rate(self.step)
+
+
+def alike(found: Any, expected: Any) -> bool:
+    """Whether tensors by names have the same names, shapes and types, and are finite numbers."""
+    if not isinstance(expected, Tensor):
+        same = isinstance(found, dict) and found.keys() == expected.keys()
+        return same and all(alike(found[name], value) for name, value in expected.items())
+    if not isinstance(found, Tensor) or found.layout != torch.strided or found.device.type != "cpu":
+        return False
+    return (found.shape, found.dtype) == (expected.shape, expected.dtype) and bool(found.isfinite().all())
+
+
+def drop_oldest(path: Path) -> None:
+    """Keep this checkpoint and the newest others beside it, and those that trainings use at this moment."""
+    others = sorted((other for other in path.parent.glob(CHECKPOINTS) if other != path), key=written, reverse=True)
+    for other in [*others[KEPT - 1 :], *path.parent.glob(f"{CHECKPOINTS}.partial")]:
+        with suppress(OSError), held(other) as unused:
+            if unused:
+                rmtree(other) if other.is_dir() else other.unlink()
+
+
+def written(path: Path) -> float:
+    """When, in seconds; long ago where it is not there any more."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def leads() -> bool:

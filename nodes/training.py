@@ -23,7 +23,7 @@ from torch import Tensor
 from ..guidance.errors import GuidanceError
 from ..guidance.fitting import BATCH, DATA_FORMS, DATA_OBJECTIVES, WIDTHS, Fitting, bytes_for, plan_for, prepare, weights_from
 from ..guidance.rewards import CombinedReward, RewardError
-from ..guidance.training import Batch, Plan, Progress, in_parts
+from ..guidance.training import KEPT, Batch, Plan, Progress, in_parts
 from . import runtime
 from .collecting import CATEGORY, DATA, GuidanceData
 from .decoders import make_decoder
@@ -301,7 +301,7 @@ class TrainNetwork(Node):
                     "checkpoint",
                     default=True,
                     tooltip="Keep what is needed to go on beside the samples until the training is done: after an interrupt or a crash, the same "
-                    "settings go on from there. Without it they begin anew.",
+                    f"settings go on from there. The last {KEPT} interrupted trainings can go on; without it they begin anew.",
                     **rare,
                 ),
             ],

@@ -1,4 +1,4 @@
-"""Collections that were damaged, mixed up or taken away: one sentence says what to do, and doing that helps."""
+"""Collections and checkpoints that were damaged, mixed up or taken away: one sentence says what to do, and doing that helps."""
 
 import dataclasses
 import json
@@ -11,9 +11,11 @@ import pytest
 import torch
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.files import Base
+from reward_guidance.guidance.fitting import plan_for, prepare
 from reward_guidance.guidance.network import Text
 from reward_guidance.guidance.process import Flow, process_named
 from reward_guidance.guidance.samples import SHARD, Collection, Description, Sample, StoredPairs
+from reward_guidance.guidance.training import KEPT, fit
 from safetensors.torch import load_file, save_file
 
 DESCRIPTION = Description(
@@ -380,3 +382,186 @@ def test_a_server_that_wants_fewer_samples_keeps_those_of_another(tmp_path):
     collect(tmp_path / "likes", count=SHARD)
     slow.add(range(4), [sample(number) for number in range(4)])
     assert len(all_of(tmp_path / "likes")) == SHARD
+
+
+# Checkpoints
+
+
+def begun(folder: Path, **options):
+    samples = Collection.open(folder).load()
+    plan = plan_for(samples.description, **{"steps": 4, "batch": 4, "check_every": 1, "objective": "weighted"} | options)
+    return prepare(samples, plan, "small", checkpoints=folder).training
+
+
+def interrupted(folder: Path, **options):
+    """Its checkpoint, after two steps."""
+    training = begun(folder, **options)
+    for progress in training:
+        if progress.step == 2:
+            break
+    return training.checkpoint
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """A collection with the checkpoint of a training."""
+    folder = collect(tmp_path_factory.mktemp("stopped") / "likes").folder
+    interrupted(folder)
+    return folder
+
+
+def put(*names, value):
+    """A value in a state, by the names that lead to it."""
+
+    def damage(state: dict) -> None:
+        for name in names[:-1]:
+            state = state[name]
+        state[names[-1]] = value(state[names[-1]]) if callable(value) else value
+
+    return damage
+
+
+BEST = "head.weight"
+STATES = {
+    "no step": lambda state: state.pop("step"),
+    "a step that is a text": put("step", value="2"),
+    "a step that is none": put("step", value=None),
+    "a step that is a tensor": put("step", value=torch.tensor(2)),
+    "a negative step": put("step", value=-2),
+    "a step behind the end": put("step", value=10**30),
+    "another step": put("step", value=1),
+    "no network": lambda state: state.pop("network"),
+    "a network that is a list": put("network", value=list),
+    "an empty network": put("network", value={}),
+    "a larger network": put("network", BEST, value=lambda weight: torch.cat([weight, weight])),
+    "a network of other numbers": put("network", BEST, value=lambda weight: weight.double()),
+    "a network with a text": put("network", BEST, value="weight"),
+    "a network that is no numbers": put("network", BEST, value=lambda weight: weight * math.nan),
+    "an average that is none": put("average", value=None),
+    "an average of another step": put("average", "n_averaged", value=torch.tensor(7)),
+    "a best of another network": put("best", BEST, value=lambda weight: weight[:1]),
+    "an optimizer that is none": put("optimizer", value=None),
+    "an optimizer of nothing": put("optimizer", value={}),
+    "an optimizer of another network": put("optimizer", "state", 0, "exp_avg", value=lambda moment: moment[:1]),
+    "an optimizer of a larger network": lambda state: state["optimizer"]["state"].update({9999: {}}),
+    "an optimizer that is no numbers": put("optimizer", "state", 0, "exp_avg_sq", value=lambda moment: moment / 0 * 0),
+    "a curve that is none": put("curve", value=None),
+    "an empty curve": put("curve", value=[]),
+    "a curve of texts": put("curve", value=[("1", "2")]),
+    "a flat curve": put("curve", value=[1, 2]),
+    "a curve that is no numbers": put("curve", value=[(1, 0.5), (2, math.nan)]),
+    "a curve that goes back": put("curve", value=[(2, 0.5), (1, 0.5), (2, 0.5)]),
+    "no plan": lambda state: state.pop("plan"),
+}
+FILES = {
+    "empty": b"", "a text": b"half", "a megabyte": b"x" * 2**20, "half": None, "a list": [1, 2], "a tensor": torch.zeros(3), "none": {},
+}  # fmt: skip
+
+
+def damaged_training(folder: Path, tmp_path: Path, damage) -> str:
+    """What is said of a training whose checkpoint was damaged; then that is deleted, and the training runs."""
+    shutil.copytree(folder, copy := tmp_path / "likes")
+    (path,) = copy.glob("*.checkpoint")
+    damage(path)
+    with pytest.raises(GuidanceError) as refused:
+        begun(copy)
+    told = str(refused.value)
+    assert path.name in told and "delete it" in told and "\n" not in told and len(told) < 400
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert fit(begun(copy)) is not None
+    return told
+
+
+@pytest.mark.parametrize("damage", STATES.values(), ids=STATES)
+def test_a_state_that_a_training_cannot_have_left(stopped, tmp_path, damage):
+    def change(path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        damage(state)
+        torch.save(state, path)
+
+    assert "is damaged; delete it to train from the start" in damaged_training(stopped, tmp_path, change)
+
+
+@pytest.mark.parametrize("content", FILES.values(), ids=FILES)
+def test_a_checkpoint_that_is_none(stopped, tmp_path, content):
+    def replace(path: Path) -> None:
+        if content is None:
+            os.truncate(path, path.stat().st_size // 2)
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+
+    assert "is damaged; delete it" in damaged_training(stopped, tmp_path, replace)
+
+
+def test_a_checkpoint_by_a_newer_version(stopped, tmp_path):
+    def add(path: Path) -> None:
+        torch.save(torch.load(path, weights_only=True) | {"momentum": 1}, path)
+
+    assert "'momentum', which this version of the pack does not know: update the pack, or delete it" in damaged_training(stopped, tmp_path, add)
+
+
+def test_a_checkpoint_that_is_a_folder(stopped, tmp_path):
+    shutil.copytree(stopped, copy := tmp_path / "likes")
+    (path,) = copy.glob("*.checkpoint")
+    a_folder(path)
+    with pytest.raises(GuidanceError, match=r"cannot be read \(Is a directory\): mend that, or take it away to train from the start"):
+        begun(copy)
+    path.rmdir()
+    assert fit(begun(copy)) is not None
+
+
+def test_the_last_interrupted_trainings_can_go_on(folder):
+    """Older ones begin anew, and what killed saves of any left is gone with them."""
+    paths = []
+    for seed in range(KEPT + 2):
+        paths.append(interrupted(folder, seed=seed))
+        left = paths[-1].with_name(f"{paths[-1].name}.partial")
+        left.mkdir()
+        (left / "whole").write_bytes(b"half")
+        os.utime(paths[-1], (1000 + seed, 1000 + seed))
+    assert [path.exists() for path in paths] == [False] * 2 + [True] * KEPT
+    assert len(list(folder.glob("*.partial"))) == 1, "that which lies there since the last save"
+    assert [begun(folder, seed=seed).step for seed in range(KEPT + 2)] == [0] * 2 + [2] * KEPT
+
+
+def test_going_on_keeps_a_checkpoint(folder):
+    """The oldest of all that there is room for, and the one that is being written."""
+    for seed in range(KEPT):
+        os.utime(interrupted(folder, seed=seed), (1000 + seed, 1000 + seed))
+    training = begun(folder, seed=0)
+    assert next(iter(training)).step == 3
+    interrupted(folder, seed=99)
+    assert begun(folder, seed=0).step == 3 and begun(folder, seed=1).step == 0
+
+
+def test_checkpoints_of_trainings_that_run_are_kept(folder):
+    running = [iter(begun(folder, seed=seed)) for seed in range(KEPT + 2)]
+    for training in running:
+        next(training)
+    assert len(list(folder.glob("*.checkpoint"))) == KEPT + 2
+    running.clear()
+    interrupted(folder, seed=99)
+    assert len(list(folder.glob("*.checkpoint"))) == KEPT
+
+
+def test_other_files_are_no_checkpoints(folder):
+    names = ["model.checkpoint", "training.checkpoint", "net.partial"]
+    for name in names:
+        (folder / name).write_bytes(b"mine")
+    for seed in range(KEPT + 1):
+        interrupted(folder, seed=seed)
+    assert all((folder / name).exists() for name in names)
+
+
+def test_two_trainings_of_the_same_settings_at_once(folder):
+    """Both write one checkpoint; that it is taken away by the one that is done first does not hurt the other."""
+    expected = fit(begun(collect(folder.with_name("alone")).folder)).state_dict()
+    one, other = begun(folder), begun(folder)
+    assert one.checkpoint == other.checkpoint
+    for progress, _ in zip(one, other, strict=True):
+        if progress.step == 3:
+            one.checkpoint.unlink()
+    for training in (one, other):
+        assert all(torch.equal(value, training.result().state_dict()[name]) for name, value in expected.items())
