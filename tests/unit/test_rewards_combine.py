@@ -106,7 +106,7 @@ def test_a_damaged_part_is_named():
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "", "divide by 255"),
         (torch.rand(3, 3, 8, 8), ["a", "b"], "2 prompts for 3 pictures"),
         (torch.rand(1, 3, 8, 8), [], "0 prompts for 1 pictures"),
-        (torch.full((1, 3, 8, 8), torch.nan), "", "not a finite number"),
+        (torch.full((1, 3, 8, 8), torch.nan), "", "values that are not finite numbers"),
     ],
 )
 def test_bad_pictures_and_prompts_are_refused(batch, prompts, message):
