@@ -19,7 +19,7 @@ from ..guidance.fitting import overview
 from ..guidance.samples import SHARD, Collection, Description
 from .decoders import check_belongs
 from .guidance import sampler_inputs
-from .node import Node
+from .node import prepares_inputs
 from .rewards import REWARD, left_out
 from .runtime import LoadedReward, base_of, name_of, require_unguided
 from .sampling import samples_of
@@ -90,7 +90,8 @@ class Bar:
         self.show(self.done - 1, denoised, denoised, self.total)
 
 
-class CollectData(Node):
+@prepares_inputs
+class CollectData(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         _, steps, cfg, sampler_name, scheduler, *_ = sampler_inputs()
@@ -272,7 +273,8 @@ def remarks_on(prompts: tuple[str, ...], reward: LoadedReward) -> list[str]:
     return [count, *found[0]] if found else []
 
 
-class LoadData(Node):
+@prepares_inputs
+class LoadData(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -12,7 +12,7 @@ import nodes as comfy_nodes
 
 from ..guidance.estimators import ESTIMATORS, Settings, Smoothing
 from .decoders import DECODERS, make_decoder
-from .node import Node
+from .node import prepares_inputs
 from .reporting import Reporter
 from .rewards import REWARD, remarks
 from .runtime import LatentReward, LoadedReward, RewardGuidance
@@ -244,7 +244,8 @@ def guide(hidden, model, reward: LoadedReward | None, prompt: str, strength: flo
 HIDDEN = [io.Hidden.unique_id]
 
 
-class RewardGuidanceModel(Node):
+@prepares_inputs
+class RewardGuidanceModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -263,7 +264,8 @@ class RewardGuidanceModel(Node):
         return io.NodeOutput(guide(cls.hidden, model, reward, prompt, strength, tuning)[0])
 
 
-class RewardGuidanceKSampler(Node):
+@prepares_inputs
+class RewardGuidanceKSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..guidance.errors import GuidanceError, quoted, short
 from ..guidance.files import load_network, save_network
 from .guidance import interval_inputs, sampler_inputs
-from .node import Node
+from .node import prepares_inputs
 from .runtime import LoadedNetwork, NetworkGuidance, base_of, manage_network, tilt
 from .sampling import Sampling, sampled, samples_of
 from .watching import ReadFiles
@@ -56,7 +56,8 @@ def noise_steps_input(name: str = "noise_steps", **options) -> io.Input:
     )
 
 
-class LoadNetwork(Node):
+@prepares_inputs
+class LoadNetwork(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -99,7 +100,8 @@ def network_path(name: str | None) -> Path:
     return Path(path)
 
 
-class SaveNetwork(Node):
+@prepares_inputs
+class SaveNetwork(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -150,7 +152,8 @@ def free_path(prefix: str) -> Path:
     return Path(folder) / f"{name}_{counter:05}_.safetensors"
 
 
-class ApplyNetwork(Node):
+@prepares_inputs
+class ApplyNetwork(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -188,7 +191,8 @@ class GuidedNoise:
         return tilt(self.network, noise, self.conditioning, self.steps, self.strength, input_latent.get("noise_mask"))
 
 
-class Noise(Node):
+@prepares_inputs
+class Noise(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -225,7 +229,8 @@ def followed(
     return replace(sampling, tilt=lambda noise, mask: tilt(network, noise, sampling.positive, noise_steps, strength, mask))
 
 
-class NetworkKSampler(Node):
+@prepares_inputs
+class NetworkKSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

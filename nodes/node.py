@@ -1,16 +1,17 @@
-"""What every node of the pack is."""
+"""What every node of the pack does before it runs."""
 
 import functools
-from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 from comfy_api.v0_0_2 import io
 
 from ..guidance.errors import GuidanceError, quoted
 
+T = TypeVar("T", bound=type[io.ComfyNode])
 
-class Node(io.ComfyNode):
+
+def prepares_inputs(node: T) -> T:
     """A node that fills in the defaults of its own schema, and checks numbers and texts against it, before it runs.
 
     An optional widget that a prompt leaves out has its default, so that prompts saved before there was such an input still run.
@@ -18,17 +19,10 @@ class Node(io.ComfyNode):
     required widget may follow an optional one.
 
     ComfyUI compares numbers with their limits where they are typed in, which NaN passes, and checks nothing that comes over a link.
+
+    It is no base class, because ComfyUI-Manager takes the classes whose base is called ComfyNode for nodes, and no others.
     """
-
-    def __init_subclass__(cls, **options: Any):
-        super().__init_subclass__(**options)
-        execute = vars(cls).get("execute")
-        if execute is not None and not hasattr(execute.__func__, "__wrapped__"):  # ComfyUI makes copies of a class, which have it already
-            cls.execute = classmethod(prepared(execute.__func__))
-
-
-def prepared(execute: Callable) -> Callable:
-    """The same function of a node with every default, which first raises GuidanceError for an input that does not fit."""
+    execute = vars(node)["execute"].__func__
 
     @functools.wraps(execute)
     def run(cls, *args, **inputs):
@@ -40,7 +34,8 @@ def prepared(execute: Callable) -> Callable:
                     require_fitting(entry, value)
         return execute(cls, *args, **inputs)
 
-    return run
+    node.execute = classmethod(run)
+    return node
 
 
 def defaults(schema: io.Schema) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..guidance.particles import Population, ranked
 from ..guidance.randomness import generator
 from .decoders import make_decoder
 from .guidance import HIDDEN, judging_inputs, sampler_inputs
-from .node import Node
+from .node import prepares_inputs
 from .reporting import Reporter
 from .rewards import REWARD, remarks
 from .runtime import LatentReward, LoadedReward, Progress, RewardBeside, resampled, rewards_of
@@ -167,7 +167,8 @@ def require_noise(sampler_name: str) -> None:
         )
 
 
-class ParticlesKSampler(Node):
+@prepares_inputs
+class ParticlesKSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         rare = dict[str, Any](advanced=True, optional=True)

@@ -30,7 +30,7 @@ from ..guidance.rewards import (
     parts_of,
 )
 from ..guidance.rewards.published import advice, published
-from .node import Node
+from .node import prepares_inputs
 from .prompts import leaves_open, plain
 from .runtime import LoadedReward, manage_reward, normal_weights, precision
 from .watching import ReadFiles
@@ -77,7 +77,8 @@ def not_there(name: str, kind: str) -> str:
     return f"{short(name)} is not in {folder}, where there is {others}; choose another, or put it there."
 
 
-class LoadReward(Node):
+@prepares_inputs
+class LoadReward(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -172,7 +173,8 @@ def _file(kind: str, name: str) -> Path | None:
     return Path(path)
 
 
-class ImageStatisticReward(Node):
+@prepares_inputs
+class ImageStatisticReward(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -217,7 +219,8 @@ def _rgb(colour: str) -> tuple[float, float, float]:
     return red, green, blue
 
 
-class ImageSimilarityReward(Node):
+@prepares_inputs
+class ImageSimilarityReward(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -250,7 +253,8 @@ class ImageSimilarityReward(Node):
             return io.NodeOutput(LoadedReward(ClipImageSimilarity(clip_reward.reward, reference), clip_reward.patchers))
 
 
-class CombineRewards(Node):
+@prepares_inputs
+class CombineRewards(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         parts = [

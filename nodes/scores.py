@@ -9,7 +9,7 @@ from torch import Tensor
 from ..guidance.rewards import CombinedReward, Reward
 from .captions import Line, caption
 from .metadata import note, takers
-from .node import Node
+from .node import prepares_inputs
 from .rewards import CATEGORY, REWARD, remarks, score_parts, to_pixels
 from .runtime import LoadedReward
 
@@ -32,7 +32,8 @@ class Column:
         return standardized if self.combined else f"{self.scores[picture]:.4f} ({standardized})"
 
 
-class ScoreImages(Node):
+@prepares_inputs
+class ScoreImages(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -17,7 +17,7 @@ from ..guidance.rewards import require_prompt
 from .decoders import check_belongs, decodable, same_draws
 from .guidance import HIDDEN, held_out_input, sampler_inputs
 from .metadata import note, takers
-from .node import Node
+from .node import prepares_inputs
 from .prompts import plain
 from .reporting import Reporter
 from .rewards import REWARD, remarks, score_images
@@ -56,7 +56,8 @@ def score(clips: Tensor, reward: LoadedReward, prompt: str) -> Tensor:
     return reward.reward.standardize(raw).view(len(clips), -1).mean(1)
 
 
-class SelectBest(Node):
+@prepares_inputs
+class SelectBest(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -269,7 +270,8 @@ class Search:
         return [Candidate(*each) for each in zip(seeds, scores, others, latents.split(1), clips, strict=True)]
 
 
-class BestOfN(Node):
+@prepares_inputs
+class BestOfN(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         rare = dict[str, Any](advanced=True, optional=True)

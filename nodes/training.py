@@ -29,7 +29,7 @@ from .collecting import CATEGORY, DATA, GuidanceData
 from .decoders import make_decoder
 from .guidance import HIDDEN
 from .network import NETWORK, followed
-from .node import Node
+from .node import prepares_inputs
 from .reporting import Reporter
 from .runtime import LatentReward, as_nodes_run, manage_network, room_for, static_clone, trainable, training_through
 from .selection import decode
@@ -197,7 +197,8 @@ def leave_off(fitting: Fitting, node: str) -> None:
     _stopped[node] += not fitting.done
 
 
-class TrainNetwork(Node):
+@prepares_inputs
+class TrainNetwork(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         plan, rare = Plan(), dict[str, Any](advanced=True, optional=True)
