@@ -167,7 +167,7 @@ _inside_differentiable_model = False
 
 
 @contextmanager
-def differentiable_model(*models: nn.Module, instead: str) -> Iterator[None]:
+def differentiable_model(*models: nn.Module, instead: str = "another model") -> Iterator[None]:
     """Inside, autograd also works through a diffusion model: pure torch kernels, in-place updates of saved tensors allowed, and no compiler
     that reuses memory which the backward pass needs.
 

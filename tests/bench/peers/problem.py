@@ -44,7 +44,7 @@ class Problem:
 
     @property
     def process(self) -> Process:
-        return process_of(self.model.get_model_object("model_sampling"))
+        return process_of(self.model.get_model_object("model_sampling"), (1, 1))
 
     def sample(self, count: int = 1, change: Change | None = None, function: Callable | None = None) -> Tensor:
         """Latents; of each picture so many. `function` samples in place of the usual sampler's."""
