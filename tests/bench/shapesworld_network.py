@@ -86,7 +86,8 @@ class Collector:
         sampling = pipeline.model.get_model_object("model_sampling")
         shares = torch.stack([percents(seed, description.levels) for seed in seeds])
         sigmas = torch.tensor([[float(sampling.percent_to_sigma(share)) for share in row] for row in shares.tolist()])
-        return states(clean, scores, seeds, sigmas, process_of(sampling, clean.shape), lambda x, sigma: pipeline.denoised(x, sigma, prompts, self.world.cfg))
+        process = process_of(sampling, clean.shape)
+        return states(clean, scores, seeds, sigmas, process, lambda x, sigma: pipeline.denoised(x, sigma, prompts, self.world.cfg))
 
 
 def first(samples: Samples, count: int) -> Samples:
