@@ -2,15 +2,16 @@
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from .nodes import collecting, guidance, network, particles, public, replacements, reporting, rewards, scores, selection, training
+from .nodes import guidance_data, guidance_network, particles, reward_guidance, rewards, scores, selection, training
+from .nodes.wiring import public, replacements, reporting
 
-GROUPS = rewards, scores, guidance, network, collecting, training, selection, particles
+GROUPS = rewards, scores, reward_guidance, guidance_network, guidance_data, training, selection, particles
 WEB_DIRECTORY = "./nodes/web"
 
 
 class RewardGuidanceExtension(ComfyExtension):
     async def on_load(self) -> None:
-        for folder in (rewards.FOLDER, network.FOLDER):
+        for folder in (rewards.FOLDER, guidance_network.FOLDER):
             rewards.register_folder(folder)
         reporting.serve_steps()
         public.publish()

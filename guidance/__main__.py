@@ -16,11 +16,14 @@ from pathlib import Path
 import torch
 import torch.distributed as distributed
 
+from .data.collection import Collection
+from .disk import write
 from .errors import GuidanceError, quoted
-from .files import save_network, write
-from .fitting import BATCH, DATA_OBJECTIVES, WIDTHS, Fitting, plan_for, prepare, weights_from
-from .samples import Collection
-from .training import Plan, leads
+from .network.file import save_network
+from .training.loop import leads
+from .training.objectives import Plan
+from .training.recipe import BATCH, DATA_OBJECTIVES, WIDTHS, plan_for, prepare, weights_from
+from .training.report import Fitting
 
 log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ Everything is algebra that works alike on floats and on tensors that broadcast a
 
 import math
 from bisect import bisect_left
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -15,6 +16,8 @@ from torch import Tensor
 from .errors import GuidanceError
 
 Number = TypeVar("Number", float, Tensor)
+Denoiser = Callable[[Tensor], Tensor]
+"""x (B,...) -> D(x, σ) = E[x0|x] (B,...) at a fixed noise level."""
 
 
 @dataclass(frozen=True)

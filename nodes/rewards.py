@@ -2,11 +2,9 @@
 
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 
-import comfy.model_management
 import folder_paths
 import torch
 from comfy_api.v0_0_2 import io, ui
@@ -24,25 +22,21 @@ from ..guidance.rewards import (
     ImageSimilarity,
     ImageStatistic,
     LoadOptions,
-    Reward,
-    breakdown,
     load_reward,
-    parts_of,
 )
 from ..guidance.rewards.published import advice, published
-from .node import prepares_inputs
-from .prompts import leaves_open, plain
-from .runtime import LoadedReward, manage_reward, normal_weights, precision
-from .watching import ReadFiles
+from .wiring.inputs import REWARD
+from .wiring.loaded import LoadedReward, manage_reward
+from .wiring.memory import precision
+from .wiring.node import prepares_inputs
+from .wiring.scoring import to_pixels
+from .wiring.watching import ReadFiles
 
-REWARD = io.Custom("REWARD")
 FOLDER = "reward_models"
 CATEGORY = "reward guidance/rewards"
 IMAGE_TOWERS, TEXT_TOWERS = "clip_vision", "text_encoders"
 AUTO = "auto"
 DTYPES = {AUTO: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MOST_PICTURES, MOST_PIXELS = 8, 2**24
-"""Of pictures scored at once."""
 _read = ReadFiles()
 
 
@@ -301,58 +295,6 @@ class CombineRewards(io.ComfyNode):
             raise GuidanceError("Combine Rewards has nothing to combine: every weight is 0.")
         reward = CombinedReward([loaded.reward for loaded, _ in parts], [weight for _, weight in parts])
         return io.NodeOutput(LoadedReward(reward, tuple(dict.fromkeys(p for loaded, _ in parts for p in loaded.patchers))))
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """ComfyUI's IMAGE (B,H,W,C), grey, with colours or with transparency, which is ignored -> (B,3,H,W)."""
-    colours = images[..., :3] if images.shape[-1] >= 3 else images[..., :1].expand(*images.shape[:-1], 3)
-    return colours.movedim(-1, 1)
-
-
-def remarks(prompt: str, *judges: LoadedReward | None) -> list[str]:
-    """What rewards and the parts of combinations read in place of the prompt, and do not see of one that is too long."""
-    rewards = [part for judge in judges if judge for part in parts_of(judge.reward)]
-    unread = {reward.name: reward.unread(plain(prompt)) for reward in rewards}
-    ends = {name: shorten(end, 100, placeholder=" ...") for name, end in unread.items() if end}
-    cut = [f"{name} reads only the beginning of the prompt; it does not see: {end}" for name, end in ends.items()]
-    return left_out(prompt, rewards) + cut
-
-
-def left_out(prompt: str, rewards: Sequence[Reward]) -> list[str]:
-    """What is read of a prompt with ComfyUI's syntax, where any of these rewards needs a prompt."""
-    read = plain(prompt)
-    if read == prompt or not any(reward.needs_prompt for reward in rewards):
-        return []
-    said = [f"The reward reads {shorten(read, 200, placeholder=' ...')!r}."]
-    if leaves_open(prompt):
-        said.append("Of a choice {a|b} in the prompt it reads the first: it cannot know which was drawn for the picture.")
-    return said
-
-
-def score_images(images: Tensor, loaded: LoadedReward, prompt: str) -> Tensor:
-    """Raw scores (B,) on the CPU."""
-    return score_parts(images, loaded, prompt)[0][1]
-
-
-def score_parts(images: Tensor, loaded: LoadedReward, prompt: str) -> list[tuple[Reward, Tensor]]:
-    """The reward with its raw scores (B,) on the CPU, and after it the parts of a combination with theirs. The same pictures, which ComfyUI
-    keeps for its next run, are not scored again."""
-    known, read = loaded.scored.setdefault(images, {}), plain(prompt)
-    if read not in known:
-        known[read] = _score_parts(images, loaded, read)
-    return known[read]
-
-
-def _score_parts(images: Tensor, loaded: LoadedReward, prompt: str) -> list[tuple[Reward, Tensor]]:
-    """The same, a few pictures at a time."""
-    if len(images) == 0:
-        raise GuidanceError("There is no picture to score: the batch is empty.")
-    chunk = max(1, min(MOST_PICTURES, MOST_PIXELS // max(1, images[0, ..., 0].numel())))
-    comfy.model_management.load_models_gpu(list(loaded.patchers), memory_required=chunk * loaded.reward.activation_bytes)
-    device = comfy.model_management.get_torch_device()
-    with torch.inference_mode(False), torch.no_grad(), normal_weights(loaded.reward):
-        chunks = [breakdown(loaded.reward, pixels.clone().to(device), [prompt]) for pixels in to_pixels(images).split(chunk)]
-    return [(parts[0][0], torch.cat([scores.cpu() for _, scores in parts])) for parts in zip(*chunks, strict=True)]
 
 
 NODES = [LoadReward, ImageStatisticReward, ImageSimilarityReward, CombineRewards]

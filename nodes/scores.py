@@ -7,11 +7,13 @@ from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
 from ..guidance.rewards import CombinedReward, Reward
-from .captions import Line, caption
-from .metadata import note, takers
-from .node import prepares_inputs
-from .rewards import CATEGORY, REWARD, remarks, score_parts, to_pixels
-from .runtime import LoadedReward
+from .rewards import CATEGORY
+from .wiring.captions import Line, caption
+from .wiring.inputs import REWARD
+from .wiring.loaded import LoadedReward
+from .wiring.metadata import downstream_inputs, note
+from .wiring.node import prepares_inputs
+from .wiring.scoring import remarks, score_parts, to_pixels
 
 PICTURES, ANNOTATED = 3, 4
 """Outputs of Score Images."""
@@ -80,7 +82,7 @@ class ScoreImages(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs) -> str:
-        return takers(cls.hidden, (PICTURES, ANNOTATED))
+        return downstream_inputs(cls.hidden, (PICTURES, ANNOTATED))
 
 
 def column(reward: Reward, scores: Tensor) -> Column:

@@ -1,8 +1,6 @@
 """Nodes that choose among samples by their rewards."""
 
-import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from textwrap import shorten
 from typing import Any
 
@@ -14,46 +12,22 @@ from torch import Tensor
 from ..guidance.errors import GuidanceError
 from ..guidance.particles import at_least, best
 from ..guidance.rewards import require_prompt
-from .decoders import check_belongs, decodable, same_draws
-from .guidance import HIDDEN, held_out_input, sampler_inputs
-from .metadata import note, takers
-from .node import prepares_inputs
-from .prompts import plain
-from .reporting import Reporter
-from .rewards import REWARD, remarks, score_images
-from .runtime import LoadedReward, Progress
-from .sampling import SEEDS, Callback, Sampling, fitted, joined, rows, sampled, seeds_from
-
-log = logging.getLogger(__name__)
+from .wiring.decoders import check_belongs
+from .wiring.inputs import HIDDEN, REWARD, held_out_input, sampler_inputs
+from .wiring.latents import SEEDS, fitted, joined, rows, sampled
+from .wiring.loaded import LoadedReward
+from .wiring.metadata import downstream_inputs, note
+from .wiring.node import prepares_inputs
+from .wiring.prompts import plain
+from .wiring.reporting import Reporter
+from .wiring.sampling import Sampling, seeds_from
+from .wiring.scoring import decode, frames_of, log, remarks, score
+from .wiring.search import Candidate, Search, SearchStep, search_report, search_step
 
 CATEGORY = "reward guidance/selection"
 UNKNOWN_SEED = -1
-
-
 PICTURES = 0
 """Output of Select Best."""
-
-
-def decode(vae, latents: Tensor) -> Tensor:
-    """Latents (N,...) -> pictures (N,T,H,W,C) as VAE Decode shows them; T is 1 but for videos.
-
-    The same each time: a VAE that adds noise, as LTXV's does, adds the same to each video.
-    """
-    images = torch.cat([_decoded(vae, some) for some in decodable(getattr(vae, "first_stage_model", None), latents)])
-    if images.ndim not in (4, 5):
-        raise GuidanceError("The connected VAE makes neither pictures nor videos, which is what rewards score. Connect the VAE of a model that does.")
-    return images if images.ndim == 5 else images.unsqueeze(1)
-
-
-def _decoded(vae, latents: Tensor) -> Tensor:
-    with same_draws(getattr(vae, "device", latents.device)):
-        return vae.decode(latents)
-
-
-def score(clips: Tensor, reward: LoadedReward, prompt: str) -> Tensor:
-    """Standardized rewards (N,) of pictures (N,T,H,W,C), the mean over a video's frames, or (N,H,W,C)."""
-    raw = score_images(frames_of(clips), reward, prompt)
-    return reward.reward.standardize(raw).view(len(clips), -1).mean(1)
 
 
 @prepares_inputs
@@ -141,7 +115,7 @@ class SelectBest(io.ComfyNode):
         if batches is None and latent is not None and vae is not None:
             require_its_vae(vae[0], latent["samples"])
             batches = [decode(vae[0], latent["samples"])]
-        clips = None if batches is None else torch.cat(alike(batches))
+        clips = None if batches is None else torch.cat(of_one_size(batches))
         values = scored(batches, reward, prompt) if scores is None else as_numbers(scores)
         counts = {"scores": values, "pictures": clips, "latents": None if latent is None else latent["samples"]}
         videos = latent is not None and latent["samples"].ndim == 5
@@ -161,12 +135,7 @@ class SelectBest(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs) -> str:
-        return takers(cls.hidden, (PICTURES,))
-
-
-def frames_of(clips: Tensor) -> Tensor:
-    """Of several videos, one after the other; pictures as they are."""
-    return clips.flatten(0, 1) if clips.ndim == 5 else clips
+        return downstream_inputs(cls.hidden, (PICTURES,))
 
 
 def as_numbers(scores: list) -> Tensor:
@@ -189,7 +158,7 @@ def scored(batches: list[Tensor] | None, reward: list[LoadedReward] | None, prom
     return torch.cat([score(clips, reward[0], prompt) for clips, prompt in paired])
 
 
-def alike(batches: list[Tensor]) -> list[Tensor]:
+def of_one_size(batches: list[Tensor]) -> list[Tensor]:
     if not batches:
         raise GuidanceError("There is nothing to choose from: the list of pictures is empty.")
     sizes = {tuple(clips.shape[-3:]) for clips in batches}
@@ -216,58 +185,6 @@ def require_one_each(counts: dict[str, int], videos: bool) -> None:
 
 def nothing_for(output: str) -> ExecutionBlocker:
     return ExecutionBlocker(f"Select Best has no {output} to give: none are connected to its input.")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    seed: int
-    score: float
-    held_out: float | None
-    latent: Tensor
-    """(1,...)"""
-    pictures: Tensor
-    """(T,H,W,C)"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judged(Progress):
-    """A step of a search: some candidates are sampled and scored."""
-
-    seeds: tuple[int, ...]
-    scattered: tuple[str, ...] = ("reward", "reward/held-out")
-
-
-@dataclass(frozen=True)
-class Search:
-    """Best of n of one latent at a time."""
-
-    sampling: Sampling
-    vae: Any
-    reward: LoadedReward
-    held_out: LoadedReward | None
-    prompt: str
-    keep: int
-    stop_above: float
-    report: Callable[[list[Candidate], float], None]
-    """Hears of fresh candidates, and of the best score so far."""
-
-    def __call__(self, latent: dict, chunks: list[list[int]], callbacks: Iterable[Callback]) -> list[Candidate]:
-        """The best `keep` of chunks of seeds, best first; losers are forgotten on the way. Ends once that many reach `stop_above`."""
-        found: list[Candidate] = []
-        for seeds, callback in zip(chunks, callbacks, strict=True):
-            fresh = self.candidates(latent, seeds, callback)
-            found = sorted([*found, *fresh], key=lambda candidate: -candidate.score)[: self.keep]
-            self.report(fresh, found[0].score)
-            if len(found) == self.keep and found[-1].score >= self.stop_above:
-                break
-        return found
-
-    def candidates(self, latent: dict, seeds: list[int], callback: Callback) -> list[Candidate]:
-        latents = self.sampling(latent, seeds, callback)
-        clips = decode(self.vae, latents)
-        scores = score(clips, self.reward, self.prompt).tolist()
-        others = score(clips, self.held_out, self.prompt).tolist() if self.held_out else [None] * len(scores)
-        return [Candidate(*each) for each in zip(seeds, scores, others, latents.split(1), clips, strict=True)]
 
 
 @prepares_inputs
@@ -361,11 +278,11 @@ class BestOfN(io.ComfyNode):
         sampling = Sampling(model, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
         originals = sampling.each(begun)
         seeds = seeds_from(seed, n * len(originals))
-        reporter, all_judged = Reporter(cls.hidden, decoder="vae"), list[Judged]()
+        reporter, all_steps = Reporter(cls.hidden, decoder="vae"), list[SearchStep]()
 
         def report(fresh: list[Candidate], highest: float) -> None:
-            all_judged.append(judged(fresh, highest, seeds))
-            reporter(all_judged[-1])
+            all_steps.append(search_step(fresh, highest, seeds))
+            reporter(all_steps[-1])
 
         search = Search(sampling, vae, reward, held_out, prompt, min(keep, n), stop_above, report)
         at_once = sampling.at_once(chunk, begun, n)
@@ -383,26 +300,9 @@ class BestOfN(io.ComfyNode):
             torch.cat([candidate.pictures for _, candidate in kept]),
             [candidate.score for _, candidate in kept],
             [candidate.seed for _, candidate in kept],
-            "\n".join([summary(all_judged, [candidate.seed for _, candidate in kept]), *remarks(prompt, reward, held_out)]),
+            "\n".join([search_report(all_steps, [candidate.seed for _, candidate in kept]), *remarks(prompt, reward, held_out)]),
             ui={"reward_guidance": reporter.history},
         )
-
-
-def judged(fresh: list[Candidate], highest: float, seeds: list[int]) -> Judged:
-    own = tuple(candidate.seed for candidate in fresh)
-    series = {"reward": [candidate.score for candidate in fresh], "reward/best": [highest]}
-    if others := [candidate.held_out for candidate in fresh if candidate.held_out is not None]:
-        series["reward/held-out"] = others
-    return Judged(step=seeds.index(own[-1]) + 1, steps=len(seeds), series=series, seeds=own)
-
-
-def summary(all_judged: list[Judged], kept: list[int]) -> str:
-    lines = [
-        f"seed {seed}: {reward:+.3f}{' kept' if seed in kept else ''}"
-        for step in all_judged
-        for seed, reward in zip(step.seeds, step.series["reward"], strict=True)
-    ]
-    return f"{len(kept)} of {len(lines)} candidates kept\n" + "\n".join(lines)
 
 
 NODES = [SelectBest, BestOfN]

@@ -1,8 +1,9 @@
-from .base import Denoiser, Estimator, LatentReward, NotFiniteError, Settings, reward_gradient, tilt_gradient
+from .base import Estimator
 from .denoised import Denoised
 from .jacobian import Jacobian
 from .shift import Shift, ShiftTwoPass
 from .smoothing import Smoothing
+from .tilt import NotFiniteError, RewardFunction, Settings, reward_gradient, tilt_gradient
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     "shift": Shift,
@@ -14,10 +15,9 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 __all__ = [
     "ESTIMATORS",
     "Denoised",
-    "Denoiser",
     "Estimator",
     "Jacobian",
-    "LatentReward",
+    "RewardFunction",
     "NotFiniteError",
     "Settings",
     "Shift",

@@ -6,5 +6,5 @@ class Denoised(Estimator):
 
     def guide(self, denoise, x, sigma):
         denoised = denoise(x)
-        self.refresh(denoised, sigma)
-        return denoised + self.process.posterior_variance(sigma, self.settings.variance) * self.capped_gradient(sigma)
+        self.tilt.refresh(denoised, sigma)
+        return denoised + self.process.posterior_variance(sigma, self.settings.variance) * self.tilt.capped(sigma)

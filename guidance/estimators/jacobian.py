@@ -13,6 +13,6 @@ class Jacobian(Estimator):
         with torch.enable_grad():
             point = x if within_another else x.detach().requires_grad_()
             output = denoise(point)
-        self.refresh(output.detach(), sigma)
-        (pulled_back,) = torch.autograd.grad(output, point, self.capped_gradient(sigma), retain_graph=within_another)
+        self.tilt.refresh(output.detach(), sigma)
+        (pulled_back,) = torch.autograd.grad(output, point, self.tilt.capped(sigma), retain_graph=within_another)
         return (output if within_another else output.detach()) + self.process.shift_gain(sigma) * pulled_back

@@ -1,4 +1,4 @@
-"""D_q = D(x + (σ²/a)·g): ask the model at a shifted point.
+"""D_q = D(x + (σ²/a)·g): the model is called at a shifted point.
 
 p(x0|x)·exp(g·x0) is the posterior at x + (σ²/a)·g, so this is exact for a reward linear in x0, whatever the data.
 No gradient of the model is taken.
@@ -13,9 +13,9 @@ class ShiftTwoPass(Estimator):
     model_calls = 2
 
     def guide(self, denoise, x, sigma):
-        if self.due:
-            self.refresh(denoise(x), sigma)
-        return denoise(x + self.process.shift_gain(sigma) * self.capped_gradient(sigma))
+        if self.tilt.due:
+            self.tilt.refresh(denoise(x), sigma)
+        return denoise(x + self.process.shift_gain(sigma) * self.tilt.capped(sigma))
 
 
 class Shift(Estimator):
@@ -25,9 +25,9 @@ class Shift(Estimator):
     """
 
     def guide(self, denoise, x, sigma):
-        if self.gradient is None:
-            return self.watch(denoise, x, sigma)
-        gradient = self.capped_gradient(sigma)
+        if self.tilt.gradient is None:
+            return self.unguided(denoise, x, sigma)
+        gradient = self.tilt.capped(sigma)
         denoised = denoise(x + self.process.shift_gain(sigma) * gradient)
-        self.refresh(denoised - self.process.posterior_variance(sigma, self.settings.variance) * gradient, sigma)
+        self.tilt.refresh(denoised - self.process.posterior_variance(sigma, self.settings.variance) * gradient, sigma)
         return denoised

@@ -50,7 +50,7 @@ class Reward(nn.Module):
         """The name of what returned a score that is not finite."""
         return self.name
 
-    def unread(self, prompt: str) -> str:
+    def truncated_text(self, prompt: str) -> str:
         """The end of a prompt that is too long to be read; empty for most."""
         return ""
 
@@ -80,10 +80,10 @@ class PromptMemory(Generic[K, V]):
         return [self.known[key] for key in keys]
 
 
-def warn_of_unread(reward: Reward, prompts: Iterable[str]) -> None:
+def warn_of_truncated_text(reward: Reward, prompts: Iterable[str]) -> None:
     for prompt in prompts:
-        if unread := reward.unread(prompt):
-            log.warning("%s reads only the beginning of a prompt; it does not see: %s", reward.name, shorten(unread, 100, placeholder=" ..."))
+        if truncated_text := reward.truncated_text(prompt):
+            log.warning("%s reads only the beginning of a prompt; it does not see: %s", reward.name, shorten(truncated_text, 100, placeholder=" ..."))
 
 
 def at_least_float32(pixels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import quoted
-from .base import PromptMemory, Reward, RewardError, at_least_float32, warn_of_unread
+from .base import PromptMemory, Reward, RewardError, at_least_float32, warn_of_truncated_text
 from .clip_checkpoint import (
     build,
     has_image_tower,
@@ -120,11 +120,11 @@ class ClipReward(Reward):
     def _encode(self, keys: list[tuple[torch.dtype, str]]) -> Tensor:
         # Outside inference mode, since a later backward pass reads the features.
         prompts = [prompt for _, prompt in keys]
-        warn_of_unread(self, prompts)
+        warn_of_truncated_text(self, prompts)
         tokens = tokenizer()(prompts, self.model.context_length).to(self.model.token_embedding.weight.device)
         return F.normalize(at_least_float32(self.model.encode_text(tokens)), dim=1).cpu()
 
-    def unread(self, prompt: str) -> str:
+    def truncated_text(self, prompt: str) -> str:
         return tokenizer().decode(tokenizer().encode(prompt)[self.model.context_length - 2 :]).strip()
 
 

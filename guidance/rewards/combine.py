@@ -46,9 +46,9 @@ class CombinedReward(Reward):
         weighted = zip(self.weights, parts, strict=True)
         return torch.stack([weight * reward.standardize(scores) for weight, (reward, scores) in weighted]).sum(0)
 
-    def unread(self, prompt: str) -> str:
+    def truncated_text(self, prompt: str) -> str:
         """What the part that reads the least does not see."""
-        return max((reward.unread(prompt) for reward in cast(Iterable[Reward], self.rewards)), key=len)
+        return max((reward.truncated_text(prompt) for reward in cast(Iterable[Reward], self.rewards)), key=len)
 
 
 def parts_of(reward: Reward) -> list[Reward]:

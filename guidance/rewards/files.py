@@ -121,7 +121,7 @@ def shapes(file: Path) -> Shapes:
     return {}
 
 
-def summary(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An error in a line; of PyTorch's lists of keys only the first."""
     words = " ".join(f"{type(error).__name__}: {error}".split())
     listed = re.search(r"(?:Missing|Unexpected) key\(s\) in state_dict: \"[^\"]+\"|size mismatch for [^.]+[^:]*", words)
@@ -208,7 +208,7 @@ def _read_config(files: Iterable[Path]) -> dict[str, str]:
                 return _config_hints(json.loads(file.read_text(encoding="utf-8")))
             except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
                 pass_out_of_memory(error, f"{file.name} was read")
-                raise RewardError(f"{file.name} in {file.parent.name} is damaged; download it again ({summary(error)}).") from error
+                raise RewardError(f"{file.name} in {file.parent.name} is damaged; download it again ({one_line(error)}).") from error
     return {}
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ..errors import pass_out_of_memory, short
 from .aesthetic import collapse
-from .base import PromptMemory, Reward, RewardError, at_least_float32, warn_of_unread
+from .base import PromptMemory, Reward, RewardError, at_least_float32, warn_of_truncated_text
 from .blip import TextEncoder, VisionTransformer
 from .clip import layer_activation_bytes, preprocess
 from .clip_checkpoint import check_floats, check_heads, check_image_size
-from .files import Hints, LoadOptions, Shapes, StateDict, Weights, summary
+from .files import Hints, LoadOptions, Shapes, StateDict, Weights, one_line
 from .published import BERT
 
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072
@@ -45,7 +45,7 @@ class Vocabulary:
         """The tokens that are read."""
         return [self.start, *self._encode(prompt).ids[: _TOKENS - 2], self.end]
 
-    def unread(self, prompt: str) -> str:
+    def truncated_text(self, prompt: str) -> str:
         offsets = self._encode(prompt).offsets[_TOKENS - 2 :]
         return prompt[offsets[0][0] :].strip() if offsets else ""
 
@@ -86,11 +86,11 @@ class ImageReward(Reward):
         return tokens, torch.arange(longest) < torch.tensor([[len(row)] for row in rows])
 
     def _tokenize(self, prompts: list[str]) -> list[list[int]]:
-        warn_of_unread(self, prompts)
+        warn_of_truncated_text(self, prompts)
         return [self.vocabulary(prompt) for prompt in prompts]
 
-    def unread(self, prompt: str) -> str:
-        return self.vocabulary.unread(prompt)
+    def truncated_text(self, prompt: str) -> str:
+        return self.vocabulary.truncated_text(prompt)
 
 
 def _activation_bytes(vision: VisionTransformer, text: TextEncoder) -> int:
@@ -168,7 +168,7 @@ def _read_vocabulary(file: Path, words: int) -> Vocabulary:
         tokenizer = Tokenizer.from_file(str(file)) if file.suffix == ".json" else _word_pieces(file.read_text(encoding="utf-8").splitlines())
     except Exception as error:  # tokenizers raises nothing more special
         pass_out_of_memory(error, f"{file.name} was read")
-        raise RewardError(f"{file.name} beside it is damaged; download it again ({summary(error)}).") from error
+        raise RewardError(f"{file.name} beside it is damaged; download it again ({one_line(error)}).") from error
     found = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if found not in (words, words - _ADDED_WORDS) or any(tokenizer.token_to_id(word) is None for word in _SPECIAL):
         raise RewardError(

@@ -12,7 +12,7 @@ from .aesthetic import is_aesthetic_head, load_aesthetic
 from .base import Reward, RewardError
 from .clip import load_clip, load_clip_of_towers
 from .clip_checkpoint import has_image_tower, has_text_tower, unsupported
-from .files import Hints, LoadOptions, Shapes, Weights, read, summary
+from .files import Hints, LoadOptions, Shapes, Weights, one_line, read
 from .image_reward import is_image_reward, load_image_reward
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def _build(weights: Weights, options: LoadOptions) -> Reward:
             except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
                 pass_out_of_memory(error, f"{name} was loaded")
                 advice = "download it again, or use the published file where this one was converted"
-                raise RewardError(f"{name} is of a known kind, but its weights do not fit together ({summary(error)}); {advice}.") from error
+                raise RewardError(f"{name} is of a known kind, but its weights do not fit together ({one_line(error)}); {advice}.") from error
     if has_text_tower(shapes):
         raise RewardError(f"{name} is a text tower alone; choose the image tower that belongs to it, and this as its text tower.")
     found = short(", ".join(sorted(shapes)[:3])) or "no tensors"

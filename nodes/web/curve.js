@@ -1,4 +1,4 @@
-// Draws on its node what a node reports while it runs. The events and their fields are those of nodes/reporting.py.
+// Draws on its node what a node reports while it runs. The events and their fields are those of nodes/wiring/reporting.py.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 

@@ -29,12 +29,14 @@ import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter
-from reward_guidance.guidance.network import Architecture
+from reward_guidance.guidance.data.collection import SHARD
+from reward_guidance.guidance.network.unet import Architecture
 from reward_guidance.guidance.process import Diffusion
 from reward_guidance.guidance.randomness import generator
 from reward_guidance.guidance.rewards import evaluate
-from reward_guidance.guidance.samples import SHARD
-from reward_guidance.nodes.runtime import LoadedNetwork, NetworkGuidance, differentiable_model, manage_network
+from reward_guidance.nodes.wiring.autograd import differentiable_model
+from reward_guidance.nodes.wiring.loaded import LoadedNetwork, manage_network
+from reward_guidance.nodes.wiring.patch_network import NetworkGuidance
 from reward_guidance.tests.bench import passes
 from reward_guidance.tests.bench.shapesworld import SCORES, Bench, Pictures, World, energy_to_truth, say
 from reward_guidance.tests.bench.shapesworld_network import Collector, beside, first, numbers, prepared

@@ -40,10 +40,11 @@ from comfy.model_patcher import ModelPatcher
 from harness import environment
 from harness.chart import draw_chart, in_rows
 from reward_guidance.guidance.estimators import Settings, Smoothing
-from reward_guidance.guidance.network import GuidanceNetwork
+from reward_guidance.guidance.network.unet import GuidanceNetwork
 from reward_guidance.guidance.process import Flow
-from reward_guidance.guidance.training import fit
-from reward_guidance.nodes.runtime import NetworkGuidance, RewardGuidance
+from reward_guidance.guidance.training.loop import fit
+from reward_guidance.nodes.wiring.patch_network import NetworkGuidance
+from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
 from reward_guidance.tests.bench.shapesworld_network import learned
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model

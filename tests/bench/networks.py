@@ -25,11 +25,17 @@ load_comfyui()
 import torch
 from bench.ring import best_of, by_reward, sample
 from comfy.model_patcher import ModelPatcher
-from reward_guidance.guidance.files import Card
-from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork
+from reward_guidance.guidance.data.batches import LivePairs
+from reward_guidance.guidance.network.card import Card
+from reward_guidance.guidance.network.forms import FORMS
+from reward_guidance.guidance.network.unet import Architecture, GuidanceNetwork
 from reward_guidance.guidance.process import Flow
-from reward_guidance.guidance.training import LivePairs, Plan, Task, Training, fit, label
-from reward_guidance.nodes.runtime import NetworkGuidance, base_of, manage_network
+from reward_guidance.guidance.training.labels import label
+from reward_guidance.guidance.training.loop import Training, fit
+from reward_guidance.guidance.training.objectives import Plan, Task
+from reward_guidance.nodes.wiring.loaded import manage_network
+from reward_guidance.nodes.wiring.model_info import base_of
+from reward_guidance.nodes.wiring.patch_network import NetworkGuidance
 from reward_guidance.tests.standins import objectives
 from reward_guidance.tests.standins.analytic import analytic_model
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance

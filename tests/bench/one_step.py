@@ -29,15 +29,21 @@ from bench.peers.noise_optimisation import noise_optimisation
 from bench.peers.problem import Problem
 from bench.shapesworld import BatchReward, Pictures, World, energy_to_truth, say, with_error
 from comfy.model_patcher import ModelPatcher
-from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork, Text
-from reward_guidance.guidance.prior import PROCESS, FreshNoise, NoisePairs, tilted_noise
+from reward_guidance.guidance.data.batches import Batch, Source
+from reward_guidance.guidance.data.samples import Texts
+from reward_guidance.guidance.network.forms import FORMS
+from reward_guidance.guidance.network.unet import Architecture, GuidanceNetwork, Text
+from reward_guidance.guidance.one_step import PROCESS, FreshNoise, NoisePairs, tilted_noise
 from reward_guidance.guidance.process import Diffusion, Process
 from reward_guidance.guidance.randomness import generator
-from reward_guidance.guidance.samples import Texts
-from reward_guidance.guidance.training import Batch, Plan, Source, Task, Training, label
-from reward_guidance.nodes.runtime import gradients, text_of_conditioning, trainable, training_through
-from reward_guidance.nodes.studio import Studio
-from reward_guidance.nodes.training import generator_of, with_static_model
+from reward_guidance.guidance.training.labels import label
+from reward_guidance.guidance.training.loop import Training
+from reward_guidance.guidance.training.objectives import Plan, Task
+from reward_guidance.nodes.wiring.autograd import gradients, trainable
+from reward_guidance.nodes.wiring.latent_reward import training_through
+from reward_guidance.nodes.wiring.model_info import text_of_conditioning
+from reward_guidance.nodes.wiring.sample_maker import SampleMaker
+from reward_guidance.nodes.wiring.training_setup import generator_of, with_static_model
 from reward_guidance.tests.bench.shapesworld_network import numbers
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
@@ -86,10 +92,10 @@ class Arena(ABC):
         """Inside, `make` makes latents of noise and prompts, with a graph."""
         names = tuple(map(str, range(len(self.texts.pooled))))
         empty = {"samples": torch.zeros(1, *self.shape)}
-        studio = Studio(self.model, names, self.encode, "0", 1, 1.0, "euler", "simple", empty, CHUNK, None, None)  # type: ignore[arg-type]
-        studio = with_static_model(studio)
-        with trainable(), gradients(*self.problem(0).reward.modules), training_through(studio.model):
-            self.make = generator_of(studio)
+        maker = SampleMaker(self.model, names, self.encode, "0", 1, 1.0, "euler", "simple", empty, CHUNK, None, None)  # type: ignore[arg-type]
+        maker = with_static_model(maker)
+        with trainable(), gradients(*self.problem(0).reward.modules), training_through(maker.model):
+            self.make = generator_of(maker)
             yield
 
     def noise(self, seed: int) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from bench.ring import best_of, row
 from reward_guidance.guidance.particles import Population
 from reward_guidance.guidance.process import Flow
-from reward_guidance.nodes.particles import ParticleSampler
+from reward_guidance.nodes.wiring.particle_run import ParticleSampler
 from reward_guidance.tests.standins.analytic import analytic_model
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
 from reward_guidance.tests.standins.ring import RING, ring_reward, truth

@@ -19,7 +19,7 @@ import comfy.utils
 import torch
 from reward_guidance.guidance.estimators import ESTIMATORS, Settings, Shift, Smoothing
 from reward_guidance.guidance.process import Flow
-from reward_guidance.nodes.runtime import RewardGuidance
+from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.mixture import energy_distance
 from reward_guidance.tests.standins.ring import RING, VARIANCE, ring_reward, truth
@@ -29,9 +29,9 @@ class TiltedShift(Shift):
     """The lagged shift without untilting, to show what untilting buys."""
 
     def guide(self, denoise, x, sigma):
-        if self.gradient is None:
-            return self.watch(denoise, x, sigma)
-        return self.watch(denoise, x + self.process.shift_gain(sigma) * self.capped_gradient(sigma), sigma)
+        if self.tilt.gradient is None:
+            return self.unguided(denoise, x, sigma)
+        return self.unguided(denoise, x + self.process.shift_gain(sigma) * self.tilt.capped(sigma), sigma)
 
 
 def by_reward(model, estimator: str, samples: int, temperature: float = 1.0, cap: float = 8.0):

@@ -25,12 +25,14 @@ from comfy.model_patcher import ModelPatcher
 from harness.chart import draw_chart
 from harness.environment import cache
 from reward_guidance.guidance.estimators import Settings
-from reward_guidance.guidance.files import load_network
+from reward_guidance.guidance.network.file import load_network
 from reward_guidance.guidance.particles import Population, ranked
 from reward_guidance.guidance.randomness import generator
-from reward_guidance.nodes.particles import ParticleSampler
-from reward_guidance.nodes.runtime import NetworkGuidance, RewardGuidance, manage_network
-from reward_guidance.nodes.sampling import Sampling
+from reward_guidance.nodes.wiring.loaded import manage_network
+from reward_guidance.nodes.wiring.particle_run import ParticleSampler
+from reward_guidance.nodes.wiring.patch_network import NetworkGuidance
+from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
+from reward_guidance.nodes.wiring.sampling import Sampling
 from reward_guidance.tests.bench.shapesworld_network import learned
 from reward_guidance.tests.harness.models import shapesworld
 from torch import Tensor

@@ -25,7 +25,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from reward_guidance.guidance.estimators import Settings, Smoothing
 from reward_guidance.guidance.rewards import evaluate, load_reward
-from reward_guidance.nodes.runtime import RewardGuidance
+from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.analytic import PlainReward
 from reward_guidance.tests.standins.shapesworld import oracle, world

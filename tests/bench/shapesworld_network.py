@@ -21,21 +21,19 @@ from harness.inprocess import load_comfyui
 load_comfyui()
 
 import torch
+from reward_guidance.guidance.data.collection import Collection
+from reward_guidance.guidance.data.description import Description
+from reward_guidance.guidance.data.samples import Sample, Samples, Texts, noise, percents, states
 from reward_guidance.guidance.estimators import Settings
-from reward_guidance.guidance.files import save_network
-from reward_guidance.guidance.fitting import Fitting, plan_for, prepare
+from reward_guidance.guidance.network.file import save_network
 from reward_guidance.guidance.rewards import evaluate
-from reward_guidance.guidance.samples import Collection, Description, Sample, Samples, Texts, noise, percents, states
-from reward_guidance.guidance.training import label
-from reward_guidance.nodes.runtime import (
-    LoadedNetwork,
-    NetworkGuidance,
-    RewardGuidance,
-    base_of,
-    manage_network,
-    process_of,
-    text_of_conditioning,
-)
+from reward_guidance.guidance.training.labels import label
+from reward_guidance.guidance.training.recipe import plan_for, prepare
+from reward_guidance.guidance.training.report import Fitting
+from reward_guidance.nodes.wiring.loaded import LoadedNetwork, manage_network
+from reward_guidance.nodes.wiring.model_info import base_of, process_of, text_of_conditioning
+from reward_guidance.nodes.wiring.patch_network import NetworkGuidance
+from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
 from reward_guidance.tests.bench.shapesworld import BatchReward, Bench, World, say
 from reward_guidance.tests.harness.environment import cache
 from reward_guidance.tests.harness.models import shapesworld

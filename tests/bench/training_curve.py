@@ -23,8 +23,9 @@ from comfy.model_patcher import ModelPatcher
 from harness.chart import draw_chart, in_rows
 from harness.environment import cache
 from PIL import Image
-from reward_guidance.guidance.training import Training
-from reward_guidance.nodes.runtime import NetworkGuidance, manage_network
+from reward_guidance.guidance.training.loop import Training
+from reward_guidance.nodes.wiring.loaded import manage_network
+from reward_guidance.nodes.wiring.patch_network import NetworkGuidance
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.ring import nearness, ring_reward, truth
 from torch import Tensor

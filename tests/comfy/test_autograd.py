@@ -19,8 +19,11 @@ import torch
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.estimators import Settings
 from reward_guidance.guidance.rewards import ImageStatistic
-from reward_guidance.nodes.decoders import LatentRGB, static_clone
-from reward_guidance.nodes.runtime import LatentReward, LoadedReward, RewardGuidance, differentiable_model, normal_weights
+from reward_guidance.nodes.wiring.autograd import differentiable_model, normal_weights, static_clone
+from reward_guidance.nodes.wiring.decoders import LatentRGB
+from reward_guidance.nodes.wiring.latent_reward import LatentReward
+from reward_guidance.nodes.wiring.loaded import LoadedReward
+from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
 from reward_guidance.tests.standins import formats
 
 SD15, FLUX, QUANTIZED = "sd15", "flux", "flux in scaled fp8"

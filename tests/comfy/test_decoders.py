@@ -20,9 +20,11 @@ import folder_paths
 import torch
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.rewards import ImageStatistic, evaluate, load_reward
-from reward_guidance.nodes import decoders, selection
-from reward_guidance.nodes.decoders import TAESD, FullVAE, check_belongs, halved, make_decoder
-from reward_guidance.nodes.runtime import LatentReward, LoadedReward, gradients
+from reward_guidance.nodes.wiring import decoders, scoring
+from reward_guidance.nodes.wiring.autograd import gradients
+from reward_guidance.nodes.wiring.decoders import TAESD, FullVAE, check_belongs, halved, make_decoder
+from reward_guidance.nodes.wiring.latent_reward import LatentReward
+from reward_guidance.nodes.wiring.loaded import LoadedReward
 from reward_guidance.tests.standins.shapesworld import world
 from reward_guidance.tests.standins.vaes import VAES, small_vae, weights
 from safetensors.torch import save_file
@@ -323,9 +325,9 @@ def test_what_is_selected_by_is_the_same_each_time():
     """LTXV's VAE adds noise as it decodes, and takes one video at a time."""
     latent_format, vae = comfy.latent_formats.LTXV(), small_vae("ltxv")
     videos, drawn = latent_format.process_out(some_latents(latent_format)), torch.get_rng_state()
-    clips = selection.decode(vae, videos)
-    assert torch.equal(clips, selection.decode(vae, videos)) and torch.equal(torch.get_rng_state(), drawn)
-    assert torch.equal(clips[1:], selection.decode(vae, videos[1:]))
+    clips = scoring.decode(vae, videos)
+    assert torch.equal(clips, scoring.decode(vae, videos)) and torch.equal(torch.get_rng_state(), drawn)
+    assert torch.equal(clips[1:], scoring.decode(vae, videos[1:]))
     torch.manual_seed(0)
     assert torch.equal(clips[:1], vae.decode(videos[:1]))
 
@@ -333,7 +335,7 @@ def test_what_is_selected_by_is_the_same_each_time():
 def test_sound_is_not_selected_by():
     its_own = SimpleNamespace(decode=lambda latents: torch.zeros(len(latents), 4096, 2))
     with pytest.raises(GuidanceError, match="makes neither pictures nor videos"):
-        selection.decode(its_own, torch.zeros(2, 8, 16, 4))
+        scoring.decode(its_own, torch.zeros(2, 8, 16, 4))
 
 
 @pytest.fixture(scope="module")

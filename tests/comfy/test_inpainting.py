@@ -9,10 +9,14 @@ import comfy.sample
 import torch
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from reward_guidance.guidance.estimators import ESTIMATORS, Settings
-from reward_guidance.guidance.files import Card
-from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork
+from reward_guidance.guidance.network.card import Card
+from reward_guidance.guidance.network.forms import FORMS
+from reward_guidance.guidance.network.unet import Architecture, GuidanceNetwork
 from reward_guidance.guidance.process import Diffusion, Flow
-from reward_guidance.nodes.runtime import NetworkGuidance, RewardGuidance, base_of, manage_network
+from reward_guidance.nodes.wiring.loaded import manage_network
+from reward_guidance.nodes.wiring.model_info import base_of
+from reward_guidance.nodes.wiring.patch_network import NetworkGuidance
+from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.mixture import Mixture
 

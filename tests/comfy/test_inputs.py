@@ -10,11 +10,12 @@ load_comfyui()
 from comfy_api.internal import make_locked_method_func
 from comfy_api.v0_0_2 import io
 from reward_guidance.guidance.errors import SHOWN, GuidanceError
-from reward_guidance.nodes import collecting, guidance, network, particles, rewards, scores, selection, training
+from reward_guidance.nodes import guidance_data, guidance_network, particles, reward_guidance, rewards, scores, selection, training
 
-for folder in (rewards.FOLDER, network.FOLDER):
+for folder in (rewards.FOLDER, guidance_network.FOLDER):
     rewards.register_folder(folder)
-NODES = [node for group in (rewards, scores, guidance, network, collecting, training, selection, particles) for node in group.NODES]
+GROUPS = (rewards, scores, reward_guidance, guidance_network, guidance_data, training, selection, particles)
+NODES = [node for group in GROUPS for node in group.NODES]
 INPUTS = [(node, entry) for node in NODES for entry in node.GET_SCHEMA().inputs]
 NUMBERS = [(node, entry) for node, entry in INPUTS if isinstance(entry, (io.Int.Input, io.Float.Input)) and entry.id != "scores"]
 TEXTS = [(node, entry) for node, entry in INPUTS if isinstance(entry, (io.String.Input, io.Color.Input))]

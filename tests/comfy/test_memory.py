@@ -10,8 +10,11 @@ import comfy.sd
 import torch
 from reward_guidance.guidance.estimators import Settings, Smoothing
 from reward_guidance.guidance.rewards import ImageStatistic
-from reward_guidance.nodes.decoders import LatentRGB
-from reward_guidance.nodes.runtime import LatentReward, LoadedReward, RewardGuidance, manage
+from reward_guidance.nodes.wiring.autograd import manage
+from reward_guidance.nodes.wiring.decoders import LatentRGB
+from reward_guidance.nodes.wiring.latent_reward import LatentReward
+from reward_guidance.nodes.wiring.loaded import LoadedReward
+from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
 from reward_guidance.tests.harness import models
 from reward_guidance.tests.standins import formats
 from torch.profiler import ProfilerActivity, profile

@@ -17,29 +17,29 @@ import comfy.samplers
 import comfy.utils
 import folder_paths
 import torch
+from reward_guidance.guidance.data.collection import Collection
+from reward_guidance.guidance.data.description import Description
+from reward_guidance.guidance.data.samples import Rows, Samples, Texts, states
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.estimators import ESTIMATORS, Settings, Smoothing
-from reward_guidance.guidance.files import Card, load_network
-from reward_guidance.guidance.fitting import plan_for, prepare
-from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork
+from reward_guidance.guidance.network.card import Card
+from reward_guidance.guidance.network.file import load_network
+from reward_guidance.guidance.network.forms import FORMS
+from reward_guidance.guidance.network.unet import Architecture, GuidanceNetwork
 from reward_guidance.guidance.process import Diffusion, Flow
 from reward_guidance.guidance.rewards import ImageStatistic, RewardError
-from reward_guidance.guidance.samples import Collection, Description, Rows, Samples, Texts, states
-from reward_guidance.guidance.training import Plan, Progress, fit
-from reward_guidance.nodes.network import FOLDER, GuidedNoise, followed, save_under
-from reward_guidance.nodes.runtime import (
-    NetworkGuidance,
-    RewardGuidance,
-    base_of,
-    manage_network,
-    name_of,
-    require_unguided,
-    text_of_conditioning,
-    tilt,
-)
-from reward_guidance.nodes.sampling import Sampling
-from reward_guidance.nodes.studio import Collector, Studio, alike, asked, level, stacked
-from reward_guidance.nodes.training import Preview, Watch, judged
+from reward_guidance.guidance.training.loop import Progress, fit
+from reward_guidance.guidance.training.objectives import Plan
+from reward_guidance.guidance.training.recipe import plan_for, prepare
+from reward_guidance.nodes.guidance_network import FOLDER, GuidedNoise, save_under
+from reward_guidance.nodes.wiring.collector import Collector, level
+from reward_guidance.nodes.wiring.loaded import manage_network
+from reward_guidance.nodes.wiring.model_info import base_of, name_of, require_unguided, text_of_conditioning
+from reward_guidance.nodes.wiring.patch_network import NetworkGuidance, followed, tilt
+from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
+from reward_guidance.nodes.wiring.sample_maker import SampleMaker, denoise_once, stackable, stacked
+from reward_guidance.nodes.wiring.sampling import Sampling
+from reward_guidance.nodes.wiring.training_monitor import Preview, TrainingMonitor, score_or_nan
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
 
@@ -135,7 +135,7 @@ def test_states_of_several_noise_levels_are_each_guided_by_the_interval(model):
 
 
 def ask(model, latent, x, sigma):
-    return asked(Sampling(model, STEPS, 1.0, "euler", "simple", CONDITION, CONDITION, 1.0), latent, x, sigma)
+    return denoise_once(Sampling(model, STEPS, 1.0, "euler", "simple", CONDITION, CONDITION, 1.0), latent, x, sigma)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
@@ -285,23 +285,23 @@ def conditioning(length, **options):
 def test_prompts_of_one_length_are_told_together():
     twice = [*conditioning(5), *conditioning(5)]
     all_of_them = [conditioning(5), conditioning(7), conditioning(5), twice, conditioning(5), conditioning(5, guidance=3.5)]
-    assert sorted(alike(all_of_them, 2)) == [[0, 2], [1], [3], [4], [5]]
+    assert sorted(stackable(all_of_them, 2)) == [[0, 2], [1], [3], [4], [5]]
     tokens, options = stacked([conditioning(5), conditioning(5)])[0]
     assert tokens.shape == (2, 5, 4) and options["pooled_output"].shape == (2, 3)
     assert stacked([twice]) is twice
 
 
-def studio(model, batch=4, sampler="euler"):
+def maker(model, batch=4, sampler="euler"):
     lengths = {"short": 3, "long": 5}
     encode = lambda prompt: [[torch.ones(1, lengths.get(prompt, 3), 1), {}]]  # noqa: E731
     latent = {"samples": torch.zeros(1, 48, 1, 1)}
-    return Studio(model, ("short", "long"), encode, "", STEPS, 1.0, sampler, "simple", latent, batch, None, None)
+    return SampleMaker(model, ("short", "long"), encode, "", STEPS, 1.0, sampler, "simple", latent, batch, None, None)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde", "dpm_adaptive"])
 def test_samples_are_those_of_their_seeds_however_they_are_grouped(sampler):
     model, ticks = model_of(CLOUD, True), []
-    made = studio(model, sampler=sampler).sample([0, 1, 0, 0, 1], [3, 4, 5, 6, 7], lambda count, x0: ticks.append(count))
+    made = maker(model, sampler=sampler).sample([0, 1, 0, 0, 1], [3, 4, 5, 6, 7], lambda count, x0: ticks.append(count))
     alone = torch.cat([sample(model, sampler, count=1, seed=seed) for seed in (3, 4, 5, 6, 7)])
     torch.testing.assert_close(made, alone, rtol=1e-4, atol=1e-4)
     if sampler != "dpm_adaptive":
@@ -311,14 +311,14 @@ def test_samples_are_those_of_their_seeds_however_they_are_grouped(sampler):
 def test_answers_come_in_the_order_of_the_questions():
     model = model_of(CLOUD, True)
     x, sigma = torch.randn(5, 48, 1, 1), torch.linspace(0.2, 0.8, 5)
-    one_studio = studio(model)
+    one_studio = maker(model)
     together = one_studio.denoise(x, sigma, [0, 1, 0, 1, 0])
     alone = torch.cat([one_studio.denoise(x[i : i + 1], sigma[i : i + 1], [0]) for i in range(5)])
     torch.testing.assert_close(together, alone)
 
 
 def test_text_has_the_length_of_the_longest_prompt():
-    text = studio(model_of(CLOUD, True)).text()[torch.arange(2)]
+    text = maker(model_of(CLOUD, True)).text()[torch.arange(2)]
     assert text.tokens.shape == (2, 5, 1) and text.tokens.any(2).sum(1).tolist() == [3, 5]
     assert text_of_conditioning([[None, {}]]).tokens.shape == (1, 0, 0)
 
@@ -354,7 +354,7 @@ class Interrupted:
 
 
 def test_two_interrupts_return_what_was_the_best_at_the_last_look():
-    watch = lambda curve: Watch(SimpleNamespace(training=Interrupted(curve)), None, None, 0)  # noqa: E731
+    watch = lambda curve: TrainingMonitor(SimpleNamespace(training=Interrupted(curve)), None, None, 0)  # noqa: E731
     watch([(10, 0.1)]).run()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         watch([]).run()
@@ -370,7 +370,7 @@ def test_every_preview_is_shown_although_the_page_hears_of_some_steps_only(monke
     shown = []
     monkeypatch.setattr(comfy.utils, "ProgressBar", lambda total: SimpleNamespace(update_absolute=lambda *told: shown.append(told)))
     fitting = SimpleNamespace(training=Steady([(1, 0.1)]), health=SimpleNamespace(effective=0.5))
-    Watch(fitting, lambda step: False, lambda _: Preview("a picture", [0.5]), 3).run()
+    TrainingMonitor(fitting, lambda step: False, lambda _: Preview("a picture", [0.5]), 3).run()
     assert shown == [(step, Plan().steps, ("JPEG", "a picture", None)) for step in (3, 6)]
 
 
@@ -378,8 +378,8 @@ def test_a_preview_that_a_reward_refuses_does_not_end_the_training(caplog):
     def judge(clip, prompt):
         raise RewardError("likes returned a score that is not a finite number.")
 
-    studio = SimpleNamespace(judge=judge, reward=SimpleNamespace(reward=ImageStatistic("brightness")))
-    assert judged(studio, torch.zeros(1, 8, 8, 3), "a cat").isnan().tolist() == [True]
+    maker = SimpleNamespace(judge=judge, reward=SimpleNamespace(reward=ImageStatistic("brightness")))
+    assert score_or_nan(maker, torch.zeros(1, 8, 8, 3), "a cat").isnan().tolist() == [True]
     assert "The preview has no reward" in caplog.text
 
 
@@ -404,7 +404,7 @@ def test_what_was_collected_leads_to_the_reward_weighted_ring():
     """The whole way but for the decoder: samples and answers of the model, labels, training, sampling."""
     model = model_of(RING, True)
     latent, count = {"samples": torch.zeros(1, 2, 1, 1)}, 2000
-    one_studio = Studio(model, ("",), lambda _: CONDITION, "", 20, 1.0, "euler", "simple", latent, count, None, None)
+    one_studio = SampleMaker(model, ("",), lambda _: CONDITION, "", 20, 1.0, "euler", "simple", latent, count, None, None)
     description = Description(base_of(model), (2, 1, 1), 4, ("",), ("ring",), (0.0,), (1.0,), seed=0)
     clean = sample(model, count=count, seed=1, steps=20)
     collector = Collector(one_studio, Collection(Path(), description), False, lambda *_: None)

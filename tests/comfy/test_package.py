@@ -183,7 +183,7 @@ FORMER = "RewardGuidanceFormerStatistic"
 def elsewhere(pack, tmp_path_factory):
     """A ComfyUI with nothing but the archive, in a folder of another name, and with a node that another replaces."""
     pack = shutil.copytree(pack, tmp_path_factory.mktemp("elsewhere") / FOLDER)
-    with open(pack / "nodes" / "replacements.py", "a") as table:
+    with open(pack / "nodes" / "wiring" / "replacements.py", "a") as table:
         table.write(f"REPLACEMENTS.append(io.NodeReplace('RewardGuidanceImageStatistic', {FORMER!r}))\n")
     base = environment.cache() / "work" / "package"
     models.link_models(base / "models", models.format_standins())

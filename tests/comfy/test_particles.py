@@ -23,10 +23,13 @@ from reward_guidance.guidance.particles import Population, Resampled
 from reward_guidance.guidance.process import Diffusion, Flow
 from reward_guidance.guidance.rewards import ImageStatistic
 from reward_guidance.nodes import selection
-from reward_guidance.nodes.conditioning import Row
-from reward_guidance.nodes.particles import SAMPLERS, FirstAnswered, ParticleSampler, Swarm
-from reward_guidance.nodes.runtime import LoadedReward, RewardBeside, RewardGuidance, as_many_as_fit
-from reward_guidance.nodes.sampling import SEEDS, Sampling, fitted, joined, rows, sampled
+from reward_guidance.nodes.wiring.conditioning import Row
+from reward_guidance.nodes.wiring.latents import SEEDS, fitted, joined, rows, sampled
+from reward_guidance.nodes.wiring.loaded import LoadedReward
+from reward_guidance.nodes.wiring.memory import as_many_as_fit
+from reward_guidance.nodes.wiring.particle_run import SAMPLERS, FirstAnswered, ParticleRun, ParticleSampler
+from reward_guidance.nodes.wiring.patch_reward import RewardBeside, RewardGuidance
+from reward_guidance.nodes.wiring.sampling import Sampling
 from reward_guidance.tests.harness.environment import CHECKOUT
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
@@ -355,11 +358,11 @@ def test_the_noise_on_the_way_is_not_the_noise_of_a_beginning():
         return x
 
     each = sampling(model_of(CLOUD, True), "euler_ancestral")
-    swarm = Swarm(each, lambda latents: latents.flatten(1).sum(1), 1.0, 0.5, 2, 4)
+    run_particles = ParticleRun(each, lambda latents: latents.flatten(1).sum(1), 1.0, 0.5, 2, 4)
     original = comfy.k_diffusion.sampling.sample_euler_ancestral
     comfy.k_diffusion.sampling.sample_euler_ancestral = spy
     try:
-        swarm({"samples": torch.zeros(1, 48, 1, 1)}, [11, 12, 13, 14], ignore, ignore)
+        run_particles({"samples": torch.zeros(1, 48, 1, 1)}, [11, 12, 13, 14], ignore, ignore)
     finally:
         comfy.k_diffusion.sampling.sample_euler_ancestral = original
     begun = [comfy.sample.prepare_noise(torch.zeros(1, 48, 1, 1), seed) for seed in range(8, 20)]

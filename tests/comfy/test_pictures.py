@@ -13,10 +13,11 @@ import folder_paths
 import torch
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.rewards import CombinedReward, ImageStatistic, Reward, load_reward
-from reward_guidance.nodes import public, rewards, runtime
-from reward_guidance.nodes.captions import SMALLEST, Line, caption
-from reward_guidance.nodes.rewards import MOST_PICTURES, score_images, score_parts, to_pixels
-from reward_guidance.nodes.runtime import LoadedReward, manage_reward
+from reward_guidance.nodes import rewards
+from reward_guidance.nodes.wiring import memory, public
+from reward_guidance.nodes.wiring.captions import SMALLEST, Line, caption
+from reward_guidance.nodes.wiring.loaded import LoadedReward, manage_reward
+from reward_guidance.nodes.wiring.scoring import MOST_PICTURES, score_images, score_parts, to_pixels
 from reward_guidance.tests.standins.rewards import save_open_clip
 
 
@@ -140,7 +141,7 @@ def test_the_same_pictures_are_not_scored_again():
 def test_precision(monkeypatch, wanted, fast, stored, chosen):
     for name in ("should_use_fp16", "should_use_bf16"):
         monkeypatch.setattr(comfy.model_management, name, lambda device: fast)
-    assert runtime.precision(wanted)(stored) == chosen
+    assert memory.precision(wanted)(stored) == chosen
 
 
 def test_extra_folders_of_rewards_are_kept(monkeypatch, tmp_path):

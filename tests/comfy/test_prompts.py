@@ -11,7 +11,7 @@ load_comfyui()
 
 from comfy.sd1_clip import SDTokenizer
 from reward_guidance.guidance.errors import GuidanceError
-from reward_guidance.nodes.prompts import leaves_open, plain
+from reward_guidance.nodes.wiring.prompts import leaves_open, plain
 
 PLAIN = "a large red circle"
 SAME = [

@@ -11,8 +11,8 @@ from reward_guidance.tests.harness.inprocess import load_comfyui
 
 load_comfyui()
 
-from reward_guidance.nodes import reporting
-from reward_guidance.nodes.runtime import Progress
+from reward_guidance.nodes.wiring import reporting
+from reward_guidance.nodes.wiring.reporting import NodeStep
 
 SEEDS = count(7000)
 """No run is like another, which ComfyUI would answer from its cache."""
@@ -103,7 +103,7 @@ def told(monkeypatch):
 
 def run(reporter, steps, every=1, **options):
     for step in range(every, steps + 1, every):
-        reporter(Progress(step=step, steps=steps, series={"loss": [1 / step]}, **options))
+        reporter(NodeStep(step=step, steps=steps, series={"loss": [1 / step]}, **options))
 
 
 @pytest.mark.parametrize("steps, every", [(1, 1), (500, 1), (501, 1), (5000, 1), (20_000, 25), (1_000_000, 100)])
@@ -118,7 +118,7 @@ def test_a_rare_series_is_not_lost_among_the_steps_that_are_not_told(told):
     reporter = reporting.Reporter(SimpleNamespace(unique_id="1"))
     for step in range(1, 10_001):
         check = {"loss/check": [float(step)]} if step % 250 == 0 else {}
-        reporter(Progress(step=step, steps=10_000, series={"loss": [1 / step]} | check))
+        reporter(NodeStep(step=step, steps=10_000, series={"loss": [1 / step]} | check))
     checks = [event["series"]["loss/check"][0] for event in told if "loss/check" in event["series"]]
     assert checks == list(range(250, 10_001, 250))
     assert all("loss" in event["series"] for event in told)
@@ -127,7 +127,7 @@ def test_a_rare_series_is_not_lost_among_the_steps_that_are_not_told(told):
 def test_a_run_that_asks_without_end_is_told_to_a_limit(told):
     reporter = reporting.Reporter(SimpleNamespace(unique_id="1"))
     for _ in range(10_000):
-        reporter(Progress(step=1, steps=1, series={"reward": [0.0]}))
+        reporter(NodeStep(step=1, steps=1, series={"reward": [0.0]}))
     assert len(told) == len(reporter.history) == reporting.MOST_EVENTS
 
 
@@ -139,5 +139,5 @@ def test_the_oldest_nodes_are_forgotten(told):
 
 def test_numbers_that_are_none_do_not_break_the_message(told):
     reporter = reporting.Reporter(SimpleNamespace(unique_id="1"))
-    reporter(Progress(step=1, steps=1, series={"reward": [math.nan, 1.0, math.inf]}))
+    reporter(NodeStep(step=1, steps=1, series={"reward": [math.nan, 1.0, math.inf]}))
     assert told[0]["series"] == {"reward": [None, 1.0, None]}

@@ -18,7 +18,11 @@ from reward_guidance.guidance.estimators import ESTIMATORS, Settings, Smoothing
 from reward_guidance.guidance.process import Diffusion, Flow
 from reward_guidance.guidance.randomness import generator
 from reward_guidance.guidance.rewards import ImageStatistic, Reward
-from reward_guidance.nodes.runtime import LatentReward, LoadedReward, RewardGuidance, gradients, normal_weights, process_of
+from reward_guidance.nodes.wiring.autograd import gradients, normal_weights
+from reward_guidance.nodes.wiring.latent_reward import LatentReward
+from reward_guidance.nodes.wiring.loaded import LoadedReward
+from reward_guidance.nodes.wiring.model_info import process_of
+from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.families import CAUSAL_WAN, WAN_5B
 from reward_guidance.tests.standins.mixture import Mixture

@@ -9,10 +9,10 @@ import shutil
 
 import pytest
 import torch
-from reward_guidance.guidance.files import load_network, save_network
-from reward_guidance.guidance.fitting import plan_for, prepare
-from reward_guidance.guidance.samples import SHARD, Collection
-from reward_guidance.guidance.training import fit
+from reward_guidance.guidance.data.collection import SHARD, Collection
+from reward_guidance.guidance.network.file import load_network, save_network
+from reward_guidance.guidance.training.loop import fit
+from reward_guidance.guidance.training.recipe import plan_for, prepare
 from reward_guidance.tests.harness.graphs import FAMILIES, LORA, Graph
 from reward_guidance.tests.harness.guided import guided_model, latents, statistic, stock, two_nodes, under_control, with_reward
 from safetensors.torch import load_file, save_file

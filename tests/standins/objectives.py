@@ -1,6 +1,6 @@
 """Objectives that a potential is measured against."""
 
-from reward_guidance.guidance.training import OBJECTIVES, potential
+from reward_guidance.guidance.training.objectives import OBJECTIVES, potential
 
 COMPARED = {
     "potential_square": potential(lambda f, w: (f.exp() - w).square()),

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from reward_guidance.guidance.data.batches import StoredPairs
+from reward_guidance.guidance.data.collection import SHARD, Collection
+from reward_guidance.guidance.data.description import Description
+from reward_guidance.guidance.data.samples import Sample
 from reward_guidance.guidance.errors import GuidanceError
-from reward_guidance.guidance.files import Base
-from reward_guidance.guidance.fitting import plan_for, prepare
-from reward_guidance.guidance.network import Text
+from reward_guidance.guidance.network.card import Base
+from reward_guidance.guidance.network.unet import Text
 from reward_guidance.guidance.process import Flow, process_named
-from reward_guidance.guidance.samples import SHARD, Collection, Description, Sample, StoredPairs
-from reward_guidance.guidance.training import KEPT, fit
+from reward_guidance.guidance.training.checkpoint import KEPT
+from reward_guidance.guidance.training.loop import fit
+from reward_guidance.guidance.training.recipe import plan_for, prepare
 from safetensors.torch import load_file, save_file
 
 DESCRIPTION = Description(

@@ -110,7 +110,7 @@ def test_pure_noise_is_watched_not_guided(name):
     _, denoise, x, direction = setup(2, Flow(), 0.5)
     one = estimator(name, Flow(), lambda point: point @ direction)
     assert torch.equal(one(denoise, x, 1.0), denoise(x))
-    assert one.gradient is not None
+    assert one.tilt.gradient is not None
 
 
 @pytest.mark.parametrize("process", [Flow(), Diffusion()])
@@ -176,7 +176,7 @@ def test_every_reuses_and_momentum_blends_gradients():
     one = estimator("denoised", Flow(), reward, momentum=0.5)
     for expected in (1.0, 1.5, 2.25):
         one(lambda point: point, x, 0.5)
-        assert one.gradient.flatten().tolist() == pytest.approx([expected] * 3)
+        assert one.tilt.gradient.flatten().tolist() == pytest.approx([expected] * 3)
 
 
 def test_two_passes_ask_twice_only_where_a_gradient_is_due():
@@ -284,12 +284,12 @@ def test_guidance_samples_the_reward_weighted_ring(seed):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_a_step_waits_for_the_device_only_at_its_end(name, samples):
     """Of tensors on the meta device no number can be read, as none is from a GPU without waiting for it."""
-    told = []
+    pending = []
     watching = estimator(name, Flow(), lambda point: point.square().flatten(1).mean(1), smoothing=Smoothing(samples), momentum=0.5, cap=1.0)
-    watching.listen = lambda: told.append(watching.told)
+    watching.tilt.check_pending = lambda: pending.append(watching.tilt.pending)
     for sigma in (0.9, 0.6):
         assert watching(lambda point: 0.5 * point, torch.empty(2, 4, 8, 8, device="meta"), sigma).shape == (2, 4, 8, 8)
-    assert [(each.device.type, each.shape) for each in told] == [("meta", (3,))] * 2
+    assert [(each.device.type, each.shape) for each in pending] == [("meta", (3,))] * 2
 
 
 @pytest.mark.parametrize("slope", [torch.nan, torch.inf])
@@ -298,7 +298,7 @@ def test_a_gradient_that_is_not_finite_is_refused_within_its_step(name, slope):
     slopes = [1.0, slope]
     watching = estimator(name, Flow(), lambda point: (slopes[0] * point).sum(1))
     watching(lambda point: 0 * point, torch.zeros(2, 3), 0.9)
-    assert watching.rewards.tolist() == [0, 0]
+    assert watching.tilt.rewards.tolist() == [0, 0]
     slopes.pop(0)
     with pytest.raises(NotFiniteError, match="not a finite number"):
         watching(lambda point: 0 * point + 1, torch.zeros(2, 3), 0.8)

@@ -11,15 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from reward_guidance.guidance import training
 from reward_guidance.guidance.__main__ import main
+from reward_guidance.guidance.data.collection import SHARD, Collection
+from reward_guidance.guidance.data.description import Description
+from reward_guidance.guidance.data.samples import Rows, Sample
 from reward_guidance.guidance.errors import GuidanceError
-from reward_guidance.guidance.files import Base, load_network
-from reward_guidance.guidance.fitting import HELD_OUT, WIDTHS, overview, plan_for, prepare, weights_from
-from reward_guidance.guidance.network import Architecture, GuidanceNetwork, Text
-from reward_guidance.guidance.prior import tilted_noise
-from reward_guidance.guidance.samples import SHARD, Collection, Description, Rows, Sample
-from reward_guidance.guidance.training import Plan, Training, fit, label
+from reward_guidance.guidance.network.card import Base
+from reward_guidance.guidance.network.file import load_network
+from reward_guidance.guidance.network.unet import Architecture, GuidanceNetwork, Text
+from reward_guidance.guidance.one_step import tilted_noise
+from reward_guidance.guidance.training.labels import label
+from reward_guidance.guidance.training.loop import Training, fit
+from reward_guidance.guidance.training.objectives import OBJECTIVES, Plan
+from reward_guidance.guidance.training.recipe import HELD_OUT, WIDTHS, plan_for, prepare, weights_from
+from reward_guidance.guidance.training.report import overview
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DESCRIPTION = Description(
@@ -262,13 +267,13 @@ def test_a_report_says_what_is_wrong(tmp_path):
 
 
 def test_a_training_that_diverges_returns_what_was_best_before(tmp_path, folder, monkeypatch):
-    objective = training.OBJECTIVES["potential"]
+    objective = OBJECTIVES["potential"]
 
     def breaking(network, task, batch):
         loss = objective(network, task, batch)
         return loss * math.nan if fitting.training.step == 7 and torch.is_grad_enabled() else loss
 
-    monkeypatch.setitem(training.OBJECTIVES, "potential", breaking)
+    monkeypatch.setitem(OBJECTIVES, "potential", breaking)
     fitting = prepare(Collection.open(folder).load(), quick(), "small", checkpoints=tmp_path)
     network = fit(fitting.training)
     assert [step for step, _ in fitting.training.curve] == [5] and fitting.done
@@ -440,7 +445,7 @@ def on_a_full_disk(*_) -> None:
 def test_a_network_that_cannot_be_written_is_not_trained_again(tmp_path, folder, monkeypatch, caplog):
     options = [str(folder), "--out", str(tmp_path / "net.safetensors"), *FEW_STEPS]
     with monkeypatch.context() as patched:
-        patched.setattr("reward_guidance.guidance.files.save_file", on_a_full_disk)
+        patched.setattr("reward_guidance.guidance.network.file.save_file", on_a_full_disk)
         assert main(options) == 1
     assert "net.safetensors could not be written" in caplog.text and "run the same command again" in caplog.text
     caplog.set_level("INFO")
@@ -449,7 +454,7 @@ def test_a_network_that_cannot_be_written_is_not_trained_again(tmp_path, folder,
 
 def test_a_network_that_no_disk_took_says_that_its_training_is_lost(tmp_path, folder, monkeypatch, caplog):
     full_from(0, monkeypatch)
-    monkeypatch.setattr("reward_guidance.guidance.files.save_file", on_a_full_disk)
+    monkeypatch.setattr("reward_guidance.guidance.network.file.save_file", on_a_full_disk)
     assert main([str(folder), "--out", str(tmp_path / "net.safetensors"), *FEW_STEPS]) == 1
     assert "run the same command again: the training is lost." in caplog.text
 

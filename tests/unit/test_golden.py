@@ -5,13 +5,18 @@ import shutil
 
 import pytest
 import torch
-from reward_guidance.guidance import prior
-from reward_guidance.guidance.files import load_network
-from reward_guidance.guidance.network import FORMS, Architecture
+from reward_guidance.guidance import one_step
+from reward_guidance.guidance.data.batches import FreshPairs, StoredPairs
+from reward_guidance.guidance.data.collection import SHARD, Collection
+from reward_guidance.guidance.data.samples import noise, percents
+from reward_guidance.guidance.network.file import load_network
+from reward_guidance.guidance.network.forms import FORMS
+from reward_guidance.guidance.network.unet import Architecture
 from reward_guidance.guidance.process import Flow
 from reward_guidance.guidance.randomness import generator
-from reward_guidance.guidance.samples import SHARD, Collection, FreshPairs, StoredPairs, noise, percents
-from reward_guidance.guidance.training import Plan, Task, Training, label
+from reward_guidance.guidance.training.labels import label
+from reward_guidance.guidance.training.loop import Training
+from reward_guidance.guidance.training.objectives import Plan, Task
 from reward_guidance.tests.unit.fixtures.golden import make
 
 OUTPUTS = json.loads((make.FOLDER / "outputs.json").read_text(encoding="utf-8"))
@@ -64,10 +69,10 @@ def test_a_training_takes_the_steps_it_did(trained):
     pairs = {
         "weighted": StoredPairs(samples, weights, Flow()),
         "potential": FreshPairs(samples, weights, Flow()),
-        "noise": prior.NoisePairs(samples.clean, weights, samples.text, samples.prompts),
+        "noise": one_step.NoisePairs(samples.clean, weights, samples.text, samples.prompts),
     }[trained]
     options = {"potential": {"objective": "potential", "form": "potential", "fresh": True}, "noise": {"form": "noise"}}.get(trained, {})
-    plan, process = Plan(steps=5, batch=8, learning_rate=0.01, **options), prior.PROCESS if trained == "noise" else Flow()
+    plan, process = Plan(steps=5, batch=8, learning_rate=0.01, **options), one_step.PROCESS if trained == "noise" else Flow()
     sizes = Architecture(4, FORMS[plan.form].inputs, 6, 7, width=8, levels=2, blocks=1, scalar=trained == "potential")
     training = Training(pairs, Task(process, plan), sizes, pooled=samples.text.pooled)
     batch = pairs.batch(8, (plan.seed, 0))

@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from reward_guidance.guidance.errors import GuidanceError
-from reward_guidance.guidance.files import Base, Card, load_network, save_network
-from reward_guidance.guidance.network import FORMS, Architecture, GuidanceNetwork, Standardized, Text
+from reward_guidance.guidance.network.card import Base, Card
+from reward_guidance.guidance.network.file import load_network, save_network
+from reward_guidance.guidance.network.forms import FORMS
+from reward_guidance.guidance.network.unet import Architecture, GuidanceNetwork, Standardized, Text
 from reward_guidance.guidance.process import Diffusion, Flow
 from reward_guidance.guidance.tensors import read_header
 from reward_guidance.tests.standins.files import run_with_little_memory, sparse
@@ -305,7 +307,7 @@ def test_too_little_memory_is_no_damage(tmp_path):
     _, metadata = read_header(path)
     sparse(path, GuidanceNetwork.described(large).state_dict(), metadata | {"architecture": json.dumps(dataclasses.asdict(large))})
     words = "Memory ran out while likes.safetensors was"
-    assert run_with_little_memory("from reward_guidance.guidance.files import load_network as load", path) == words
+    assert run_with_little_memory("from reward_guidance.guidance.network.file import load_network as load", path) == words
 
 
 def test_networks_that_are_saved_at_once_are_all_kept(tmp_path):
@@ -334,7 +336,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("reward_guidance.guidance.files.save_file", full)
+    monkeypatch.setattr("reward_guidance.guidance.network.file.save_file", full)
     with pytest.raises(GuidanceError, match="No space left.*save again"):
         save_network(tmp_path / "likes.safetensors", network(), CARD)
     assert not list(tmp_path.iterdir())

@@ -243,8 +243,8 @@ def test_scores_seen_in_inference_mode_do_not_spoil_later_gradients(tmp_path):
 
 def test_long_prompts_are_cut_and_say_so(reward, caplog):
     start, end = "one two three four five six seven eight nine ten", "eleven twelve"
-    assert reward.unread(start) == ""
-    assert reward.unread(f"{start} {end}") == end
+    assert reward.truncated_text(start) == ""
+    assert reward.truncated_text(f"{start} {end}") == end
     pixels = torch.rand(1, 3, 24, 24)
     assert torch.equal(reward(pixels, [f"{start} {end}"]), reward(pixels, [start]))
     assert [record.getMessage().endswith(f"does not see: {end}") for record in caplog.records] == [True]

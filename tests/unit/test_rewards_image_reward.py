@@ -53,8 +53,8 @@ def test_padding_changes_nothing(reward):
 
 def test_long_prompts_are_cut_and_say_so(reward, caplog):
     start, end = " ".join(["cat"] * 33), "Red circle"
-    assert reward.unread(start) == ""
-    assert reward.unread(f"{start} {end}") == end
+    assert reward.truncated_text(start) == ""
+    assert reward.truncated_text(f"{start} {end}") == end
     pixels = torch.rand(1, 3, 24, 24)
     assert torch.equal(reward(pixels, [f"{start} {end}"]), reward(pixels, [start]))
     reward(pixels, [f"{start} {end}"])

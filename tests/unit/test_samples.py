@@ -9,15 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from reward_guidance.guidance import samples
+from reward_guidance.guidance.data import collection as collections
+from reward_guidance.guidance.data.batches import FreshPairs, StoredPairs
+from reward_guidance.guidance.data.collection import SHARD, Collection
+from reward_guidance.guidance.data.description import Description, change
+from reward_guidance.guidance.data.samples import Sample, Texts, noise, states
 from reward_guidance.guidance.errors import GuidanceError
-from reward_guidance.guidance.files import Base
-from reward_guidance.guidance.fitting import overview
-from reward_guidance.guidance.network import Architecture, Text
+from reward_guidance.guidance.network.card import Base
+from reward_guidance.guidance.network.unet import Architecture, Text
 from reward_guidance.guidance.process import Flow, column
 from reward_guidance.guidance.rewards import CombinedReward, Reward
-from reward_guidance.guidance.samples import SHARD, Collection, Description, FreshPairs, Sample, StoredPairs, change
-from reward_guidance.guidance.training import Plan, Task, Training, fit, label
+from reward_guidance.guidance.training.labels import label
+from reward_guidance.guidance.training.loop import Training, fit
+from reward_guidance.guidance.training.objectives import Plan, Task
+from reward_guidance.guidance.training.report import overview
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DESCRIPTION = Description(
@@ -118,7 +123,7 @@ def test_a_folder_that_was_begun_with_other_prompts_is_begun_anew(tmp_path):
     collect(tmp_path, 0)
     (tmp_path / "collection.json").unlink()
     other = dataclasses.replace(DESCRIPTION, prompts=("a cow", "a pig"))
-    collection = Collection.create(tmp_path, other, samples.Texts([torch.ones(1, 6), torch.ones(2, 6)], torch.zeros(2, 7)))
+    collection = Collection.create(tmp_path, other, Texts([torch.ones(1, 6), torch.ones(2, 6)], torch.zeros(2, 7)))
     assert [len(tokens) for tokens in collection.text().tokens] == [1, 2]
 
 
@@ -191,7 +196,7 @@ def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(samples, "save_file", full)
+    monkeypatch.setattr(collections, "save_file", full)
     with pytest.raises(GuidanceError, match="No space left.*goes on from here"):
         collection.add(range(SHARD, SHARD + 1), [sample(SHARD)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["collection.json", "prompts.safetensors", "shard-00000.safetensors"]
@@ -206,7 +211,7 @@ def test_stored_states_are_noised_as_they_were_when_collected(tmp_path):
     for i in range(16):
         row = int((clean - batch.clean[i]).flatten(1).norm(dim=1).argmin())
         level = int((loaded.sigma[row] - batch.sigma[i]).abs().argmin())
-        drawn = samples.noise((4, 8, 8), DESCRIPTION.seed_of(row), level)
+        drawn = noise((4, 8, 8), DESCRIPTION.seed_of(row), level)
         torch.testing.assert_close(batch.x[i], Flow().add_noise(batch.clean[i], drawn, float(batch.sigma[i])))
         assert torch.equal(batch.denoised[i], denoised[row, level])
         assert torch.equal(batch.text.tokens[i], loaded.text.tokens[row % 3].float())
@@ -232,7 +237,7 @@ def test_states_are_noised_from_the_precision_they_are_stored_in(tmp_path):
         return x / 2
 
     collection = Collection.create(tmp_path, DESCRIPTION, TEXT)
-    collection.add(range(6), samples.states(torch.randn(6, 4, 8, 8), scores, seeds, sigmas, Flow(), denoise))
+    collection.add(range(6), states(torch.randn(6, 4, 8, 8), scores, seeds, sigmas, Flow(), denoise))
     batch = StoredPairs(collection.load(), torch.ones(6), Flow()).batch(16, (3, 4))
     points = {float(level): point for x, sigma in asked for point, level in zip(x, sigma, strict=True)}
     for x, sigma in zip(batch.x, batch.sigma.tolist(), strict=True):
@@ -240,7 +245,7 @@ def test_states_are_noised_from_the_precision_they_are_stored_in(tmp_path):
 
 
 def test_texts_are_as_long_as_the_longest_of_them():
-    texts = samples.Texts([torch.ones(2, 3), torch.ones(5, 3), torch.ones(1, 3)], torch.arange(3.0)[:, None])
+    texts = Texts([torch.ones(2, 3), torch.ones(5, 3), torch.ones(1, 3)], torch.arange(3.0)[:, None])
     some = texts[torch.tensor([2, 0])]
     assert some.tokens.shape == (2, 2, 3) and some.tokens.any(2).sum(1).tolist() == [1, 2] and some.pooled.flatten().tolist() == [2, 0]
 
@@ -256,7 +261,8 @@ import resource, runpy, torch
 runpy.run_path({str(CHECKOUT / "tests" / "conftest.py")!r})
 from pathlib import Path
 from reward_guidance.guidance.process import Flow, column
-from reward_guidance.guidance.samples import Collection, StoredPairs
+from reward_guidance.guidance.data.batches import StoredPairs
+from reward_guidance.guidance.data.collection import Collection
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 loaded = Collection(Path({str(tmp_path)!r}), Collection.open(Path({str(tmp_path)!r})).description).load()
 StoredPairs(loaded.rows(torch.arange(16)), torch.ones(16), Flow()).batch(4, (1,))

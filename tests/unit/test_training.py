@@ -5,10 +5,13 @@ import math
 
 import pytest
 import torch
+from reward_guidance.guidance.data.batches import Batch, LivePairs
 from reward_guidance.guidance.errors import GuidanceError
-from reward_guidance.guidance.network import Architecture, Text
+from reward_guidance.guidance.network.unet import Architecture, Text
 from reward_guidance.guidance.process import Diffusion, Flow
-from reward_guidance.guidance.training import OBJECTIVES, Batch, LivePairs, Plan, Task, Training, fit, in_parts, label
+from reward_guidance.guidance.training.labels import label
+from reward_guidance.guidance.training.loop import Training, fit
+from reward_guidance.guidance.training.objectives import OBJECTIVES, Plan, Task, in_parts
 from reward_guidance.tests.standins import objectives
 from reward_guidance.tests.standins.mixture import Mixture
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from reward_guidance.guidance.files import held, write
+from reward_guidance.guidance.disk import held, write
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SAVES = {"in place": "partial.write_bytes(b'x' * 1000)", "safetensors": "save_file({'a': torch.zeros(2**26)}, partial)"}
@@ -21,7 +21,7 @@ import runpy, time, torch
 runpy.run_path({str(CHECKOUT / "tests" / "conftest.py")!r})
 from pathlib import Path
 from safetensors.torch import save_file
-from reward_guidance.guidance.files import write
+from reward_guidance.guidance.disk import write
 write(Path({str(tmp_path)!r}) / "net.safetensors", lambda partial: ({save}, time.sleep(60)))
 """
     for _ in range(2):

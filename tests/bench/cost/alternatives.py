@@ -11,9 +11,12 @@ from bench.peers.fk_steering import fk_steering
 from bench.peers.gradient_guidance import dps, flowchef
 from bench.peers.noise_optimisation import noise_optimisation
 from bench.peers.problem import PlainVAE, Problem
-from reward_guidance.guidance.files import Card
-from reward_guidance.guidance.network import Architecture, GuidanceNetwork
-from reward_guidance.nodes.runtime import LatentReward, LoadedNetwork, base_of, manage_network, tilt, training_through
+from reward_guidance.guidance.network.card import Card
+from reward_guidance.guidance.network.unet import Architecture, GuidanceNetwork
+from reward_guidance.nodes.wiring.latent_reward import LatentReward, training_through
+from reward_guidance.nodes.wiring.loaded import LoadedNetwork, manage_network
+from reward_guidance.nodes.wiring.model_info import base_of
+from reward_guidance.nodes.wiring.patch_network import tilt
 from torch import Tensor
 
 from . import sizes

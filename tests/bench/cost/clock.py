@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 from comfy.patcher_extension import WrappersMP
-from reward_guidance.nodes.runtime import LatentReward
+from reward_guidance.nodes.wiring.latent_reward import LatentReward
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

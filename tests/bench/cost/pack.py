@@ -53,8 +53,8 @@ def fill() -> None:
 
 def needless(folder: str, names: list[str]) -> set[str]:
     """Of a folder of ComfyUI's, what the benchmark does not import."""
-    unread = {name for name in names if not name.endswith(".py") and Path(folder, name).is_file() and Path(folder, name).stat().st_size > LARGEST}
-    return unread | {"__pycache__"} | (UNREAD if "main.py" in names else set())
+    too_large = {name for name in names if not name.endswith(".py") and Path(folder, name).is_file() and Path(folder, name).stat().st_size > LARGEST}
+    return too_large | {"__pycache__"} | (UNREAD if "main.py" in names else set())
 
 
 def size() -> float:

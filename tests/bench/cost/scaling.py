@@ -10,7 +10,7 @@ import comfy.samplers
 import torch
 from harness.chart import draw_chart
 from reward_guidance.guidance.particles import Population
-from reward_guidance.nodes.runtime import RewardBeside
+from reward_guidance.nodes.wiring.patch_reward import RewardBeside
 
 from .clock import Spread, by_turns, seconds
 from .report import Report
@@ -87,7 +87,7 @@ def exponent(places: Sequence[int], curve: Sequence[Sequence[float]]) -> Spread 
 
 def population(world: World, of: Sizes, particles: int, steps: int = 8) -> Turns:
     """Seconds for so many samples, without and with a look at their rewards every fourth step."""
-    from reward_guidance.nodes.particles import ParticleSampler  # a node, for which ComfyUI wants more packages
+    from reward_guidance.nodes.wiring.particle_run import ParticleSampler
 
     reward = world.reward("PickScore", "taesd")
 

@@ -14,10 +14,13 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
-from reward_guidance.guidance.files import Base
-from reward_guidance.guidance.fitting import Fitting, plan_for, prepare
-from reward_guidance.guidance.network import Text
-from reward_guidance.guidance.samples import SHARD, Collection, Description, Sample
+from reward_guidance.guidance.data.collection import SHARD, Collection
+from reward_guidance.guidance.data.description import Description
+from reward_guidance.guidance.data.samples import Sample
+from reward_guidance.guidance.network.card import Base
+from reward_guidance.guidance.network.unet import Text
+from reward_guidance.guidance.training.recipe import plan_for, prepare
+from reward_guidance.guidance.training.report import Fitting
 from reward_guidance.tests.harness.environment import CHECKOUT
 
 from . import clock

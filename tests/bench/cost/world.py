@@ -7,8 +7,10 @@ import comfy.sample
 import comfy.samplers
 import torch
 from reward_guidance.guidance.estimators import Settings, Smoothing
-from reward_guidance.nodes.decoders import TAESD, Decoder
-from reward_guidance.nodes.runtime import LatentReward, LoadedReward, RewardGuidance, manage_reward
+from reward_guidance.nodes.wiring.decoders import TAESD, Decoder
+from reward_guidance.nodes.wiring.latent_reward import LatentReward
+from reward_guidance.nodes.wiring.loaded import LoadedReward, manage_reward
+from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
 from torch import Tensor
 
 from . import sizes

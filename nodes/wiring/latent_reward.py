@@ -1,0 +1,114 @@
+"""The reward of a denoised latent: decoder and reward together, on their device."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from torch import Tensor
+
+from ...guidance.errors import GuidanceError
+from ...guidance.rewards import Reward, RewardError, evaluate, judge, require_prompt
+from .autograd import GradientPatcher, differentiable_model, manage, normal_weights
+from .decoders import Decoder
+from .loaded import LoadedReward
+from .prompts import plain
+
+
+class LatentReward:
+    """Model-space latents (B,C,H,W) or (B,C,T,H,W) -> standardized rewards (B,), differentiable.
+
+    Of a video, `frames` evenly spaced latent frames are decoded one by one; the reward is their mean.
+    """
+
+    def __init__(self, loaded: LoadedReward, decoder: Decoder, prompt: str, frames: int = 3):
+        require_prompt(loaded.reward, [plain(prompt)])
+        if frames < 1:
+            raise GuidanceError(f"At least 1 frame of a video must be scored, not {frames}.")
+        self.loaded = loaded
+        self.decoder = decoder
+        self.prompt = prompt
+        self.frames = frames
+        self.modules = [loaded.reward, *decoder.modules]
+        self.patchers = [*loaded.patchers, *map(manage, decoder.modules)]
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        reward = self.loaded.reward
+        if latents.requires_grad and not reward.differentiable:
+            raise GuidanceError(f"{reward.name} has no gradient to guide by. Use it to choose among pictures, or guide by another reward.")
+        # An estimator that takes the gradient looks at the end of its step whether all is finite.
+        return self.score(latents, [self.prompt], judge if latents.requires_grad else evaluate)
+
+    def score(self, latents: Tensor, prompts: Sequence[str], by: Callable[[Reward, Tensor, Sequence[str]], Tensor] = evaluate) -> Tensor:
+        """The same for a prompt of each sample's own."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        pictures = self.pictures(latents)
+        pixels = self.decoder.pixels(pictures)
+        frames = 1 if len(prompts) == 1 else len(pictures) // len(latents)
+        told = [plain(prompt) for prompt in prompts for _ in range(frames)]
+        try:
+            scores = by(self.loaded.reward, pixels, told)
+        except RewardError:
+            self.require_finite(pictures, pixels)
+            raise
+        return self.loaded.reward.standardize(scores).view(len(latents), -1).mean(1)
+
+    def require_finite(self, latents: Tensor, pixels: Tensor) -> None:
+        """Raise GuidanceError where the model or the decoder is at fault. It waits for a GPU, so it is for scores that were refused."""
+        if not latents.isfinite().all():
+            raise GuidanceError(
+                "The model's estimate is not a finite number, so no reward can score it: the model's file is damaged, or its precision is too "
+                "low. Load the model in another precision."
+            )
+        if not pixels.isfinite().all():
+            raise GuidanceError(
+                f"The decoder {self.decoder.name} made pixels that are not finite numbers: its file is damaged, or its precision is too low. "
+                "Replace the file, choose another decoder, or start ComfyUI with --fp32-vae."
+            )
+
+    def pictures(self, latents: Tensor) -> Tensor:
+        if latents.ndim == 4:
+            return latents
+        if latents.ndim != 5:
+            raise GuidanceError(f"Reward guidance works on pictures and videos, not on latents of shape {tuple(latents.shape)}.")
+        chosen = torch.linspace(0, latents.shape[2] - 1, min(self.frames, latents.shape[2])).round().long().tolist()
+        return torch.stack([latents[:, :, frame] for frame in chosen], 1).flatten(0, 1)
+
+    def activation_bytes(self, shape: torch.Size) -> int:
+        """Rough memory of decoding and scoring a batch of latents, forward and backward."""
+        pictures = shape[0] * (min(self.frames, shape[2]) if len(shape) == 5 else 1)
+        return pictures * (self.decoder.activation_bytes(*shape[-2:]) + self.loaded.reward.activation_bytes)
+
+
+def patchers_of(reward: LatentReward, held_out: LatentReward | None) -> list[GradientPatcher]:
+    """Both see pictures through one decoder, which is to be loaded once."""
+    return [*reward.patchers, *(held_out.loaded.patchers if held_out else ())]
+
+
+def rewards_of(denoised: Tensor, rewards: Tensor, held_out: Callable[[Tensor], Tensor] | None) -> dict[str, list[float]]:
+    """The series to report: the rewards of denoised latents, and what the held-out one says of them."""
+    with torch.no_grad():
+        return {"reward": rewards.tolist()} | ({"reward/held-out": held_out(denoised).tolist()} if held_out else {})
+
+
+def with_room_for(rewards: Sequence[LatentReward | None], patcher: comfy.model_patcher.ModelPatcher, noise_shape: Sequence[int]) -> list[int]:
+    """A shape with as many more samples as take the memory of scoring those of `noise_shape` by one reward after the other."""
+    per_sample = patcher.model.memory_required([1, *noise_shape[1:]])
+    extra = math.ceil(max(reward.activation_bytes(torch.Size(noise_shape)) for reward in rewards if reward) / per_sample)
+    return [noise_shape[0] + extra, *noise_shape[1:]]
+
+
+@contextmanager
+def training_through(
+    model: comfy.model_patcher.ModelPatcher | None = None, reward: LatentReward | None = None, instead: str = ""
+) -> Iterator[None]:
+    """Inside, outside of sampling, both are on their devices, and gradients flow through them and none into their weights.
+
+    model: a static clone. instead: what to choose where the model has no gradient.
+    """
+    patchers, modules = (reward.patchers, reward.modules) if reward else ([], [])
+    comfy.model_management.load_models_gpu([*([model] if model else []), *patchers], force_full_load=True)
+    with normal_weights(*modules), differentiable_model(model.model.requires_grad_(False), instead=instead) if model else nullcontext():
+        yield

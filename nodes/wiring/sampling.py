@@ -1,0 +1,124 @@
+"""Sampling of several candidates, each with the noise of its own seed."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.k_diffusion.sampling as k_diffusion
+import comfy.model_base
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ...guidance.errors import GuidanceError
+from .conditioning import Row
+from .latents import rows, start_of
+from .memory import as_many_as_fit
+
+Callback = Callable[[int, Tensor, Tensor, int], None]
+
+
+def seeds_from(seed: int, count: int) -> list[int]:
+    return [(seed + i) % 2**64 for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a KSampler is told, but for the seed and the latent."""
+
+    model: Any
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
+    positive: list
+    negative: list
+    denoise: float
+    tilt: Callable[[Tensor, Tensor | None], Tensor] = lambda noise, mask: noise
+    """Noise (N,...) and the noise mask of the latent -> the noise to begin with."""
+
+    def each(self, latent: dict) -> list[tuple["Sampling", dict]]:
+        """For each sample of a LATENT that fits the model: how to sample it as in the whole batch, and its own LATENT."""
+        count = len(latent["samples"])
+        if count > 1 and isinstance(self.model.model, comfy.model_base.SVD_img2vid):
+            raise GuidanceError(
+                "The batch of this video model holds the frames of one video, which cannot be sampled one by one. Sample whole "
+                "videos with KSampler, and score their frames with Score Images."
+            )
+        chosen = [Row(i, count, latent["samples"].ndim) for i in range(count)]
+        alone = [replace(self, positive=row(self.positive), negative=row(self.negative)) for row in chosen]
+        return [(sampling, rows(latent, [i])) for i, sampling in enumerate(alone)]
+
+    def __call__(self, latent: dict, seeds: Sequence[int], callback: Callback) -> Tensor:
+        """A sample (N,...) of one latent for each seed. A seed alone gives what a stock KSampler gives, bit for bit."""
+        sampler = comfy.samplers.sampler_object(self.sampler_name)
+        if len(seeds) > 1:
+            sampler.extra_options = sampler.extra_options | self.noise_of_each(sampler.sampler_function, self.start(latent), seeds)
+        return self.run(sampler, latent, seeds, callback)
+
+    def run(self, sampler: comfy.samplers.KSAMPLER, latent: dict, seeds: Sequence[int], callback: Callback) -> Tensor:
+        """The same by any sampler, which draws its own noise as it likes."""
+        start = self.start(latent)
+        noise = [comfy.sample.prepare_noise(start, seed, latent.get("batch_index")) for seed in seeds]
+        return comfy.sample.sample_custom(
+            self.model,
+            self.tilt(torch.cat(noise), latent.get("noise_mask")),
+            self.cfg,
+            sampler,
+            self.sigmas(),
+            self.positive,
+            self.negative,
+            torch.cat([start] * len(seeds)),
+            noise_mask=latent.get("noise_mask"),
+            callback=callback,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seeds[0],
+        )
+
+    def start(self, latent: dict) -> Tensor:
+        return start_of(self.model, latent)
+
+    def sigmas(self) -> Tensor:
+        model = self.model
+        return comfy.samplers.KSampler(
+            model, self.steps, model.load_device, self.sampler_name, self.scheduler, self.denoise, model.model_options
+        ).sigmas
+
+    def noise_of_each(self, function: Callable, start: Tensor, seeds: Sequence[int]) -> dict:
+        """Options that make a stochastic sampler draw, for each sample of a batch, what it draws for that sample alone."""
+        sigmas = self.sigmas()
+        if "noise_sampler" not in inspect.signature(function).parameters or len(sigmas) == 0:
+            return {}
+        like = torch.empty(start.shape, device=self.model.load_device)
+        if _draws_brownian_noise(self.sampler_name):
+            batch = like.expand(len(seeds), *like.shape[1:])
+            on_cpu = not self.sampler_name.endswith("_gpu")
+            tree = k_diffusion.BrownianTreeNoiseSampler(batch, sigmas[sigmas > 0].min(), sigmas.max(), seed=list(seeds), cpu=on_cpu)
+            return {"noise_sampler": tree}
+        each = [k_diffusion.default_noise_sampler(like, seed=seed) for seed in seeds]
+        return {"noise_sampler": lambda sigma, following: torch.cat([draw(sigma, following) for draw in each])}
+
+    def at_once(self, chunk: int, latent: dict, n: int) -> int:
+        """How many of n samples to make together when asked for `chunk`, 0 meaning as many as memory holds."""
+        if chunk == 1 or not _can_draw_noise_of_each(self.sampler_name):
+            return 1
+        return min(n, chunk or as_many_as_fit(self.model, self.start(latent).shape))
+
+    def progress(self, runs: int) -> Callable[[int], Callback]:
+        """The callback of each of several runs that share a progress bar and its preview."""
+        show = latent_preview.prepare_callback(self.model, runs * self.steps)
+        return lambda run: lambda step, x0, x, steps: show(run * steps + step, x0, x, runs * steps)
+
+
+def _draws_brownian_noise(sampler_name: str) -> bool:
+    return sampler_name.startswith("dpmpp") and "sde" in sampler_name
+
+
+def _can_draw_noise_of_each(sampler_name: str) -> bool:
+    """Not so an adaptive step size, which depends on the whole batch, and samplers that other packs add, whose noise we do not know."""
+    function = comfy.samplers.sampler_object(sampler_name).sampler_function
+    return sampler_name != "dpm_adaptive" and function.__module__.startswith("comfy.")
