@@ -30,14 +30,20 @@ log = logging.getLogger(__name__)
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     plan = Plan()
-    parser = argparse.ArgumentParser("python -m guidance", description="Trains a guidance network from collected samples.")
+    parser = argparse.ArgumentParser(
+        "python -m guidance", description="Trains a guidance network from collected samples."
+    )
     parser.add_argument("folder", type=Path, help="what Collect Guidance Data made: output/guidance_data/NAME")
     parser.add_argument("--out", type=Path, required=True, help="the network to write, for models/guidance_networks")
-    parser.add_argument("--temperature", type=float, default=plan.temperature, help="in standard deviations of the reward; 0.3 to 2")
+    parser.add_argument(
+        "--temperature", type=float, default=plan.temperature, help="in standard deviations of the reward; 0.3 to 2"
+    )
     parser.add_argument("--steps", type=int, default=plan.steps, help="of training")
     parser.add_argument("--size", choices=WIDTHS, default="medium", help="of the network")
     parser.add_argument("--seed", type=seed, default=plan.seed)
-    parser.add_argument("--objective", choices=[name for name in DATA_OBJECTIVES if name != "reward_gradient"], default="auto")
+    parser.add_argument(
+        "--objective", choices=[name for name in DATA_OBJECTIVES if name != "reward_gradient"], default="auto"
+    )
     parser.add_argument("--batch", type=int, default=BATCH, help="states a step, shared by all processes")
     parser.add_argument("--learning-rate", type=float, default=plan.learning_rate)
     parser.add_argument("--weights", default="", help='one for each reward that was collected, such as "1, 0.5"')
@@ -55,7 +61,9 @@ def device(text: str) -> torch.device:
     try:
         return torch.device(text)
     except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"PyTorch knows no device {quoted(text)}: cpu, cuda and cuda:1 are such") from error
+        raise argparse.ArgumentTypeError(
+            f"PyTorch knows no device {quoted(text)}: cpu, cuda and cuda:1 are such"
+        ) from error
 
 
 @contextmanager
@@ -100,13 +108,27 @@ def run(options: argparse.Namespace) -> None:
     if leads():
         require_writable(options.out)
     samples = Collection.open(options.folder.resolve()).load()
-    asked = {name: getattr(options, name) for name in ("objective", "temperature", "steps", "batch", "learning_rate", "seed")}
+    asked = {
+        name: getattr(options, name) for name in ("objective", "temperature", "steps", "batch", "learning_rate", "seed")
+    }
     plan = plan_for(samples.description, **asked)
-    fitting = prepare(samples, plan, options.size, weights_from(options.weights), device_for(options.device), options.out.absolute().parent)
+    fitting = prepare(
+        samples,
+        plan,
+        options.size,
+        weights_from(options.weights),
+        device_for(options.device),
+        options.out.absolute().parent,
+    )
     train(fitting)
     if leads():
         goes_on = "is lost" if fitting.training.unsaved else "goes on from its checkpoint"
-        save_network(options.out, fitting.network(), fitting.card(), f"Mend that and run the same command again: the training {goes_on}.")
+        save_network(
+            options.out,
+            fitting.network(),
+            fitting.card(),
+            f"Mend that and run the same command again: the training {goes_on}.",
+        )
         fitting.drop_checkpoint()
         log.info("%s\n%s", fitting.report(), options.out)
 
@@ -125,7 +147,9 @@ def train(fitting: Fitting) -> None:
     try:
         for progress in fitting.training:
             if progress.check is not None:
-                say(f"step {progress.step}: loss {progress.loss:.4f}, on held-out samples {progress.check:.4f}{' best' if progress.best else ''}")
+                say(
+                    f"step {progress.step}: loss {progress.loss:.4f}, on held-out samples {progress.check:.4f}{' best' if progress.best else ''}"
+                )
     except KeyboardInterrupt:
         if not fitting.training.curve:
             raise

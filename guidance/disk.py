@@ -12,7 +12,12 @@ from typing import BinaryIO
 from .errors import GuidanceError, pass_out_of_memory, short
 
 
-def write(path: Path, save: Callable[[Path], object], advice: str = "Mend that and run again: it goes on from here.", new: bool = False) -> None:
+def write(
+    path: Path,
+    save: Callable[[Path], object],
+    advice: str = "Mend that and run again: it goes on from here.",
+    new: bool = False,
+) -> None:
     """Save to a path, whole or not at all. Raises GuidanceError, with advice, where the disk does not take it.
 
     new: raise FileExistsError where the path has a file already, also where another process writes it at this moment.
@@ -24,7 +29,9 @@ def write(path: Path, save: Callable[[Path], object], advice: str = "Mend that a
             taken = not (created if new else replaced)(partial, path)
     except Exception as error:
         pass_out_of_memory(error, f"{path.name} was written")
-        raise GuidanceError(f"{path.name} could not be written ({short(str(error).partition(chr(10))[0])}). {advice}") from error
+        raise GuidanceError(
+            f"{path.name} could not be written ({short(str(error).partition(chr(10))[0])}). {advice}"
+        ) from error
     if taken:
         raise FileExistsError(path)
 

@@ -8,7 +8,10 @@ import torch
 SHOWN = 80
 """Letters of an input that a message shows."""
 _ACCELERATOR = (torch.cuda.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.cuda.OutOfMemoryError))
-_NO_MEMORY = re.compile(r"out of memory|(can't|cannot|unable to) allocate|not enough memory|paging file is too small|bad_alloc|os error 12\b", re.I)
+_NO_MEMORY = re.compile(
+    r"out of memory|(can't|cannot|unable to) allocate|not enough memory|paging file is too small|bad_alloc|os error 12\b",
+    re.I,
+)
 """In the messages of PyTorch on the CPU and on accelerators, of safetensors, Linux and Windows."""
 
 

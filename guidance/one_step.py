@@ -66,7 +66,15 @@ class FreshNoise:
         rng, device = generator(*key), self.device
         prompts = torch.randint(len(self.text.pooled), (size,), generator=rng)[part]
         noise = torch.randn(size, *self.shape, generator=rng)[part].to(device)
-        return Batch(noise, noise, pure(noise), noise, torch.ones(len(noise), device=device), self.text[prompts].to(device), prompts=prompts)
+        return Batch(
+            noise,
+            noise,
+            pure(noise),
+            noise,
+            torch.ones(len(noise), device=device),
+            self.text[prompts].to(device),
+            prompts=prompts,
+        )
 
 
 def pure(noise: Tensor) -> Tensor:
@@ -75,7 +83,9 @@ def pure(noise: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def tilted_noise(network: nn.Module, noise: Tensor, text: Text, steps: int = 4, strength: float = 1.0, form: str = "noise") -> Tensor:
+def tilted_noise(
+    network: nn.Module, noise: Tensor, text: Text, steps: int = 4, strength: float = 1.0, form: str = "noise"
+) -> Tensor:
     """Noise (B,...) -> noise whose pictures are rewarded: in one leap, or by `steps` calls of the network at the middles of as many arcs."""
     if form == "leap":
         return FORMS["leap"](network, PROCESS, lambda x: x, noise, pure(noise), text, strength)

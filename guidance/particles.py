@@ -26,7 +26,9 @@ def at_least(scores: Tensor, threshold: float) -> list[int]:
     if not chosen:
         highest = scores.max().double()
         reached = (highest * 100).floor() / 100
-        raise GuidanceError(f"No score reaches the threshold of {threshold:g}; the best is {highest:g}. Lower the threshold to {reached:.2f}.")
+        raise GuidanceError(
+            f"No score reaches the threshold of {threshold:g}; the best is {highest:g}. Lower the threshold to {reached:.2f}."
+        )
     return chosen
 
 
@@ -109,13 +111,17 @@ class Population:
         if self.size < 1:
             raise GuidanceError(f"A population needs at least 1 particle, not {self.size}.")
         if not self.temperature > 0:
-            raise GuidanceError(f"The temperature must be above 0, not {self.temperature}; smaller values follow the reward more closely.")
+            raise GuidanceError(
+                f"The temperature must be above 0, not {self.temperature}; smaller values follow the reward more closely."
+            )
 
     def resample(self, rewards: Tensor, final: bool = False) -> Resampled:
         """Look at rewards (G·n,), of which -inf forbids a particle. After the final look all particles count alike."""
         rewards = rewards.cpu().double().view(-1, self.size)
         if not (rewards < math.inf).all():
-            raise GuidanceError("The reward of a particle is not a finite number; the estimates or the reward's weights are damaged.")
+            raise GuidanceError(
+                "The reward of a particle is not a finite number; the estimates or the reward's weights are damaged."
+            )
         weights = normalized((rewards - self.paid) / self.temperature)
         effective = effective_size(weights)
         due = (effective < (1 if final else self.threshold) * self.size - _ROUNDING)[:, None]

@@ -34,7 +34,11 @@ def _dataclass(kind: Any, content: dict[str, Any]) -> Any:
     types = get_type_hints(kind)
     if unknown := content.keys() - types.keys():
         raise ValueError(f"{quoted(min(unknown))} is not known")
-    if missing := [field.name for field in fields(kind) if field.default is field.default_factory is MISSING and field.name not in content]:
+    if missing := [
+        field.name
+        for field in fields(kind)
+        if field.default is field.default_factory is MISSING and field.name not in content
+    ]:
         raise ValueError(f"{missing[0]} is missing")
     return kind(**{name: record(types[name], value, name) for name, value in content.items()})
 

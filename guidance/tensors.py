@@ -136,7 +136,9 @@ def stored(path: Path) -> dict[str, Stored]:
     owner = (header.pop("__metadata__", None) or {}).get(OWNER)
 
     def tensor(name: str, part: dict) -> Stored:
-        return Stored(path, name, DTYPES.get(part["dtype"]), tuple(part["shape"]), start + part["data_offsets"][0], owner, state)
+        return Stored(
+            path, name, DTYPES.get(part["dtype"]), tuple(part["shape"]), start + part["data_offsets"][0], owner, state
+        )
 
     return {name: tensor(name, part) for name, part in header.items()}
 

@@ -44,7 +44,9 @@ def folder_named(name: str) -> Path:
     """output/guidance_data/NAME"""
     name = name.strip()
     if not name or name != Path(name).name or name == ".." or "\0" in name or len(name.encode()) > LONGEST:
-        raise GuidanceError(f"{quoted(name)} is not a name for a folder in output/{FOLDER}: write a short one without slashes.")
+        raise GuidanceError(
+            f"{quoted(name)} is not a name for a folder in output/{FOLDER}: write a short one without slashes."
+        )
     return folder_root() / name
 
 
@@ -66,10 +68,16 @@ class CollectData(io.ComfyNode):
             "was stopped, and raising the count adds samples to those that are there. A picture that cannot be scored is left out.",
             search_aliases=["label samples", "training data", "dataset", "reward labels"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to learn about, before any reward guidance. Any family, with or without LoRA."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model to learn about, before any reward guidance. Any family, with or without LoRA.",
+                ),
                 io.Clip.Input("clip", tooltip="Its text encoder."),
                 io.Vae.Input("vae", tooltip="Decodes the samples, to be scored."),
-                REWARD.Input("reward", tooltip="What to learn. Of Combine Rewards each part is kept, so that weights can be changed later."),
+                REWARD.Input(
+                    "reward",
+                    tooltip="What to learn. Of Combine Rewards each part is kept, so that weights can be changed later.",
+                ),
                 io.Latent.Input(
                     "latent_image",
                     tooltip="An empty latent: its size is that of the samples, its batch size how many are made at once. Its content does not count.",
@@ -80,7 +88,12 @@ class CollectData(io.ComfyNode):
                     default="",
                     tooltip="One prompt on each line; they take turns. What the network will be used for: 10 to 10,000 prompts.",
                 ),
-                io.String.Input("negative_prompt", default="", tooltip="What the pictures should not show; without effect at a cfg of 1.", **rare),
+                io.String.Input(
+                    "negative_prompt",
+                    default="",
+                    tooltip="What the pictures should not show; without effect at a cfg of 1.",
+                    **rare,
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -136,7 +149,10 @@ class CollectData(io.ComfyNode):
             ],
             outputs=[
                 DATA.Output(display_name="data", tooltip="For Train Guidance Network."),
-                io.String.Output(display_name="report", tooltip="How many samples there are, how they score, and what can be learned from them."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="How many samples there are, how they score, and what can be learned from them.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -180,10 +196,17 @@ class CollectData(io.ComfyNode):
             reward_means=tuple(float(part.reference_mean) for part, _ in parts),
             reward_stds=tuple(float(part.reference_std) for part, _ in parts),
             seed=seed,
-            settings="\n".join([
-                name_of(model), f"{steps} steps", sampler_name, scheduler, f"cfg {cfg:g}", f"negative prompt {negative_prompt!r}",
-                *(f"{part.name} {part.compared_with}" for part, _ in parts if part.compared_with),
-            ]),
+            settings="\n".join(
+                [
+                    name_of(model),
+                    f"{steps} steps",
+                    sampler_name,
+                    scheduler,
+                    f"cfg {cfg:g}",
+                    f"negative prompt {negative_prompt!r}",
+                    *(f"{part.name} {part.compared_with}" for part, _ in parts if part.compared_with),
+                ]
+            ),
             reward_weights=tuple(weight for _, weight in parts),
         )
         collection = Collection.create(folder_named(folder), description, maker.text)
@@ -220,7 +243,10 @@ class LoadData(io.ComfyNode):
             ],
             outputs=[
                 DATA.Output(display_name="data", tooltip="For Train Guidance Network."),
-                io.String.Output(display_name="report", tooltip="How many samples there are, how they score, and what can be learned from them."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="How many samples there are, how they score, and what can be learned from them.",
+                ),
             ],
         )
 

@@ -48,7 +48,10 @@ class LoadNetwork(io.ComfyNode):
                 )
             ],
             outputs=[
-                NETWORK.Output(display_name="network", tooltip="For Apply Guidance Network, KSampler (Guidance Network) and Guided Noise."),
+                NETWORK.Output(
+                    display_name="network",
+                    tooltip="For Apply Guidance Network, KSampler (Guidance Network) and Guided Noise.",
+                ),
                 io.String.Output(display_name="report", tooltip="What the network was trained for, and on what."),
             ],
         )
@@ -69,7 +72,9 @@ class LoadNetwork(io.ComfyNode):
 def network_path(name: str | None) -> Path:
     if (path := folder_paths.get_full_path(FOLDER, name) if name else None) is None:
         folder = folder_paths.get_folder_paths(FOLDER)[0]
-        raise GuidanceError(f"There is no guidance network {quoted(name or '')} in {folder}: put it there, press R, and choose it.")
+        raise GuidanceError(
+            f"There is no guidance network {quoted(name or '')} in {folder}: put it there, press R, and choose it."
+        )
     return Path(path)
 
 
@@ -117,11 +122,15 @@ def free_path(prefix: str) -> Path:
     parts = Path(prefix).parts
     short_enough = parts and max(len(part.encode(errors="replace")) for part in parts) <= LONGEST
     if not short_enough or "\0" in prefix or not (root / prefix).resolve().is_relative_to(root.resolve()):
-        raise GuidanceError(f"{quoted(prefix)} is not a name for a file in models/{FOLDER}: write a short one without leading slashes and '..'.")
+        raise GuidanceError(
+            f"{quoted(prefix)} is not a name for a file in models/{FOLDER}: write a short one without leading slashes and '..'."
+        )
     try:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(root))
     except OSError as error:
-        raise GuidanceError(f"{quoted(prefix)} cannot be a file in models/{FOLDER} ({short(error.strerror)}): write another name.") from error
+        raise GuidanceError(
+            f"{quoted(prefix)} cannot be a file in models/{FOLDER} ({short(error.strerror)}): write another name."
+        ) from error
     return Path(folder) / f"{name}_{counter:05}_.safetensors"
 
 
@@ -145,7 +154,9 @@ class ApplyNetwork(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, network: LoadedNetwork, strength: float, start_percent: float, end_percent: float) -> io.NodeOutput:
+    def execute(
+        cls, model, network: LoadedNetwork, strength: float, start_percent: float, end_percent: float
+    ) -> io.NodeOutput:
         return io.NodeOutput(NetworkGuidance(network, strength, start_percent, end_percent).attach(model))
 
 
@@ -175,10 +186,19 @@ class Noise(io.ComfyNode):
             description="Noise from which a one-step generator makes pictures that are rewarded; for SamplerCustomAdvanced.",
             search_aliases=["one step", "noise tilt", "RandomNoise", "SD-Turbo", "initial noise"],
             inputs=[
-                NETWORK.Input("network", tooltip="A network that tilts noise: its samples were collected with the target noise."),
-                io.Conditioning.Input("conditioning", tooltip="What the pictures should show; the guider's own conditioning."),
+                NETWORK.Input(
+                    "network", tooltip="A network that tilts noise: its samples were collected with the target noise."
+                ),
+                io.Conditioning.Input(
+                    "conditioning", tooltip="What the pictures should show; the guider's own conditioning."
+                ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="The seed of the noise before it is tilted."
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=True,
+                    tooltip="The seed of the noise before it is tilted.",
                 ),
                 noise_steps_input("steps"),
                 strength_input(TILTS),
@@ -187,7 +207,9 @@ class Noise(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, network: LoadedNetwork, conditioning: list, seed: int, steps: int, strength: float) -> io.NodeOutput:
+    def execute(
+        cls, network: LoadedNetwork, conditioning: list, seed: int, steps: int, strength: float
+    ) -> io.NodeOutput:
         network.require("noise", "Apply Guidance Network")
         return io.NodeOutput(GuidedNoise(network, conditioning, seed, steps, strength))
 

@@ -33,7 +33,14 @@ class ParticlesKSampler(io.ComfyNode):
             category=CATEGORY,
             description="Samples several particles of every latent together, copies those that a reward likes and drops the others on the way. "
             "Works with rewards that have no gradient.",
-            search_aliases=["FK steering", "Feynman-Kac", "particle sampler", "SMC", "sequential Monte Carlo", "gradient-free guidance"],
+            search_aliases=[
+                "FK steering",
+                "Feynman-Kac",
+                "particle sampler",
+                "SMC",
+                "sequential Monte Carlo",
+                "gradient-free guidance",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model. Its weights stay as they are."),
                 *sampler_inputs(
@@ -108,8 +115,14 @@ class ParticlesKSampler(io.ComfyNode):
                 *judging_inputs(),
             ],
             outputs=[
-                io.Latent.Output(display_name="latents", tooltip="The particles kept, best first, latent by latent of the batch."),
-                io.Float.Output(display_name="scores", is_output_list=True, tooltip="Their rewards, in units of the reward's typical spread."),
+                io.Latent.Output(
+                    display_name="latents", tooltip="The particles kept, best first, latent by latent of the batch."
+                ),
+                io.Float.Output(
+                    display_name="scores",
+                    is_output_list=True,
+                    tooltip="Their rewards, in units of the reward's typical spread.",
+                ),
                 io.String.Output(display_name="report", tooltip="What happened at every look, as readable lines."),
             ],
             hidden=HIDDEN,
@@ -145,7 +158,9 @@ class ParticlesKSampler(io.ComfyNode):
             raise GuidanceError("With a denoise of 0 there is nothing to sample; raise it.")
         if particles > 1:
             require_noise(sampler_name)
-        latent_reward = LatentReward(reward, make_decoder(decoder, model.get_model_object("latent_format"), vae), prompt, frames)
+        latent_reward = LatentReward(
+            reward, make_decoder(decoder, model.get_model_object("latent_format"), vae), prompt, frames
+        )
         watched = LatentReward(held_out, latent_reward.decoder, prompt, frames) if held_out else None
         begun = fitted(model, latent_image)
         beside = RewardBeside(latent_reward, chunk, watched).attach(model)

@@ -21,7 +21,9 @@ from .wiring.scoring import remarks
 CATEGORY = "reward guidance"
 
 
-def guide(hidden, model, reward: LoadedReward | None, prompt: str, strength: float, tuning: dict) -> tuple[object, Reporter | None]:
+def guide(
+    hidden, model, reward: LoadedReward | None, prompt: str, strength: float, tuning: dict
+) -> tuple[object, Reporter | None]:
     """The guided clone of a model, and the reporter that hears of its steps."""
     if reward is None or strength == 0:
         return model, None
@@ -60,14 +62,22 @@ class RewardGuidanceModel(io.ComfyNode):
             display_name="Reward Guidance",
             category=CATEGORY,
             description="Makes a model follow a reward while it samples, with any sampler and guider, without finetuning.",
-            search_aliases=["alignment", "preference guidance", "reward gradient", "PickScore guidance", "CLIP guidance"],
+            search_aliases=[
+                "alignment",
+                "preference guidance",
+                "reward gradient",
+                "PickScore guidance",
+                "CLIP guidance",
+            ],
             inputs=[io.Model.Input("model", tooltip="The model to guide."), *reward_inputs(), *tuning_inputs()],
             outputs=[io.Model.Output(tooltip="The model, guided by the reward.")],
             hidden=HIDDEN,
         )
 
     @classmethod
-    def execute(cls, model, prompt: str, strength: float, reward: LoadedReward | None = None, **tuning) -> io.NodeOutput:
+    def execute(
+        cls, model, prompt: str, strength: float, reward: LoadedReward | None = None, **tuning
+    ) -> io.NodeOutput:
         return io.NodeOutput(guide(cls.hidden, model, reward, prompt, strength, tuning)[0])
 
 
@@ -111,7 +121,9 @@ class RewardGuidanceKSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         guided, reporter = guide(cls.hidden, model, reward, prompt, strength, tuning)
         sample: Callable = comfy_nodes.common_ksampler
-        (latent,) = sample(guided, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise)
+        (latent,) = sample(
+            guided, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
+        )
         return io.NodeOutput(latent, ui={"reward_guidance": reporter.history if reporter else []})
 
 

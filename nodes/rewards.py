@@ -44,19 +44,29 @@ def register_folder(name: str = FOLDER) -> None:
     """A folder of models, beside whatever extra_model_paths.yaml names."""
     paths, extensions = folder_paths.folder_names_and_paths.get(name, ([], set()))
     own = os.path.join(folder_paths.models_dir, name)
-    folder_paths.folder_names_and_paths[name] = (list(dict.fromkeys([*paths, own])), extensions or folder_paths.supported_pt_extensions)
+    folder_paths.folder_names_and_paths[name] = (
+        list(dict.fromkeys([*paths, own])),
+        extensions or folder_paths.supported_pt_extensions,
+    )
 
 
 def reward_names() -> list[str]:
     """Everything in models/reward_models, and the image towers that ComfyUI knows."""
-    return [*folder_paths.get_filename_list(FOLDER), *(f"{IMAGE_TOWERS}/{name}" for name in folder_paths.get_filename_list(IMAGE_TOWERS))]
+    return [
+        *folder_paths.get_filename_list(FOLDER),
+        *(f"{IMAGE_TOWERS}/{name}" for name in folder_paths.get_filename_list(IMAGE_TOWERS)),
+    ]
 
 
 def reward_path(name: str | None) -> str:
     if not name:
-        raise GuidanceError(f"No reward file is chosen: put one into {folder_paths.get_folder_paths(FOLDER)[0]}, press R, and choose it.")
+        raise GuidanceError(
+            f"No reward file is chosen: put one into {folder_paths.get_folder_paths(FOLDER)[0]}, press R, and choose it."
+        )
     tower = name.removeprefix(f"{IMAGE_TOWERS}/")
-    path = folder_paths.get_full_path(FOLDER, name) or (folder_paths.get_full_path(IMAGE_TOWERS, tower) if tower != name else None)
+    path = folder_paths.get_full_path(FOLDER, name) or (
+        folder_paths.get_full_path(IMAGE_TOWERS, tower) if tower != name else None
+    )
     if path is None:
         raise GuidanceError(not_there(tower, IMAGE_TOWERS if tower != name else FOLDER))
     return path
@@ -81,7 +91,16 @@ class LoadReward(io.ComfyNode):
             category=CATEGORY,
             description="Loads a reward from models/reward_models: PickScore, HPS v2 and v2.1, ImageReward, LAION's aesthetic score, or any CLIP. "
             "What it is, is read off the file.",
-            search_aliases=["PickScore", "HPS", "HPSv2", "ImageReward", "aesthetic score", "CLIP score", "preference model", "scorer"],
+            search_aliases=[
+                "PickScore",
+                "HPS",
+                "HPSv2",
+                "ImageReward",
+                "aesthetic score",
+                "CLIP score",
+                "preference model",
+                "scorer",
+            ],
             inputs=[
                 io.Combo.Input(
                     "reward_name",
@@ -124,7 +143,9 @@ class LoadReward(io.ComfyNode):
                     advanced=True,
                 ),
             ],
-            outputs=[REWARD.Output(display_name="reward", tooltip="How well a picture fits: for scoring and for guidance.")],
+            outputs=[
+                REWARD.Output(display_name="reward", tooltip="How well a picture fits: for scoring and for guidance.")
+            ],
         )
 
     @classmethod
@@ -201,7 +222,11 @@ class ImageStatisticReward(io.ComfyNode):
 
     @classmethod
     def execute(cls, statistic: str, colour: str, lower: bool) -> io.NodeOutput:
-        reward = ImageStatistic(statistic) if statistic in STATISTICS else ColourReward(_rgb(colour), statistic == "colour of every pixel")
+        reward = (
+            ImageStatistic(statistic)
+            if statistic in STATISTICS
+            else ColourReward(_rgb(colour), statistic == "colour of every pixel")
+        )
         return io.NodeOutput(manage_reward(CombinedReward([reward], [-1.0]) if lower else reward))
 
 
@@ -231,7 +256,11 @@ class ImageSimilarityReward(io.ComfyNode):
                     tooltip="colour: the same colours in the same places. structure: the same shapes in any colours. "
                     "meaning: the same subject and style, by the connected CLIP.",
                 ),
-                REWARD.Input("clip_reward", optional=True, tooltip="A CLIP from Load Reward Model; needed for likeness in meaning."),
+                REWARD.Input(
+                    "clip_reward",
+                    optional=True,
+                    tooltip="A CLIP from Load Reward Model; needed for likeness in meaning.",
+                ),
             ],
             outputs=[REWARD.Output(display_name="reward", tooltip="For guidance, scoring and choosing.")],
         )
@@ -243,7 +272,9 @@ class ImageSimilarityReward(io.ComfyNode):
             if likeness != "meaning":
                 return io.NodeOutput(manage_reward(ImageSimilarity(reference, likeness)))
             if clip_reward is None or not isinstance(clip_reward.reward, ClipReward):
-                raise GuidanceError("Likeness in meaning is measured by a CLIP: connect Load Reward Model with a CLIP or PickScore file.")
+                raise GuidanceError(
+                    "Likeness in meaning is measured by a CLIP: connect Load Reward Model with a CLIP or PickScore file."
+                )
             return io.NodeOutput(LoadedReward(ClipImageSimilarity(clip_reward.reward, reference), clip_reward.patchers))
 
 
@@ -255,7 +286,11 @@ class CombineRewards(io.ComfyNode):
             entry
             for i in range(1, 5)
             for entry in (
-                REWARD.Input(f"reward_{i}", optional=i > 1, tooltip="A part of the sum; it is first brought to zero mean and unit spread."),
+                REWARD.Input(
+                    f"reward_{i}",
+                    optional=i > 1,
+                    tooltip="A part of the sum; it is first brought to zero mean and unit spread.",
+                ),
                 io.Float.Input(
                     f"weight_{i}",
                     default=1.0,
@@ -289,12 +324,16 @@ class CombineRewards(io.ComfyNode):
         reward_3: LoadedReward | None = None,
         reward_4: LoadedReward | None = None,
     ) -> io.NodeOutput:
-        candidates = zip((reward_1, reward_2, reward_3, reward_4), (weight_1, weight_2, weight_3, weight_4), strict=True)
+        candidates = zip(
+            (reward_1, reward_2, reward_3, reward_4), (weight_1, weight_2, weight_3, weight_4), strict=True
+        )
         parts = [(loaded, weight) for loaded, weight in candidates if loaded is not None and weight != 0]
         if not parts:
             raise GuidanceError("Combine Rewards has nothing to combine: every weight is 0.")
         reward = CombinedReward([loaded.reward for loaded, _ in parts], [weight for _, weight in parts])
-        return io.NodeOutput(LoadedReward(reward, tuple(dict.fromkeys(p for loaded, _ in parts for p in loaded.patchers))))
+        return io.NodeOutput(
+            LoadedReward(reward, tuple(dict.fromkeys(p for loaded, _ in parts for p in loaded.patchers)))
+        )
 
 
 NODES = [LoadReward, ImageStatisticReward, ImageSimilarityReward, CombineRewards]

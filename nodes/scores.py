@@ -56,8 +56,14 @@ class ScoreImages(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Float.Output(display_name="scores", is_output_list=True, tooltip="Raw scores, one for each picture."),
-                io.Float.Output(display_name="standardized", is_output_list=True, tooltip="Scores in units of the reward's typical spread."),
+                io.Float.Output(
+                    display_name="scores", is_output_list=True, tooltip="Raw scores, one for each picture."
+                ),
+                io.Float.Output(
+                    display_name="standardized",
+                    is_output_list=True,
+                    tooltip="Scores in units of the reward's typical spread.",
+                ),
                 io.String.Output(display_name="report", tooltip="The scores as a table."),
                 io.Image.Output(
                     display_name="images",
@@ -101,7 +107,10 @@ def table(columns: Sequence[Column]) -> str:
 
 
 def captions(columns: Sequence[Column], pictures: int) -> list[list[Line]]:
-    return [[Line(f"{i + 1} · {one.reward}" if one is columns[0] else one.reward, one.cell(i)) for one in columns] for i in range(pictures)]
+    return [
+        [Line(f"{i + 1} · {one.reward}" if one is columns[0] else one.reward, one.cell(i)) for one in columns]
+        for i in range(pictures)
+    ]
 
 
 def record(columns: Sequence[Column], prompt: str) -> dict:

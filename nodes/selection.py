@@ -42,9 +42,19 @@ class SelectBest(io.ComfyNode):
             search_aliases=["top k", "best of n", "rank images", "filter by score", "sort by score"],
             is_input_list=True,
             inputs=[
-                io.Image.Input("images", optional=True, tooltip="The candidates as pictures: a batch, or a list of pictures of one size."),
-                io.Latent.Input("latents", optional=True, tooltip="The candidates as latents, in the order of the pictures."),
-                REWARD.Input("reward", optional=True, tooltip="What to choose by. It scores the pictures, or the latents through the vae."),
+                io.Image.Input(
+                    "images",
+                    optional=True,
+                    tooltip="The candidates as pictures: a batch, or a list of pictures of one size.",
+                ),
+                io.Latent.Input(
+                    "latents", optional=True, tooltip="The candidates as latents, in the order of the pictures."
+                ),
+                REWARD.Input(
+                    "reward",
+                    optional=True,
+                    tooltip="What to choose by. It scores the pictures, or the latents through the vae.",
+                ),
                 io.Float.Input(
                     "scores",
                     optional=True,
@@ -84,10 +94,17 @@ class SelectBest(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="images", tooltip="The chosen pictures, best first; of videos their frames, one video after the other."),
+                io.Image.Output(
+                    display_name="images",
+                    tooltip="The chosen pictures, best first; of videos their frames, one video after the other.",
+                ),
                 io.Latent.Output(display_name="latents", tooltip="Their latents."),
-                io.Float.Output(display_name="scores", is_output_list=True, tooltip="Standardized rewards, or the scores given."),
-                io.Int.Output(display_name="indices", is_output_list=True, tooltip="Where they were in the batch, from 0."),
+                io.Float.Output(
+                    display_name="scores", is_output_list=True, tooltip="Standardized rewards, or the scores given."
+                ),
+                io.Int.Output(
+                    display_name="indices", is_output_list=True, tooltip="Where they were in the batch, from 0."
+                ),
                 io.Int.Output(
                     display_name="seeds",
                     is_output_list=True,
@@ -124,7 +141,10 @@ class SelectBest(io.ComfyNode):
         kept = None if latent is None else rows(latent, chosen)
         seeds = (kept or {}).get(SEEDS, [UNKNOWN_SEED] * len(chosen))
         by = {"reward": reward[0].reward.name, "prompt": prompt} if reward and scores is None else {}
-        note(cls.hidden, {**by, "standardized" if by else "scores": values[chosen].tolist(), "indices": chosen, "seeds": seeds})
+        note(
+            cls.hidden,
+            {**by, "standardized" if by else "scores": values[chosen].tolist(), "indices": chosen, "seeds": seeds},
+        )
         return io.NodeOutput(
             nothing_for("images") if clips is None else frames_of(clips[chosen]),
             nothing_for("latents") if kept is None else kept,
@@ -143,7 +163,9 @@ def as_numbers(scores: list) -> Tensor:
     try:
         return torch.tensor(scores, dtype=torch.float32).flatten()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise GuidanceError(f"Select Best got scores that are not numbers: {shorten(str(scores), 100, placeholder=' ...')}.") from error
+        raise GuidanceError(
+            f"Select Best got scores that are not numbers: {shorten(str(scores), 100, placeholder=' ...')}."
+        ) from error
 
 
 def scored(batches: list[Tensor] | None, reward: list[LoadedReward] | None, prompts: list[str]) -> Tensor:
@@ -164,7 +186,9 @@ def of_one_size(batches: list[Tensor]) -> list[Tensor]:
     sizes = {tuple(clips.shape[-3:]) for clips in batches}
     if len(sizes) > 1:
         found = ", ".join(f"{width} x {height} with {channels} channels" for height, width, channels in sorted(sizes))
-        raise GuidanceError(f"Pictures of different sizes or channels cannot be chosen among: {found}. Make them alike first.")
+        raise GuidanceError(
+            f"Pictures of different sizes or channels cannot be chosen among: {found}. Make them alike first."
+        )
     return batches
 
 
@@ -218,7 +242,9 @@ class BestOfN(io.ComfyNode):
                     optional=True,
                     tooltip="Candidates for each latent of the batch: the best of more is better, and sampling takes n times as long. 2 to 16.",
                 ),
-                io.Int.Input("keep", default=1, min=1, max=4096, tooltip="How many of them to keep, best first. 1 to 4.", **rare),
+                io.Int.Input(
+                    "keep", default=1, min=1, max=4096, tooltip="How many of them to keep, best first. 1 to 4.", **rare
+                ),
                 io.Float.Input(
                     "stop_above",
                     default=100.0,
@@ -240,10 +266,20 @@ class BestOfN(io.ComfyNode):
                 held_out_input(),
             ],
             outputs=[
-                io.Latent.Output(display_name="latents", tooltip="The best latents, best first, latent by latent of the batch."),
+                io.Latent.Output(
+                    display_name="latents", tooltip="The best latents, best first, latent by latent of the batch."
+                ),
                 io.Image.Output(display_name="images", tooltip="The same as pictures."),
-                io.Float.Output(display_name="scores", is_output_list=True, tooltip="Their rewards, in units of the reward's typical spread."),
-                io.Int.Output(display_name="seeds", is_output_list=True, tooltip="The seed of each, for a stock KSampler with batch size 1."),
+                io.Float.Output(
+                    display_name="scores",
+                    is_output_list=True,
+                    tooltip="Their rewards, in units of the reward's typical spread.",
+                ),
+                io.Int.Output(
+                    display_name="seeds",
+                    is_output_list=True,
+                    tooltip="The seed of each, for a stock KSampler with batch size 1.",
+                ),
                 io.String.Output(display_name="report", tooltip="Every candidate's seed and reward as readable lines."),
             ],
             hidden=HIDDEN,
@@ -300,7 +336,12 @@ class BestOfN(io.ComfyNode):
             torch.cat([candidate.pictures for _, candidate in kept]),
             [candidate.score for _, candidate in kept],
             [candidate.seed for _, candidate in kept],
-            "\n".join([search_report(all_steps, [candidate.seed for _, candidate in kept]), *remarks(prompt, reward, held_out)]),
+            "\n".join(
+                [
+                    search_report(all_steps, [candidate.seed for _, candidate in kept]),
+                    *remarks(prompt, reward, held_out),
+                ]
+            ),
             ui={"reward_guidance": reporter.history},
         )
 

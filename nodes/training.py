@@ -7,7 +7,16 @@ from comfy_api.v0_0_2 import io, ui
 
 from ..guidance.training.checkpoint import KEPT
 from ..guidance.training.objectives import Plan
-from ..guidance.training.recipe import BATCH, DATA_FORMS, DATA_OBJECTIVES, WIDTHS, bytes_for, plan_for, prepare, weights_from
+from ..guidance.training.recipe import (
+    BATCH,
+    DATA_FORMS,
+    DATA_OBJECTIVES,
+    WIDTHS,
+    bytes_for,
+    plan_for,
+    prepare,
+    weights_from,
+)
 from ..guidance.training.report import Fitting
 from .guidance_data import CATEGORY
 from .wiring.autograd import trainable
@@ -44,7 +53,10 @@ class TrainNetwork(io.ComfyNode):
             "goes on from its checkpoint.",
             search_aliases=["fit guidance network", "alignment training", "reward training", "finetune"],
             inputs=[
-                DATA.Input("data", tooltip="Samples and their scores: from Collect Guidance Data, which brings the model too, or from disk."),
+                DATA.Input(
+                    "data",
+                    tooltip="Samples and their scores: from Collect Guidance Data, which brings the model too, or from disk.",
+                ),
                 io.Float.Input(
                     "temperature",
                     default=1.0,
@@ -140,8 +152,13 @@ class TrainNetwork(io.ComfyNode):
                 ),
             ],
             outputs=[
-                NETWORK.Output(display_name="network", tooltip="The best network, by the loss on samples that it was not trained on."),
-                io.String.Output(display_name="report", tooltip="What was trained on what, how it went, and what to be wary of."),
+                NETWORK.Output(
+                    display_name="network",
+                    tooltip="The best network, by the loss on samples that it was not trained on.",
+                ),
+                io.String.Output(
+                    display_name="report", tooltip="What was trained on what, how it went, and what to be wary of."
+                ),
             ],
             hidden=HIDDEN,
         )
@@ -162,13 +179,26 @@ class TrainNetwork(io.ComfyNode):
         preview_every: int,
         checkpoint: bool,
     ) -> io.NodeOutput:
-        options = {"temperature": temperature, "steps": steps, "batch": batch, "learning_rate": learning_rate, "seed": seed}
+        options = {
+            "temperature": temperature,
+            "steps": steps,
+            "batch": batch,
+            "learning_rate": learning_rate,
+            "seed": seed,
+        }
         description, folder = data.collection.description, data.collection.folder if checkpoint else None
-        plan, weights = plan_for(description, objective_of(data, objective), form, **options), description.weights(weights_from(reward_weights))
+        plan, weights = (
+            plan_for(description, objective_of(data, objective), form, **options),
+            description.weights(weights_from(reward_weights)),
+        )
         device = room_for(bytes_for(description, plan, size))
         with trainable():
-            fitting = prepare(data.collection.load(), plan, size, weights, device, folder, **assistants(data, plan, weights))
-            TrainingMonitor(fitting, Reporter(cls.hidden), first_pictures(data) if preview_every else None, preview_every).run()
+            fitting = prepare(
+                data.collection.load(), plan, size, weights, device, folder, **assistants(data, plan, weights)
+            )
+            TrainingMonitor(
+                fitting, Reporter(cls.hidden), first_pictures(data) if preview_every else None, preview_every
+            ).run()
             network = manage_network(fitting.network(), fitting.card())
         leave_off(fitting, cls.hidden.unique_id)
         report = fitting.report()

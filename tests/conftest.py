@@ -26,4 +26,6 @@ def pytest_configure() -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     tempfile.tempdir = os.environ["TMPDIR"] = str(scratch)
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: sums in another order differ in their last bits
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # of the processes that tests start: sums in another order differ in their last bits
+    )

@@ -54,7 +54,14 @@ def banner() -> Image.Image:
     return sheet
 
 
-def write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, colour: tuple[int, int, int], anchor: str | None = None) -> None:
+def write(
+    draw: ImageDraw.ImageDraw,
+    place: tuple[int, int],
+    text: str,
+    size: int,
+    colour: tuple[int, int, int],
+    anchor: str | None = None,
+) -> None:
     draw.text(place, text, colour, ImageFont.load_default(size), anchor=anchor, spacing=size // 4)
 
 

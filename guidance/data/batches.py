@@ -89,13 +89,20 @@ class StoredPairs:
         rows = torch.randint(len(samples.clean), (size,), generator=rng)[part]
         chosen = torch.randint(levels, (size,), generator=rng)[part]
         clean, sigma = samples.clean[rows].float(), samples.sigma[rows, chosen]
-        drawn = torch.stack([noise(clean.shape[1:], self.seeds[row], level) for row, level in zip(rows.tolist(), chosen.tolist(), strict=True)])
+        drawn = torch.stack(
+            [
+                noise(clean.shape[1:], self.seeds[row], level)
+                for row, level in zip(rows.tolist(), chosen.tolist(), strict=True)
+            ]
+        )
         return self.noised(rows, clean, drawn, sigma, samples.denoised[rows, chosen])
 
     def noised(self, rows: Tensor, clean: Tensor, drawn: Tensor, sigma: Tensor, denoised: Tensor) -> Batch:
         """The samples (B,) with these latents, noise and denoised estimates (B,...), at noise levels (B,)."""
         x, prompts = self.process.add_noise(clean, drawn, column(sigma, clean)), self.samples.prompts[rows]
-        clean, x, sigma, denoised, weights = (value.to(self.device, torch.float32) for value in (clean, x, sigma, denoised, self.weights[rows]))
+        clean, x, sigma, denoised, weights = (
+            value.to(self.device, torch.float32) for value in (clean, x, sigma, denoised, self.weights[rows])
+        )
         ask = self.denoise
         denoise = None if ask is None else lambda point: ask(point, sigma, prompts)
         return Batch(clean, x, sigma, denoised, weights, self.samples.text[prompts].to(self.device), denoise, prompts)

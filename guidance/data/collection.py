@@ -110,7 +110,9 @@ class Collection:
         if different := other.differences(self.description):
             more = f" and {len(different) - 2} more" if len(different) > 2 else ""
             told = ", ".join(different[:2]) + more
-            raise GuidanceError(f"{self.folder.name} holds other samples: {told}. Choose another folder, or set that back.")
+            raise GuidanceError(
+                f"{self.folder.name} holds other samples: {told}. Choose another folder, or set that back."
+            )
 
     def path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:05}.safetensors"
@@ -152,10 +154,15 @@ class Collection:
 
         Raises GuidanceError where all are such, where the disk is full, or where the folder was taken away; what is there already stays.
         """
-        stacked = {name: torch.stack([getattr(sample, name) for sample in samples]) for name in ("clean", "scores", "sigma", "denoised")}
+        stacked = {
+            name: torch.stack([getattr(sample, name) for sample in samples])
+            for name in ("clean", "scores", "sigma", "denoised")
+        }
         sound = torch.stack([part.flatten(1).isfinite().all(1).cpu() for part in stacked.values()]).all(0)
         if not sound.any():
-            raise GuidanceError(f"None of {len(samples)} samples is made of finite numbers: the model, the decoder or the reward is damaged.")
+            raise GuidanceError(
+                f"None of {len(samples)} samples is made of finite numbers: the model, the decoder or the reward is damaged."
+            )
         scores = stacked["scores"].cpu().masked_fill(~sound[:, None], math.nan)
         halves = {name: half(stacked[name]).cpu() for name in ("clean", "denoised")}
         self.describe_again()

@@ -92,7 +92,9 @@ class Description:
         weights = tuple(wanted) or self.reward_weights or (1.0,) * len(self.rewards)
         if len(weights) != len(self.rewards):
             names = short(", ".join(self.rewards))
-            raise GuidanceError(f"The samples have scores of {names}: give one weight for each, not {len(weights)} in all.")
+            raise GuidanceError(
+                f"The samples have scores of {names}: give one weight for each, not {len(weights)} in all."
+            )
         if not 0 < math.hypot(*weights) < math.inf:
             given = short(", ".join(f"{weight:g}" for weight in weights))
             raise GuidanceError(f"Weights must be finite numbers and not all 0, not {given}.")
@@ -118,7 +120,10 @@ def change(old: Any, new: Any) -> str:
         old, new = next((pair for pair in zip_longest(*values, fillvalue="none") if pair[0] != pair[1]), (old, new))
     old, new = str(old), str(new)
     start = max(0, len(commonprefix([old, new])) - 20) if max(len(old), len(new)) > SHOWN else 0
-    shown = [f"{'…' if start else ''}{value[start : start + SHOWN]}{'…' if len(value) > start + SHOWN else ''}" for value in (old, new)]
+    shown = [
+        f"{'…' if start else ''}{value[start : start + SHOWN]}{'…' if len(value) > start + SHOWN else ''}"
+        for value in (old, new)
+    ]
     return f"was {shown[0]} and is now {shown[1]}"
 
 
@@ -136,7 +141,9 @@ def known_process(name: str) -> bool:
 
 def changed(values: Any) -> dict[str, Any]:
     """The fields of a dataclass that are not at their defaults; without those that may change, or are dataclasses."""
-    given = {item.name: getattr(values, item.name) for item in fields(values) if getattr(values, item.name) != item.default}
+    given = {
+        item.name: getattr(values, item.name) for item in fields(values) if getattr(values, item.name) != item.default
+    }
     return {name: value for name, value in given.items() if name not in ("base", "reward_weights")}
 
 

@@ -33,7 +33,12 @@ def noise(shape: Sequence[int], seed: int, level: int) -> Tensor:
 
 
 def states(
-    clean: Tensor, scores: Tensor, seeds: Sequence[int], sigmas: Tensor, process: Process, denoise: Callable[[Tensor, Tensor], Tensor]
+    clean: Tensor,
+    scores: Tensor,
+    seeds: Sequence[int],
+    sigmas: Tensor,
+    process: Process,
+    denoise: Callable[[Tensor, Tensor], Tensor],
 ) -> list[Sample]:
     """Clean latents (N,C,...) with scores (N,R), noised to levels σ (N,K), and the model's D: denoise(x (N,C,...), σ (N,)) -> (N,C,...).
 
@@ -150,5 +155,7 @@ class Samples:
 
     def split(self, share: float) -> tuple[Tensor, Tensor]:
         """Rows to train on, and rows held out, chosen by their numbers alone."""
-        held_out = torch.tensor([float(torch.rand(1, generator=generator(int(number)))) < share for number in self.numbers])
+        held_out = torch.tensor(
+            [float(torch.rand(1, generator=generator(int(number)))) < share for number in self.numbers]
+        )
         return torch.where(~held_out)[0], torch.where(held_out)[0]

@@ -23,7 +23,9 @@ class Smoothing:
 
     def __post_init__(self):
         if self.samples < 0 or self.grid < 0 or not 0 <= self.radius < math.inf:
-            raise GuidanceError(f"Smoothing needs points, a radius and a grid of at least 0, not {self.samples}, {self.radius} and {self.grid}.")
+            raise GuidanceError(
+                f"Smoothing needs points, a radius and a grid of at least 0, not {self.samples}, {self.radius} and {self.grid}."
+            )
 
     def offsets(self, like: Tensor, std: float, generator: torch.Generator) -> list[Tensor]:
         """k tensors of the shape of `like` (B,C,...), drawn from a private CPU generator."""
@@ -37,7 +39,9 @@ class Smoothing:
         return low_pass_noise(like.shape, self.grid, generator, like.device).to(like)
 
 
-def low_pass_noise(shape: torch.Size, grid: int, generator: torch.Generator, device: torch.device | None = None) -> Tensor:
+def low_pass_noise(
+    shape: torch.Size, grid: int, generator: torch.Generator, device: torch.device | None = None
+) -> Tensor:
     """Gaussian noise of unit variance whose pattern is a grid×grid picture, bicubically upsampled to `shape` (B,C,...,H,W)."""
     coarse = torch.randn((1, shape[:-2].numel(), grid, grid), generator=generator).to(device, non_blocking=True)
     fine = F.interpolate(coarse, size=shape[-2:], mode="bicubic", align_corners=False)

@@ -43,7 +43,9 @@ class Settings:
 
     def __post_init__(self):
         if not self.temperature > 0:
-            raise GuidanceError(f"The temperature must be above 0, not {self.temperature}; smaller values follow the reward more closely.")
+            raise GuidanceError(
+                f"The temperature must be above 0, not {self.temperature}; smaller values follow the reward more closely."
+            )
         for name in ("strength", "cap", "variance"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise GuidanceError(f"The {name} must be a number of at least 0, not {getattr(self, name)}.")
@@ -104,12 +106,17 @@ class Tilt:
         pending, self.pending = self.pending.cpu(), None
         self.rewards = pending[:-1]
         if not (pending.isfinite().all() and pending[-1]):
-            raise NotFiniteError("The reward's gradient is not a finite number. Try another decoder, or load the reward in float32.")
+            raise NotFiniteError(
+                "The reward's gradient is not a finite number. Try another decoder, or load the reward in float32."
+            )
 
     def take(self, rows: Tensor) -> None:
         """Keep the state of these rows (B,) of the batch, after the batch was resampled."""
         if self.gradient is not None:
-            self.gradient, self.scores = self.gradient[rows.to(self.gradient.device)], self.scores[rows.to(self.scores.device)]
+            self.gradient, self.scores = (
+                self.gradient[rows.to(self.gradient.device)],
+                self.scores[rows.to(self.scores.device)],
+            )
         if self.shift is not None:
             self.shift = self.shift[rows.to(self.shift.device)]
 
@@ -137,7 +144,9 @@ class Tilt:
         gradient = self.settings.strength * self.gradient
         rms = gradient.flatten(1).pow(2).mean(1).sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)
         capped = gradient * column((self.settings.cap * unit / rms).clamp_max(1), gradient)
-        return capped if self.settings.target == math.inf else unit * self.kept(capped / unit, self.process.angle(sigma))
+        return (
+            capped if self.settings.target == math.inf else unit * self.kept(capped / unit, self.process.angle(sigma))
+        )
 
     def kept(self, shift: Tensor, angle: float) -> Tensor:
         """A new shift (B,...) in units of the noise, replaced by the previous one as far as the last score has reached the target.
@@ -152,7 +161,9 @@ class Tilt:
         return self.shift
 
 
-def tilt_gradient(reward: RewardFunction, denoised: Tensor, offsets: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
+def tilt_gradient(
+    reward: RewardFunction, denoised: Tensor, offsets: list[Tensor], temperature: float
+) -> tuple[Tensor, Tensor]:
     """∇_D log mean_k exp(r(D + offset_k)/β) (B,...) and its value times β (B,). As in LGD-MC (Song et al., ICML 2023)."""
     scores, gradients = zip(*[reward_gradient(reward, denoised + offset) for offset in offsets], strict=True)
     logits = torch.stack(scores) / temperature
@@ -168,6 +179,8 @@ def reward_gradient(reward: RewardFunction, point: Tensor) -> tuple[Tensor, Tens
     with torch.enable_grad():
         scores = reward(point)
         if not scores.requires_grad:
-            raise GuidanceError("This reward has no gradient to guide by. Use it to choose among pictures, or guide by another reward.")
+            raise GuidanceError(
+                "This reward has no gradient to guide by. Use it to choose among pictures, or guide by another reward."
+            )
         (gradient,) = torch.autograd.grad(scores.sum(), point)
     return scores.detach(), gradient

@@ -28,11 +28,20 @@ class Base:
         Finetunes of a family are not told apart.
         """
         if self.model != other.model:
-            raise GuidanceError(f"This {what} was made for {short(self.model)}, but the model is {other.model}: use one that was made for it.")
-        for item, name in (("latents", "latents"), ("channels", "latent channels"), ("process", "noising process"), ("target", "target")):
+            raise GuidanceError(
+                f"This {what} was made for {short(self.model)}, but the model is {other.model}: use one that was made for it."
+            )
+        for item, name in (
+            ("latents", "latents"),
+            ("channels", "latent channels"),
+            ("process", "noising process"),
+            ("target", "target"),
+        ):
             mine, theirs = getattr(self, item), getattr(other, item)
             if mine != theirs:
-                raise GuidanceError(f"This {what} was made for {self.model} with the {name} {short(mine)}, but here it is {theirs}.")
+                raise GuidanceError(
+                    f"This {what} was made for {self.model} with the {name} {short(mine)}, but here it is {theirs}."
+                )
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,9 @@ class Card:
 
     def describe(self) -> str:
         """What it was trained for, on what, and how that ended, in lines."""
-        rewards = " + ".join(f"{weight:g} {name}" for name, weight in zip(self.rewards, self.reward_weights, strict=True))
+        rewards = " + ".join(
+            f"{weight:g} {name}" for name, weight in zip(self.rewards, self.reward_weights, strict=True)
+        )
         lines = [
             f"{self.form} network for {self.base.model}: {rewards} at temperature {self.temperature:g}",
             f"{self.samples} samples, of which {self.effective:.1%} count; digest of the prompts {self.prompts}",

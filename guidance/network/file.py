@@ -18,9 +18,16 @@ FORMAT = "reward-guidance-network"
 VERSION = 1
 
 
-def save_network(path: Path, network: GuidanceNetwork, card: Card, advice: str = "Mend that and save again.", new: bool = False) -> None:
+def save_network(
+    path: Path, network: GuidanceNetwork, card: Card, advice: str = "Mend that and save again.", new: bool = False
+) -> None:
     """Whole or not at all. Raises GuidanceError where the disk does not take it, and FileExistsError as `write` does."""
-    metadata = {"format": FORMAT, "version": str(VERSION), "architecture": json.dumps(asdict(network.architecture)), "card": json.dumps(asdict(card))}
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "architecture": json.dumps(asdict(network.architecture)),
+        "card": json.dumps(asdict(card)),
+    }
     weights = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
     write(path, lambda partial: save_file(weights, partial, metadata), advice, new)
 
@@ -38,7 +45,9 @@ def load_network(path: Path) -> tuple[GuidanceNetwork, Card]:
     if metadata.get("format") != FORMAT:
         raise GuidanceError(f"{path.name} is not a guidance network; Save Guidance Network writes those.")
     if metadata.get("version") != str(VERSION):
-        raise GuidanceError(f"{path.name} has version {short(metadata.get('version'))} of the format; this pack reads {VERSION}. Update the pack.")
+        raise GuidanceError(
+            f"{path.name} has version {short(metadata.get('version'))} of the format; this pack reads {VERSION}. Update the pack."
+        )
     try:
         network = GuidanceNetwork.described(record(Architecture, json.loads(metadata["architecture"])))
         card = card_from(json.loads(metadata["card"]))
@@ -46,9 +55,13 @@ def load_network(path: Path) -> tuple[GuidanceNetwork, Card]:
         network.load_state_dict({name: tensor.float() for name, tensor in read_tensors(path).items()}, assign=True)
     except Exception as error:
         pass_out_of_memory(error, f"{path.name} was read")
-        raise GuidanceError(f"{path.name} is a guidance network, but a damaged one ({short(error)}); copy it again.") from error
+        raise GuidanceError(
+            f"{path.name} is a guidance network, but a damaged one ({short(error)}); copy it again."
+        ) from error
     if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
-        raise GuidanceError(f"{path.name} holds weights that are not finite numbers: copy it again, and if that is no help, train it anew.")
+        raise GuidanceError(
+            f"{path.name} holds weights that are not finite numbers: copy it again, and if that is no help, train it anew."
+        )
     return network.eval().requires_grad_(False), card
 
 

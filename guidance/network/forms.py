@@ -1,6 +1,5 @@
 """How the output of a guidance network becomes D_q."""
 
-
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +16,14 @@ class Form:
     """Whether the model is asked elsewhere than at x."""
 
     def __call__(
-        self, network: nn.Module, process: Process, denoise: Denoiser, x: Tensor, sigma: Tensor, text: Text, strength: float | Tensor = 1.0
+        self,
+        network: nn.Module,
+        process: Process,
+        denoise: Denoiser,
+        x: Tensor,
+        sigma: Tensor,
+        text: Text,
+        strength: float | Tensor = 1.0,
     ) -> Tensor:
         """D_q (B,...)."""
         raise NotImplementedError
@@ -52,7 +58,9 @@ class ShiftForm(Form):
 
     def __call__(self, network, process, denoise, x, sigma, text, strength=1.0):
         level = column(sigma, x)
-        return denoise(x + strength * process.noise_std(level) * network((process.unit(x, level),), process.angle(sigma), text))
+        return denoise(
+            x + strength * process.noise_std(level) * network((process.unit(x, level),), process.angle(sigma), text)
+        )
 
 
 class PotentialForm(Form):

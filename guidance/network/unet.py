@@ -54,7 +54,9 @@ class Architecture:
     def __post_init__(self):
         for name, (least, most) in SIZES.items():
             if not least <= getattr(self, name) <= most:
-                raise GuidanceError(f"A guidance network has {name} of {least} to {most}, not {short(getattr(self, name))}.")
+                raise GuidanceError(
+                    f"A guidance network has {name} of {least} to {most}, not {short(getattr(self, name))}."
+                )
         if self.width % GROUPS:
             raise GuidanceError(f"A guidance network has a width that is a multiple of {GROUPS}, not {self.width}.")
         if self.kernel % 2 == 0:
@@ -63,7 +65,9 @@ class Architecture:
     def fitted(self, shape: Sequence[int]) -> "Architecture":
         """Without levels and kernels that latents (C,H,W) of this shape are too small for."""
         side = min(shape[-2:])
-        return replace(self, levels=min(self.levels, 1 + int(math.log2(max(side // 2, 1)))), kernel=self.kernel if side > 1 else 1)
+        return replace(
+            self, levels=min(self.levels, 1 + int(math.log2(max(side // 2, 1)))), kernel=self.kernel if side > 1 else 1
+        )
 
 
 GROUPS = 8
@@ -92,7 +96,9 @@ class GuidanceNetwork(nn.Module):
         self.stem = conv(a.inputs * a.channels, a.width, a.kernel)
         self.down = nn.ModuleList(Stage(a, 4 * a.width, widths[max(i - 1, 0)], w) for i, w in enumerate(widths))
         self.middle = Attention(widths[-1], a.tokens)
-        self.up = nn.ModuleList(Stage(a, 4 * a.width, widths[i] + widths[min(i + 1, a.levels - 1)], w) for i, w in enumerate(widths))
+        self.up = nn.ModuleList(
+            Stage(a, 4 * a.width, widths[i] + widths[min(i + 1, a.levels - 1)], w) for i, w in enumerate(widths)
+        )
         self.norm = nn.GroupNorm(GROUPS, a.width)
         self.head = conv(a.width, a.channels, a.kernel)
         self.value = Value(widths[-1], 4 * a.width) if a.scalar else None
@@ -204,7 +210,9 @@ class Value(nn.Module):
 class Stage(nn.Module):
     def __init__(self, a: Architecture, embedding: int, inputs: int, width: int):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(inputs if i == 0 else width, width, embedding, a.kernel) for i in range(a.blocks))
+        self.blocks = nn.ModuleList(
+            Block(inputs if i == 0 else width, width, embedding, a.kernel) for i in range(a.blocks)
+        )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         for block in self.blocks:
@@ -239,7 +247,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.words = nn.Sequential(nn.LayerNorm(tokens), nn.Linear(tokens, 2 * width)) if tokens else None
         self.out = nn.Linear(width, width)
-        self.feed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.feed = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor, frames: int, tokens: Tensor) -> Tensor:
         shape = x.shape

@@ -48,7 +48,10 @@ def collapse(state: StateDict) -> tuple[Tensor, Tensor]:
     """The linear layers, between which there is no activation, as one: (E,) and ()."""
     layers = [(state[f"layers.{i}.weight"].double(), state[f"layers.{i}.bias"].double()) for i in _LAYERS]
     widths = [layers[0][0].shape[-1:], *(bias.shape for _, bias in layers)]
-    if any(weight.shape != (*after, *before) for (weight, _), before, after in zip(layers, widths, widths[1:], strict=False)):
+    if any(
+        weight.shape != (*after, *before)
+        for (weight, _), before, after in zip(layers, widths, widths[1:], strict=False)
+    ):
         raise RewardError("the layers of its head do not follow each other; download it again.")
     if widths[-1] != (1,):
         raise RewardError(f"its head ends in {widths[-1].numel()} numbers; a score is one.")
@@ -68,7 +71,13 @@ def load_aesthetic(weights: Weights, options: LoadOptions) -> AestheticReward:
         raise RewardError(_advice("it needs the image tower", weights.path.parent, options))
     tower = read(file)
     if image_embedding(tower.shapes) != len(weight):
-        raise RewardError(_advice(f"{file.name} has no image tower that ends in {len(weight)} numbers; it needs that", file.parent, options))
+        raise RewardError(
+            _advice(
+                f"{file.name} has no image tower that ends in {len(weight)} numbers; it needs that",
+                file.parent,
+                options,
+            )
+        )
     state = prepare(image_part(tower.state), options.precision)
     reward = AestheticReward(build_image_tower(state, tower.hints, quick_gelu=True), weight, bias)
     reward.description, reward.files = f"LAION aesthetic, with the image tower of {tower.name}", tower.files
@@ -76,7 +85,11 @@ def load_aesthetic(weights: Weights, options: LoadOptions) -> AestheticReward:
 
 
 def _is_its_tower(file: Path, shapes: Shapes, width: int) -> bool:
-    positions = shapes.get("visual.positional_embedding") or shapes.get("vision_model.embeddings.position_embedding.weight") or (0,)
+    positions = (
+        shapes.get("visual.positional_embedding")
+        or shapes.get("vision_model.embeddings.position_embedding.weight")
+        or (0,)
+    )
     return image_embedding(shapes) == width and positions[0] == _POSITIONS and is_openai(file, shapes)
 
 

@@ -83,7 +83,11 @@ class PromptMemory(Generic[K, V]):
 def warn_of_truncated_text(reward: Reward, prompts: Iterable[str]) -> None:
     for prompt in prompts:
         if truncated_text := reward.truncated_text(prompt):
-            log.warning("%s reads only the beginning of a prompt; it does not see: %s", reward.name, shorten(truncated_text, 100, placeholder=" ..."))
+            log.warning(
+                "%s reads only the beginning of a prompt; it does not see: %s",
+                reward.name,
+                shorten(truncated_text, 100, placeholder=" ..."),
+            )
 
 
 def at_least_float32(pixels: Tensor) -> Tensor:
@@ -92,7 +96,9 @@ def at_least_float32(pixels: Tensor) -> Tensor:
 
 def require_prompt(reward: Reward, prompts: Sequence[str]) -> None:
     if reward.needs_prompt and not all(prompt.strip() for prompt in prompts):
-        raise RewardError(f"{reward.name} compares pictures with a prompt, but the prompt is empty; write one into the prompt field.")
+        raise RewardError(
+            f"{reward.name} compares pictures with a prompt, but the prompt is empty; write one into the prompt field."
+        )
 
 
 def evaluate(reward: Reward, pixels: Tensor, prompts: str | Sequence[str]) -> Tensor:
@@ -114,18 +120,26 @@ def evaluate(reward: Reward, pixels: Tensor, prompts: str | Sequence[str]) -> Te
 def judge(reward: Reward, pixels: Tensor, prompts: str | Sequence[str]) -> Tensor:
     """The same without waiting for a GPU to know the scores: to refuse those that are not finite is left to the caller."""
     if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape:
-        raise RewardError(f"{reward.name} scores pictures of shape (batch, 3, height, width), not {tuple(pixels.shape)}.")
+        raise RewardError(
+            f"{reward.name} scores pictures of shape (batch, 3, height, width), not {tuple(pixels.shape)}."
+        )
     if not pixels.is_floating_point():
-        raise RewardError(f"{reward.name} scores pictures with values from 0 to 1, not {pixels.dtype}; divide by 255 first.")
+        raise RewardError(
+            f"{reward.name} scores pictures with values from 0 to 1, not {pixels.dtype}; divide by 255 first."
+        )
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if len(prompts) == 1:
         prompts = prompts * len(pixels)
     require_prompt(reward, prompts)
     if len(prompts) != len(pixels):
-        raise RewardError(f"{reward.name} got {len(prompts)} prompts for {len(pixels)} pictures; give one prompt, or one for each picture.")
+        raise RewardError(
+            f"{reward.name} got {len(prompts)} prompts for {len(pixels)} pictures; give one prompt, or one for each picture."
+        )
     scores = reward(pixels, prompts)
     if not isinstance(scores, Tensor):
-        raise RewardError(f"{reward.name} returned a {type(scores).__name__}; it must return a tensor of one number for each picture.")
+        raise RewardError(
+            f"{reward.name} returned a {type(scores).__name__}; it must return a tensor of one number for each picture."
+        )
     if scores.shape != (len(pixels),):
         raise RewardError(
             f"{reward.name} returned scores of shape {tuple(scores.shape)}; it must return one number for each of {len(pixels)} pictures."

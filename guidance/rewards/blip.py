@@ -71,11 +71,19 @@ class TextAttention(nn.Module):
     def __init__(self, width: int, heads: int, source_width: int):
         super().__init__()
         self.heads = heads
-        self.self = nn.ModuleDict({"query": nn.Linear(width, width), "key": nn.Linear(source_width, width), "value": nn.Linear(source_width, width)})
+        self.self = nn.ModuleDict(
+            {
+                "query": nn.Linear(width, width),
+                "key": nn.Linear(source_width, width),
+                "value": nn.Linear(source_width, width),
+            }
+        )
         self.output = Residual(width, width)
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.output(attend(self.self["query"](x), self.self["key"](source), self.self["value"](source), self.heads, mask), x)
+        return self.output(
+            attend(self.self["query"](x), self.self["key"](source), self.self["value"](source), self.heads, mask), x
+        )
 
 
 class TextLayer(nn.Module):
@@ -116,7 +124,9 @@ class TextLayers(nn.Module):
 class TextEncoder(nn.Module):
     """Tokens (B,N), their mask (B,N), true where there is text, and encoded pictures (B,M,picture_width) -> (B,N,width)."""
 
-    def __init__(self, vocabulary: int, places: int, width: int, layers: int, heads: int, inner: int, picture_width: int):
+    def __init__(
+        self, vocabulary: int, places: int, width: int, layers: int, heads: int, inner: int, picture_width: int
+    ):
         super().__init__()
         self.embeddings = TextEmbeddings(vocabulary, places, width)
         self.encoder = TextLayers(width, layers, heads, inner, picture_width)

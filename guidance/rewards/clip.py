@@ -72,11 +72,17 @@ def preprocess(pixels: Tensor, image_size: int, whole: bool = False, rounded: Ca
     Against the same steps in PIL, photographs differ by less than half of one of 255 levels on average (PIL rounds, and clips bicubic
     overshoot at edges, which has no gradient).
     """
-    square = fit_square(pixels, image_size) if whole else center_crop(resize_shortest_side(pixels, image_size), image_size, rounded)
+    square = (
+        fit_square(pixels, image_size)
+        if whole
+        else center_crop(resize_shortest_side(pixels, image_size), image_size, rounded)
+    )
     return (square - constant(_MEAN, square).view(3, 1, 1)) / constant(_STD, square).view(3, 1, 1)
 
 
-def embed(tower: Any, pixels: Tensor, image_size: int, whole: bool = False, rounded: Callable[[float], int] = round) -> Tensor:
+def embed(
+    tower: Any, pixels: Tensor, image_size: int, whole: bool = False, rounded: Callable[[float], int] = round
+) -> Tensor:
     """Pixels (B,3,H,W) -> unit vectors (B,E), float32 around a tower of any precision."""
     prepared = preprocess(at_least_float32(pixels), image_size, whole, rounded)
     return F.normalize(at_least_float32(tower(prepared.to(tower.conv1.weight.dtype))), dim=1)
@@ -156,10 +162,14 @@ def recognise_kind(weights: Weights, wanted: str | None = None) -> str:
     """
     if stated := wanted or weights.hints.get("kind"):
         if stated not in CLIP_KINDS:
-            raise RewardError(f"there is no kind of CLIP reward called {quoted(stated)}; choose one of {', '.join(CLIP_KINDS)}.")
+            raise RewardError(
+                f"there is no kind of CLIP reward called {quoted(stated)}; choose one of {', '.join(CLIP_KINDS)}."
+            )
         return stated
     name = weights.name.lower()
-    patches = weights.state.get("visual.conv1.weight", weights.state.get("vision_model.embeddings.patch_embedding.weight"))
+    patches = weights.state.get(
+        "visual.conv1.weight", weights.state.get("vision_model.embeddings.patch_embedding.weight")
+    )
     huge = patches is not None and patches.shape[0] == _H14_WIDTH
     if "hps" in name or (huge and "state_dict" in weights.wrapper and "optimizer" not in weights.wrapper):
         return "HPS v2" if "hps" in name and not re.search(r"2[._-]?1", name) else "HPS v2.1"
@@ -172,18 +182,25 @@ def load_clip_of_towers(weights: Weights, options: LoadOptions) -> ClipReward:
     """An image tower, with the text tower that is named or else found by the width of its embedding."""
     width = image_embedding(weights.shapes)
     if width is None:
-        raise RewardError("its image tower has no projection, so that no text can be compared with what it sees; use a CLIP's.")
+        raise RewardError(
+            "its image tower has no projection, so that no text can be compared with what it sees; use a CLIP's."
+        )
     file = options.text_tower or find(
-        [weights.path.parent, *options.text_folders], lambda _, shapes: text_embedding(shapes) == width and not has_image_tower(shapes)
+        [weights.path.parent, *options.text_folders],
+        lambda _, shapes: text_embedding(shapes) == width and not has_image_tower(shapes),
     )
     whole = "a whole CLIP" + (f", such as {CLIPS[width]}" if width in CLIPS else "")
     if file is None:
         folder = options.text_folders[0] if options.text_folders else weights.path.parent
-        raise RewardError(f"it is an image tower alone; put a text tower with a text_projection to {width} into {folder}, or use {whole}.")
+        raise RewardError(
+            f"it is an image tower alone; put a text tower with a text_projection to {width} into {folder}, or use {whole}."
+        )
     text = read(file)
     if (found := text_embedding(text.shapes)) != width:
         ends = f"a text_projection to {found}" if found else "no text_projection"
-        raise RewardError(f"the text tower {file.name} has {ends}, but the image tower ends in {width} numbers; use {whole}.")
+        raise RewardError(
+            f"the text tower {file.name} has {ends}, but the image tower ends in {width} numbers; use {whole}."
+        )
     scale = weights.state.get("logit_scale", torch.tensor(math.log(100)))
     state = image_part(weights.state) | text_part(text.state) | {"logit_scale": scale}
     reward = load_clip(Weights(weights.path, state, {**text.hints, **weights.hints}), options)

@@ -43,7 +43,14 @@ _TRANSFORMERS_KEYS = (
 )
 _TRANSPOSED = (("visual_projection.weight", "visual.proj"), ("text_projection.weight", "text_projection"))
 _IMAGE_PREFIXES = ("visual.", "vision_model.", "visual_projection.")
-_TEXT_PREFIXES = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_model.", "text_projection")
+_TEXT_PREFIXES = (
+    "transformer.",
+    "token_embedding.",
+    "positional_embedding",
+    "ln_final.",
+    "text_model.",
+    "text_projection",
+)
 _OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
 _OPENAI_WIDTH = 1024
 """Of the image tower of L/14, the widest ViT OpenAI published."""
@@ -88,7 +95,9 @@ class TextArchitecture:
 
     def __post_init__(self) -> None:
         if self.vocabulary != _VOCABULARY:
-            raise RewardError(f"the vocabulary has {self.vocabulary} tokens; only CLIP's own, of {_VOCABULARY}, is supported.")
+            raise RewardError(
+                f"the vocabulary has {self.vocabulary} tokens; only CLIP's own, of {_VOCABULARY}, is supported."
+            )
         if self.context_length > _LONGEST:
             raise RewardError(f"the text tower reads {self.context_length} tokens; at most {_LONGEST} are supported.")
         check_heads("text", self.width, self.heads)
@@ -101,14 +110,18 @@ def check_image_size(pixels: int) -> None:
 
 def check_heads(tower: str, width: int, heads: int) -> None:
     if heads < 1 or width % heads:
-        raise RewardError(f"a {tower} tower {width} wide cannot have {short(heads)} heads; state {tower}_heads in the file's metadata.")
+        raise RewardError(
+            f"a {tower} tower {width} wide cannot have {short(heads)} heads; state {tower}_heads in the file's metadata."
+        )
 
 
 def check_floats(state: StateDict) -> None:
     if sparse := next((key for key, tensor in state.items() if tensor.layout != torch.strided), None):
         raise RewardError(f"{short(sparse)} is stored as a sparse tensor; save it as a dense one.")
     if unreadable := {tensor.dtype for tensor in state.values()}.difference(_FLOATS):
-        raise RewardError(f"the weights are stored as {', '.join(map(str, unreadable))}; save them as float16, bfloat16 or float32.")
+        raise RewardError(
+            f"the weights are stored as {', '.join(map(str, unreadable))}; save them as float16, bfloat16 or float32."
+        )
 
 
 def has_image_tower(keys: Iterable[str]) -> bool:
@@ -239,7 +252,9 @@ def _on_meta(state: StateDict, vision: VisionArchitecture, text: TextArchitectur
     try:
         from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
     except ImportError as error:
-        raise RewardError("CLIP rewards need the package open_clip_torch; install it with: pip install open_clip_torch") from error
+        raise RewardError(
+            "CLIP rewards need the package open_clip_torch; install it with: pip install open_clip_torch"
+        ) from error
     # Half a unit guards the width of the MLP, int(width * ratio), against rounding.
     vision_cfg = CLIPVisionCfg(
         layers=vision.layers,

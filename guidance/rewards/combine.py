@@ -23,11 +23,18 @@ class CombinedReward(Reward):
         super().__init__()
         norm = math.hypot(*weights)
         if not rewards or len(rewards) != len(weights) or not 0 < norm < math.inf:
-            raise RewardError(f"A combination of {len(rewards)} rewards needs as many finite weights, not all 0; it got {quoted(list(weights))}.")
-        rewards, weights = zip(*(part for pair in zip(rewards, weights, strict=True) for part in _parts(*pair)), strict=True)
+            raise RewardError(
+                f"A combination of {len(rewards)} rewards needs as many finite weights, not all 0; it got {quoted(list(weights))}."
+            )
+        rewards, weights = zip(
+            *(part for pair in zip(rewards, weights, strict=True) for part in _parts(*pair)), strict=True
+        )
         self.rewards = nn.ModuleList(rewards)
         self.weights = [weight / norm for weight in weights]
-        self.name = " + ".join(reward.name if weight >= 0 else f"less {reward.name}" for reward, weight in zip(rewards, weights, strict=True))
+        self.name = " + ".join(
+            reward.name if weight >= 0 else f"less {reward.name}"
+            for reward, weight in zip(rewards, weights, strict=True)
+        )
         self.differentiable = all(reward.differentiable for reward in rewards)
         self.needs_prompt = any(reward.needs_prompt for reward in rewards)
 
@@ -36,10 +43,16 @@ class CombinedReward(Reward):
         return [(reward, evaluate(reward, pixels, prompts)) for reward in cast(Iterable[Reward], self.rewards)]
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.combine([(reward, judge(reward, pixels, prompts)) for reward in cast(Iterable[Reward], self.rewards)])
+        return self.combine(
+            [(reward, judge(reward, pixels, prompts)) for reward in cast(Iterable[Reward], self.rewards)]
+        )
 
     def at_fault(self, pixels: Tensor, prompts: Sequence[str]) -> str:
-        broken = (reward for reward in cast(Iterable[Reward], self.rewards) if not judge(reward, pixels, prompts).isfinite().all())
+        broken = (
+            reward
+            for reward in cast(Iterable[Reward], self.rewards)
+            if not judge(reward, pixels, prompts).isfinite().all()
+        )
         return next((reward.at_fault(pixels, prompts) for reward in broken), self.name)
 
     def combine(self, parts: Sequence[tuple[Reward, Tensor]]) -> Tensor:
@@ -59,7 +72,10 @@ def parts_of(reward: Reward) -> list[Reward]:
 def _parts(reward: Reward, weight: float) -> list[tuple[Reward, float]]:
     if not isinstance(reward, CombinedReward):
         return [(reward, weight)]
-    return [(part, weight * share) for part, share in zip(cast(Iterable[Reward], reward.rewards), reward.weights, strict=True)]
+    return [
+        (part, weight * share)
+        for part, share in zip(cast(Iterable[Reward], reward.rewards), reward.weights, strict=True)
+    ]
 
 
 def breakdown(reward: Reward, pixels: Tensor, prompts: Sequence[str]) -> list[tuple[Reward, Tensor]]:

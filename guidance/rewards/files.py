@@ -90,7 +90,10 @@ def read(path: str | Path) -> Weights:
 def find(folders: Iterable[Path], fits: Callable[[Path, Shapes], bool]) -> Path | None:
     """The first file below the folders that fits, by its name and shapes."""
     files = (file for folder in dict.fromkeys(folders) for file in _below(folder))
-    return next((file for file in files if file.suffix.lower() in _SUFFIXES and file.is_file() and fits(file, shapes(file))), None)
+    return next(
+        (file for file in files if file.suffix.lower() in _SUFFIXES and file.is_file() and fits(file, shapes(file))),
+        None,
+    )
 
 
 def _below(folder: Path) -> list[Path]:
@@ -145,7 +148,9 @@ def _shards(file: Path) -> list[Path]:
         return [file]
     files = [file.with_name(_SHARD.sub(f"-{i:05}-of-{found[1]}", file.name)) for i in range(1, int(found[1]) + 1)]
     if missing := [shard.name for shard in files if not shard.is_file()]:
-        raise RewardError(f"{missing[0]} is missing: {file.name} is one of {len(files)} parts; download the others into the same folder.")
+        raise RewardError(
+            f"{missing[0]} is missing: {file.name} is one of {len(files)} parts; download the others into the same folder."
+        )
     return files
 
 
@@ -158,7 +163,9 @@ def _read_one(file: Path) -> tuple[StateDict, dict[str, str], tuple[str, ...]]:
     if not start:
         raise RewardError(f"{file.name} is empty; download it again.")
     if start.startswith(b"version https://git-lfs"):
-        raise RewardError(f"{file.name} is a git-lfs pointer, not the weights; run git lfs pull, or download the file itself.")
+        raise RewardError(
+            f"{file.name} is a git-lfs pointer, not the weights; run git lfs pull, or download the file itself."
+        )
     if start.lstrip().startswith(b"<"):
         raise RewardError(f"{file.name} is a web page saved under the name of the weights; download the file itself.")
     if start[8:9] == b"{":
@@ -183,11 +190,17 @@ def _read_checkpoint(file: Path, bare_pickle: bool) -> Any:
     except Exception as error:
         pass_out_of_memory(error, f"{file.name} was read")
         if type(error).__name__ == "UnpicklingError" and (code := re.search(r"GLOBAL (\S+)", str(error))):
-            raise RewardError(f"{file.name} contains code ({short(code[1])}), which is not run; use a safetensors version of it.") from error
+            raise RewardError(
+                f"{file.name} contains code ({short(code[1])}), which is not run; use a safetensors version of it."
+            ) from error
         if "TorchScript" in str(error):
-            raise RewardError(f"{file.name} is a TorchScript program, which is not run; use a safetensors version of it.") from error
+            raise RewardError(
+                f"{file.name} is a TorchScript program, which is not run; use a safetensors version of it."
+            ) from error
         if bare_pickle:
-            raise RewardError(f"{file.name} is damaged or contains code, which is not run; use a safetensors version of it.") from error
+            raise RewardError(
+                f"{file.name} is damaged or contains code, which is not run; use a safetensors version of it."
+            ) from error
         raise RewardError(f"{file.name} is damaged or only half downloaded; download it again.") from error
 
 
@@ -208,7 +221,9 @@ def _read_config(files: Iterable[Path]) -> dict[str, str]:
                 return _config_hints(json.loads(file.read_text(encoding="utf-8")))
             except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
                 pass_out_of_memory(error, f"{file.name} was read")
-                raise RewardError(f"{file.name} in {file.parent.name} is damaged; download it again ({one_line(error)}).") from error
+                raise RewardError(
+                    f"{file.name} in {file.parent.name} is damaged; download it again ({one_line(error)})."
+                ) from error
     return {}
 
 

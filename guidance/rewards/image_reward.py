@@ -60,7 +60,14 @@ class ImageReward(Reward):
     description = "ImageReward"
     needs_prompt = True
 
-    def __init__(self, visual_encoder: VisionTransformer, text_encoder: TextEncoder, weight: Tensor, bias: Tensor, vocabulary: Vocabulary):
+    def __init__(
+        self,
+        visual_encoder: VisionTransformer,
+        text_encoder: TextEncoder,
+        weight: Tensor,
+        bias: Tensor,
+        vocabulary: Vocabulary,
+    ):
         """weight (W,), bias (): the head, which is affine in the first token's state."""
         super().__init__()
         self.visual_encoder = visual_encoder
@@ -103,7 +110,9 @@ def _activation_bytes(vision: VisionTransformer, text: TextEncoder) -> int:
 
 
 def is_image_reward(keys: Shapes) -> bool:
-    return all(f"blip.{key}" in keys for key in ("visual_encoder.pos_embed", "text_encoder.embeddings.word_embeddings.weight"))
+    return all(
+        f"blip.{key}" in keys for key in ("visual_encoder.pos_embed", "text_encoder.embeddings.word_embeddings.weight")
+    )
 
 
 def load_image_reward(weights: Weights, options: LoadOptions) -> ImageReward:
@@ -111,7 +120,10 @@ def load_image_reward(weights: Weights, options: LoadOptions) -> ImageReward:
     check_floats(state)
     precision = options.precision(state["blip.visual_encoder.cls_token"].dtype)
     weight, bias = collapse(_under("mlp.", state))
-    vision, text = ({key: tensor.to(precision) for key, tensor in _under(f"blip.{part}_encoder.", state).items()} for part in ("visual", "text"))
+    vision, text = (
+        {key: tensor.to(precision) for key, tensor in _under(f"blip.{part}_encoder.", state).items()}
+        for part in ("visual", "text")
+    )
     encoders = _vision_encoder(vision, weights.hints), _text_encoder(text, weights.hints)
     if unknown := [key for key in state if not key.startswith(("mlp.", "blip.visual_encoder.", "blip.text_encoder."))]:
         raise RewardError(f"it holds {short(unknown[0])}, which ImageReward has no place for.")
@@ -133,7 +145,9 @@ def _vision_encoder(state: StateDict, hints: Hints) -> VisionTransformer:
     image_size = patch_size * math.isqrt(state["pos_embed"].shape[1] - 1)
     check_image_size(image_size)
     with torch.device("meta"):
-        encoder = VisionTransformer(image_size, patch_size, width, _count("blocks", state), heads, len(state["blocks.0.mlp.fc1.bias"]))
+        encoder = VisionTransformer(
+            image_size, patch_size, width, _count("blocks", state), heads, len(state["blocks.0.mlp.fc1.bias"])
+        )
     encoder.load_state_dict(state, assign=True)
     return encoder.eval().requires_grad_(False)
 
@@ -165,7 +179,11 @@ def find_vocabulary(folder: Path, words: int) -> Vocabulary:
 
 def _read_vocabulary(file: Path, words: int) -> Vocabulary:
     try:
-        tokenizer = Tokenizer.from_file(str(file)) if file.suffix == ".json" else _word_pieces(file.read_text(encoding="utf-8").splitlines())
+        tokenizer = (
+            Tokenizer.from_file(str(file))
+            if file.suffix == ".json"
+            else _word_pieces(file.read_text(encoding="utf-8").splitlines())
+        )
     except Exception as error:  # tokenizers raises nothing more special
         pass_out_of_memory(error, f"{file.name} was read")
         raise RewardError(f"{file.name} beside it is damaged; download it again ({one_line(error)}).") from error

@@ -34,7 +34,10 @@ def structure_likeness(pixels: Tensor, reference: Tensor) -> Tensor:
 def _bands(pixels: Tensor) -> list[Tensor]:
     """Laplacian pyramid of luma (Burt and Adelson 1983), coarsest band first."""
     grids = [luma(_grid(pixels, size)) for size in (1, 4, 8, 16, 32, 64)]
-    return [fine - F.interpolate(coarse, fine.shape[-2:], mode="bilinear") for coarse, fine in zip(grids, grids[1:], strict=False)]
+    return [
+        fine - F.interpolate(coarse, fine.shape[-2:], mode="bilinear")
+        for coarse, fine in zip(grids, grids[1:], strict=False)
+    ]
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -64,7 +67,9 @@ class ImageSimilarity(Reward):
     def __init__(self, reference: Tensor, likeness: str = "colour"):
         super().__init__()
         if likeness not in LIKENESSES:
-            raise RewardError(f"There is no image likeness called {quoted(likeness)}; choose one of {', '.join(LIKENESSES)}.")
+            raise RewardError(
+                f"There is no image likeness called {quoted(likeness)}; choose one of {', '.join(LIKENESSES)}."
+            )
         self.name = f"{likeness} likeness"
         self.likeness = LIKENESSES[likeness]
         self.reference_mean = self.likeness.reference_mean
@@ -103,7 +108,9 @@ class ClipImageSimilarity(Reward):
 
 def _one_picture(reference: Tensor) -> Tensor:
     if reference.ndim != 4 or reference.shape[:2] != (1, 3) or 0 in reference.shape:
-        raise RewardError(f"The reference must be one picture of shape (1, 3, height, width), not {tuple(reference.shape)}.")
+        raise RewardError(
+            f"The reference must be one picture of shape (1, 3, height, width), not {tuple(reference.shape)}."
+        )
     return reference.detach().clone()
 
 

@@ -64,7 +64,9 @@ class ImageStatistic(Reward):
     def __init__(self, statistic: str):
         super().__init__()
         if statistic not in STATISTICS:
-            raise RewardError(f"There is no image statistic called {quoted(statistic)}; choose one of {', '.join(STATISTICS)}.")
+            raise RewardError(
+                f"There is no image statistic called {quoted(statistic)}; choose one of {', '.join(STATISTICS)}."
+            )
         self.name = statistic
         self.reference_mean = STATISTICS[statistic].reference_mean
         self.reference_std = STATISTICS[statistic].reference_std

@@ -41,7 +41,9 @@ def load_reward(path: str | Path, options: LoadOptions | None = None) -> Reward:
     reward.reference_mean = _number(weights.hints, "reference_mean", reward.reference_mean)
     reward.reference_std = _number(weights.hints, "reference_std", reward.reference_std)
     if reward.reference_std <= 0:
-        raise RewardError(f"The metadata of {weights.path.name} gives reference_std as {reward.reference_std}; it must be positive.")
+        raise RewardError(
+            f"The metadata of {weights.path.name} gives reference_std as {reward.reference_std}; it must be positive."
+        )
     log.info("%s is used as %s.", weights.path.name, reward.description)
     return reward
 
@@ -49,7 +51,9 @@ def load_reward(path: str | Path, options: LoadOptions | None = None) -> Reward:
 def _build(weights: Weights, options: LoadOptions) -> Reward:
     name, shapes = weights.path.name, weights.shapes
     if other := unsupported(shapes):
-        raise RewardError(f"{name} is {other}, which cannot be read; of CLIPs only those with ViT towers and CLIP's own text tower can.")
+        raise RewardError(
+            f"{name} is {other}, which cannot be read; of CLIPs only those with ViT towers and CLIP's own text tower can."
+        )
     for recognises, build in _KINDS:
         if recognises(shapes):
             try:
@@ -59,9 +63,13 @@ def _build(weights: Weights, options: LoadOptions) -> Reward:
             except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
                 pass_out_of_memory(error, f"{name} was loaded")
                 advice = "download it again, or use the published file where this one was converted"
-                raise RewardError(f"{name} is of a known kind, but its weights do not fit together ({one_line(error)}); {advice}.") from error
+                raise RewardError(
+                    f"{name} is of a known kind, but its weights do not fit together ({one_line(error)}); {advice}."
+                ) from error
     if has_text_tower(shapes):
-        raise RewardError(f"{name} is a text tower alone; choose the image tower that belongs to it, and this as its text tower.")
+        raise RewardError(
+            f"{name} is a text tower alone; choose the image tower that belongs to it, and this as its text tower."
+        )
     found = short(", ".join(sorted(shapes)[:3])) or "no tensors"
     raise RewardError(f"{name} is not a reward that can be read (it holds {found}); supported are {_SUPPORTED}.")
 
@@ -74,5 +82,7 @@ def _number(hints: Hints, key: str, default: float) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise RewardError(f"The metadata entry {key} must be a number, not {quoted(hints[key])}; correct it or remove it.")
+        raise RewardError(
+            f"The metadata entry {key} must be a number, not {quoted(hints[key])}; correct it or remove it."
+        )
     return number

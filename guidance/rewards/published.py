@@ -30,7 +30,10 @@ _NAMES = (
     ("hpsv21", Published("HPS_v2.1_compressed.pt", _HPS)),
     ("hpsv2", Published("HPS_v2_compressed.pt", _HPS)),
     ("imagereward", Published("ImageReward.pt", "zai-org/ImageReward", needs=f"{BERT} beside it")),
-    ("saclogos", Published(_HEAD, "christophschuhmann/improved-aesthetic-predictor", "GitHub", f"{CLIPS[768]} into clip_vision")),
+    (
+        "saclogos",
+        Published(_HEAD, "christophschuhmann/improved-aesthetic-predictor", "GitHub", f"{CLIPS[768]} into clip_vision"),
+    ),
     ("clipvitlargepatch14336", Published("model.safetensors", "openai/clip-vit-large-patch14-336")),
     ("clipvitlargepatch14", CLIPS[768]),
     ("clipvith14", CLIPS[1024]),

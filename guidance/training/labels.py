@@ -33,9 +33,13 @@ class Health:
     def warnings(self) -> list[str]:
         found = []
         if self.effective < LOW_SHARE:
-            found.append(f"Only {self.effective:.1%} of {self.count} samples count at this temperature: raise it to use more of them.")
+            found.append(
+                f"Only {self.effective:.1%} of {self.count} samples count at this temperature: raise it to use more of them."
+            )
         if self.worth < FEW:
-            found.append(f"Together the samples count as {self.worth:.0f}, which is little to learn from: collect more, or raise the temperature.")
+            found.append(
+                f"Together the samples count as {self.worth:.0f}, which is little to learn from: collect more, or raise the temperature."
+            )
         return found
 
 
@@ -46,14 +50,18 @@ def label(rewards: Tensor, prompts: Tensor, temperature: float) -> tuple[Tensor,
     shrunk towards that of all (empirical Bayes). std is the spread within a prompt. Raises GuidanceError where there is nothing to learn.
     """
     if not temperature > 0:
-        raise GuidanceError(f"The temperature must be above 0, not {temperature}; smaller values follow the reward more closely.")
+        raise GuidanceError(
+            f"The temperature must be above 0, not {temperature}; smaller values follow the reward more closely."
+        )
     if bad := int((~torch.isfinite(rewards)).sum()):
         raise GuidanceError(f"{bad} of {len(rewards)} rewards are not finite numbers: leave those samples out.")
     rewards = rewards.double()
     _, group, count = torch.unique(prompts, return_inverse=True, return_counts=True)
     std = spread(rewards, group, count)
     if not std > 1e-6 * rewards.abs().max():
-        raise GuidanceError(f"All {len(rewards)} samples have the same reward for their prompt: there is nothing to learn from them.")
+        raise GuidanceError(
+            f"All {len(rewards)} samples have the same reward for their prompt: there is nothing to learn from them."
+        )
     logits = rewards / (std * temperature)
     weights = (logits - log_mean_weight(logits, group, count)[group]).softmax(0) * len(rewards)
     effective = float(len(rewards) / weights.square().sum())

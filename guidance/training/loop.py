@@ -95,7 +95,9 @@ class Training:
 
     def steps(self) -> Iterator[Progress]:
         plan = self.task.plan
-        network: nn.Module = nn.parallel.DistributedDataParallel(self.network) if distributed.is_initialized() else self.network
+        network: nn.Module = (
+            nn.parallel.DistributedDataParallel(self.network) if distributed.is_initialized() else self.network
+        )
         while self.step < plan.steps and not self.diverged:
             with self.step_context():
                 batch = self.source.batch(plan.batch, (plan.seed, self.step), own_part(plan.batch))
@@ -110,7 +112,11 @@ class Training:
             self.average.update_parameters(self.network)
             self.step += 1
             self.loss = float(loss.detach())
-            yield self.look() if self.step % plan.check_every == 0 or self.step == plan.steps else Progress(self.step, self.loss)
+            yield (
+                self.look()
+                if self.step % plan.check_every == 0 or self.step == plan.steps
+                else Progress(self.step, self.loss)
+            )
 
     @torch.no_grad()
     def look(self) -> Progress:
@@ -130,7 +136,9 @@ class Training:
     def diverge(self) -> None:
         """End with the best network so far. Raises GuidanceError where there is none yet."""
         if not self.curve:
-            raise GuidanceError(f"The training diverged at step {self.step + 1}: lower the learning rate, or raise the temperature.")
+            raise GuidanceError(
+                f"The training diverged at step {self.step + 1}: lower the learning rate, or raise the temperature."
+            )
         self.diverged = True
 
     def judge(self, held_out: Source) -> float:
@@ -138,7 +146,10 @@ class Training:
         plan = self.task.plan
         batches = (held_out.batch(plan.batch, (plan.seed, -1, i)) for i in range(self.batches))
         with self.step_context():
-            return sum(float(OBJECTIVES[plan.objective](self.average.module, self.task, batch)) for batch in batches) / self.batches
+            return (
+                sum(float(OBJECTIVES[plan.objective](self.average.module, self.task, batch)) for batch in batches)
+                / self.batches
+            )
 
     def pause(self) -> None:
         """Stopped between two looks: look, so that what has been reached since the last one counts."""
@@ -160,7 +171,11 @@ class Training:
         """Whole or not at all; where the disk does not take it, the training goes on without."""
         self.let_go()
         try:
-            write(path, lambda partial: torch.save(self.state(), partial), "The training goes on without it, and tries again.")
+            write(
+                path,
+                lambda partial: torch.save(self.state(), partial),
+                "The training goes on without it, and tries again.",
+            )
             self.used = in_use(path)
             self.unsaved = ""
             drop_oldest(path)
@@ -207,7 +222,9 @@ class Training:
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise self.damaged(path) from error
         if other:
-            raise GuidanceError(f"{shown(path)} belongs to a training with other settings: delete it, or go back to those settings.")
+            raise GuidanceError(
+                f"{shown(path)} belongs to a training with other settings: delete it, or go back to those settings."
+            )
         return state
 
     def damaged(self, path: Path) -> GuidanceError:
@@ -216,7 +233,9 @@ class Training:
     def require_fitting(self, state: dict[str, Any]) -> None:
         """Raise ValueError, KeyError or TypeError where this training cannot have left a state."""
         expected, found = self.state(), state["optimizer"]["state"]
-        moments = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(self.network.parameters())}
+        moments = {
+            i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(self.network.parameters())
+        }
         moments = {i: like for i, like in moments.items() if i in found}  # what has no gradient has none
         pairs = [(state[name], expected[name]) for name in ("network", "average", "best")]
         if not all(same_structure(given, like) for given, like in [*pairs, (found, moments)]):
@@ -249,7 +268,9 @@ def own_part(size: int) -> slice:
     if not distributed.is_initialized():
         return slice(None)
     if size % distributed.get_world_size():
-        raise GuidanceError(f"A batch of {size} cannot be shared by {distributed.get_world_size()} processes; choose a multiple.")
+        raise GuidanceError(
+            f"A batch of {size} cannot be shared by {distributed.get_world_size()} processes; choose a multiple."
+        )
     return slice(distributed.get_rank(), None, distributed.get_world_size())
 
 

@@ -49,7 +49,9 @@ class Plan:
         if self.objective.startswith("potential") != (self.form == "potential"):
             raise GuidanceError(f"The objective {self.objective} does not train the form {self.form}.")
         if self.fresh and self.objective != "potential":
-            raise GuidanceError(f"The objective {self.objective} needs the model's answers at the collected states: it cannot have fresh noise.")
+            raise GuidanceError(
+                f"The objective {self.objective} needs the model's answers at the collected states: it cannot have fresh noise."
+            )
         if min(self.steps, self.batch, self.check_every) < 1 or not 0 < self.learning_rate < math.inf:
             raise GuidanceError(
                 f"A training needs at least 1 step, a batch of at least 1 and a learning rate above 0, not {self.steps}, {self.batch} and "
@@ -91,7 +93,9 @@ def weighted(network: nn.Module, task: Task, batch: Batch) -> Tensor:
 def reward_gradient(network: nn.Module, task: Task, batch: Batch) -> Tensor:
     """E[ |G|²/2 - r(D_q)/β ]: the KL-regularised step, amortised. For rewards with a gradient, where labels are few (arXiv 2508.09968)."""
     if task.reward is None:
-        raise GuidanceError("The objective reward_gradient needs the reward itself, with a gradient; labels are not enough.")
+        raise GuidanceError(
+            "The objective reward_gradient needs the reward itself, with a gradient; labels are not enough."
+        )
     tilted, correction = task.correction(network, batch)
     scores = task.reward(tilted, batch)
     if torch.is_grad_enabled() and not scores.requires_grad:

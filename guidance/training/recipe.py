@@ -48,7 +48,9 @@ def plan_for(description: Description, objective: str = "auto", form: str = "cor
     if objective == "auto":
         objective = "weighted" if noise or form == "shift" else "potential"
     if noise and objective not in NOISE_FORMS:
-        raise GuidanceError(f"The noise of one-step generators is tilted by the objectives {' and '.join(NOISE_FORMS)}, not by {objective}.")
+        raise GuidanceError(
+            f"The noise of one-step generators is tilted by the objectives {' and '.join(NOISE_FORMS)}, not by {objective}."
+        )
     if noise or objective == "potential":
         what = "The noise of one-step generators" if noise else "The objective potential"
         if form != "correction":
@@ -56,7 +58,9 @@ def plan_for(description: Description, objective: str = "auto", form: str = "cor
         form = NOISE_FORMS[objective] if noise else "potential"
     steps = options.get("steps", Plan.steps)
     pace = {"check_every": min(Plan.check_every, max(10, steps // 20)), "ema": min(Plan.ema, 1 - 10 / max(20, steps))}
-    return Plan(**{"objective": objective, "form": form, "batch": BATCH, "fresh": objective == "potential", **pace} | options)
+    return Plan(
+        **{"objective": objective, "form": form, "batch": BATCH, "fresh": objective == "potential", **pace} | options
+    )
 
 
 def weights_from(text: str) -> tuple[float, ...]:
@@ -64,7 +68,9 @@ def weights_from(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(",")) if text.strip() else ()
     except ValueError as error:
-        raise GuidanceError(f"Weights are written as numbers with commas between them, such as 1, 0.5, not as {quoted(text)}.") from error
+        raise GuidanceError(
+            f"Weights are written as numbers with commas between them, such as 1, 0.5, not as {quoted(text)}."
+        ) from error
 
 
 def prepare(
@@ -86,7 +92,9 @@ def prepare(
     """
     description, device = samples.description, device or torch.device("cpu")
     if plan.form == "shift" and denoise is None:
-        raise GuidanceError("The form shift asks the model itself while it trains: train it in the graph that collects the samples.")
+        raise GuidanceError(
+            "The form shift asks the model itself while it trains: train it in the graph that collects the samples."
+        )
     weights, health = label(samples.rewards(reward_weights), samples.prompts, plan.temperature)
     reward_weights = description.weights(reward_weights)
     noise = description.base.target == "noise"
@@ -102,7 +110,9 @@ def prepare(
 
     in_spreads = reward and (lambda latents, batch: reward(latents, batch) / health.std)
     own, held_out = samples.split(HELD_OUT)
-    name = digest((asdict(description), samples.numbers.tolist(), samples.scores.tolist(), asdict(plan), size, reward_weights))
+    name = digest(
+        (asdict(description), samples.numbers.tolist(), samples.scores.tolist(), asdict(plan), size, reward_weights)
+    )
     training = Training(
         source(own),
         Task(process, plan, in_spreads),

@@ -35,7 +35,9 @@ class Fitting:
     def drop_checkpoint(self) -> None:
         """A training that is done needs it no more; one that is not goes on from it."""
         if self.done and self.training.checkpoint is not None:
-            with suppress(OSError):  # what cannot be deleted could not be written either, and costs no more than its place
+            with suppress(
+                OSError
+            ):  # what cannot be deleted could not be written either, and costs no more than its place
                 self.training.checkpoint.unlink(missing_ok=True)
 
     def network(self) -> GuidanceNetwork:
@@ -76,19 +78,30 @@ class Fitting:
         none = NO_GUIDANCE.get(plan.objective, math.inf)
         lines = []
         if best is not None and best[1] >= none:
-            lines.append(f"That is no better than no guidance, whose loss is {none:g}: collect more samples, or raise the temperature.")
+            lines.append(
+                f"That is no better than no guidance, whose loss is {none:g}: collect more samples, or raise the temperature."
+            )
         stopped = f"at step {training.step} of {plan.steps}: this is the best network up to there"
         if training.diverged:
             lines.append(f"The training diverged {stopped}. Lower the learning rate, or raise the temperature.")
         elif not self.done:
-            lines.append(f"stopped {stopped}" + (", and running it again goes on from there" if training.checkpoint and not training.unsaved else ""))
+            lines.append(
+                f"stopped {stopped}"
+                + (", and running it again goes on from there" if training.checkpoint and not training.unsaved else "")
+            )
         return lines
 
     def warnings(self) -> list[str]:
         training = self.training
         labels = [] if training.task.plan.objective == "reward_gradient" else self.health.warnings()
-        apart = [] if training.held_out else ["No sample was kept apart of so few, and so nothing says how good the network is: collect more."]
-        unsaved = [f"There is no checkpoint to go on from: {training.unsaved}"] if training.unsaved and not self.done else []
+        apart = (
+            []
+            if training.held_out
+            else ["No sample was kept apart of so few, and so nothing says how good the network is: collect more."]
+        )
+        unsaved = (
+            [f"There is no checkpoint to go on from: {training.unsaved}"] if training.unsaved and not self.done else []
+        )
         return [*labels, *apart, *unsaved]
 
 

@@ -40,7 +40,9 @@ class GradientPatcher(comfy.model_patcher.ModelPatcher):
 
 def manage(module: nn.Module) -> GradientPatcher:
     """Hand a module to ComfyUI's model management."""
-    return GradientPatcher(module, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
+    return GradientPatcher(
+        module, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    )
 
 
 @contextmanager
@@ -68,7 +70,9 @@ def _alias(tensor: Tensor) -> Tensor:
     kind: Any = type(tensor)
     if hasattr(tensor, "__tensor_flatten__"):
         names, context = tensor.__tensor_flatten__()
-        return kind.__tensor_unflatten__({name: _alias(getattr(tensor, name)) for name in names}, context, tensor.size(), tensor.stride())
+        return kind.__tensor_unflatten__(
+            {name: _alias(getattr(tensor, name)) for name in names}, context, tensor.size(), tensor.stride()
+        )
     alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
     if kind not in (Tensor, nn.Parameter):
@@ -115,17 +119,24 @@ def differentiable_model(*models: nn.Module, instead: str = "another model") -> 
     """
     global _inside_differentiable_model
     within_another = _inside_differentiable_model
-    mutation = nullcontext() if within_another else torch.autograd.graph.allow_mutation_on_saved_tensors()  # which cannot be nested
+    mutation = (
+        nullcontext() if within_another else torch.autograd.graph.allow_mutation_on_saved_tensors()
+    )  # which cannot be nested
     _inside_differentiable_model = True
     try:
-        switches = switched(comfy.model_management, "in_training", True), switched(comfy.cli_args.args, "disable_comfy_compiler", True)
+        switches = (
+            switched(comfy.model_management, "in_training", True),
+            switched(comfy.cli_args.args, "disable_comfy_compiler", True),
+        )
         with switches[0], switches[1], normal_weights(*models), mutation:
             yield
     except (RuntimeError, NotImplementedError) as error:
         if not NO_GRADIENT.search(str(error)):
             raise
         reason = shorten(str(error), 160, placeholder=" ...")
-        raise GuidanceError(f"A part of this model has no gradient, which is needed here: choose {instead}. PyTorch: {reason}") from error
+        raise GuidanceError(
+            f"A part of this model has no gradient, which is needed here: choose {instead}. PyTorch: {reason}"
+        ) from error
     finally:
         _inside_differentiable_model = within_another
 

@@ -50,7 +50,9 @@ class Collector:
         if description.base.target == "noise":
             return noises(self.maker.start(), seeds, scores)
         clean = self.maker.model.model.process_latent_in(latents.float())
-        return states(clean, scores, seeds, self.sigmas(seeds), self.process, lambda x, sigma: self.denoise(x, sigma, prompts))
+        return states(
+            clean, scores, seeds, self.sigmas(seeds), self.process, lambda x, sigma: self.denoise(x, sigma, prompts)
+        )
 
     def judge_all(self, numbers: range, clips: Iterator[Tensor]) -> Tensor:
         """Raw scores (N,R); not numbers where a reward refuses a picture. Raises RewardError where it refuses all."""
@@ -63,7 +65,9 @@ class Collector:
             try:
                 scores[i] = self.maker.judge(clip, prompt)
             except RewardError as error:
-                refusals.append(RewardError(f"{error} It was seed {description.seed_of(number)} of the prompt {quoted(prompt)}."))
+                refusals.append(
+                    RewardError(f"{error} It was seed {description.seed_of(number)} of the prompt {quoted(prompt)}.")
+                )
         if len(refusals) == len(numbers):
             raise refusals[0]
         for refusal in refusals:
@@ -79,21 +83,28 @@ class Collector:
         clean = samples.clean[torch.arange(len(samples))].float()
         reason = self.another_model(samples, clean) or self.other_scores(samples, clean)
         if reason:
-            raise GuidanceError(f"{self.collection.folder.name} holds other samples: {reason}. Choose another folder, or set that back.")
+            raise GuidanceError(
+                f"{self.collection.folder.name} holds other samples: {reason}. Choose another folder, or set that back."
+            )
 
     def another_model(self, samples: Samples, clean: Tensor) -> str:
         """What the model says otherwise of a noised state in the middle of the sampling, in words; nothing of noise, as it was drawn alone."""
         if not samples.description.levels:
             return ""
         middle = samples.description.levels // 2
-        sigma, denoised = samples.sigma[:, middle], samples.denoised[torch.arange(len(samples)), torch.full((len(samples),), middle)].float()
+        sigma, denoised = (
+            samples.sigma[:, middle],
+            samples.denoised[torch.arange(len(samples)), torch.full((len(samples),), middle)].float(),
+        )
         if (self.sigmas(samples.seeds)[:, middle] / sigma - 1).abs().max() > SAME:
             return "the model's noise levels are not what they were"
         drawn = torch.stack([noise(clean.shape[1:], seed, middle) for seed in samples.seeds])
         state = self.process.add_noise(clean, drawn, column(sigma, clean))
         now = self.maker.denoise(state, sigma, samples.prompts.tolist()).cpu()
         apart = float((now - denoised).norm() / denoised.norm())
-        return "" if apart < SAME else f"the model, what patches it, or what it is told answers otherwise, by {apart:.0%}"
+        return (
+            "" if apart < SAME else f"the model, what patches it, or what it is told answers otherwise, by {apart:.0%}"
+        )
 
     def other_scores(self, samples: Samples, clean: Tensor) -> str:
         """What the rewards say otherwise of these samples, in words."""
@@ -103,7 +114,9 @@ class Collector:
         else:
             latents = self.maker.model.model.process_latent_out(clean)
         clips = decode(self.maker.vae, latents)
-        now = torch.stack([self.maker.judge(clip, self.maker.prompts[prompt]) for clip, prompt in zip(clips, prompts, strict=True)]).cpu()
+        now = torch.stack(
+            [self.maker.judge(clip, self.maker.prompts[prompt]) for clip, prompt in zip(clips, prompts, strict=True)]
+        ).cpu()
         apart = ((now - samples.scores).abs() / torch.tensor(description.reward_stds)).nan_to_num(math.inf)
         sample, reward = divmod(int(apart.argmax()), len(description.rewards))
         if apart.max() < SAME_SCORE:
@@ -118,7 +131,9 @@ class Collector:
     def sigmas(self, seeds: Sequence[int]) -> Tensor:
         """The noise levels (N,K) at which the model is asked of the samples with these seeds."""
         sampling, levels = self.maker.model.get_model_object("model_sampling"), self.collection.description.levels
-        return torch.tensor([[level(sampling, percent) for percent in percents(seed, levels).tolist()] for seed in seeds])
+        return torch.tensor(
+            [[level(sampling, percent) for percent in percents(seed, levels).tolist()] for seed in seeds]
+        )
 
     def denoise(self, x: Tensor, sigma: Tensor, prompts: Sequence[int]) -> Tensor:
         denoised = self.maker.denoise(x, sigma, prompts)
@@ -139,7 +154,10 @@ def level(sampling, percent: float) -> float:
 def noises(start: Tensor, seeds: list[int], scores: Tensor) -> list[Sample]:
     """What a one-step generator began with, and how its pictures were liked."""
     none = torch.empty(0, *start.shape[1:])
-    return [Sample(comfy.sample.prepare_noise(start, seed)[0].cpu(), scores[i], torch.empty(0), none) for i, seed in enumerate(seeds)]
+    return [
+        Sample(comfy.sample.prepare_noise(start, seed)[0].cpu(), scores[i], torch.empty(0), none)
+        for i, seed in enumerate(seeds)
+    ]
 
 
 class Bar:
@@ -157,7 +175,9 @@ def collect(node: str, maker: SampleMaker, collection: Collection, count: int, k
     """Fill up a collection. What is on disk when it is interrupted stays there."""
     missing = list(collection.missing(count))
     left = sum(map(len, missing))
-    collector = Collector(maker, collection, keep_images, Bar(maker.model, left * (maker.steps + collection.description.levels)))
+    collector = Collector(
+        maker, collection, keep_images, Bar(maker.model, left * (maker.steps + collection.description.levels))
+    )
     collector.require_same()
 
     def say(text: str) -> None:
@@ -177,11 +197,15 @@ def collect(node: str, maker: SampleMaker, collection: Collection, count: int, k
         say("are on disk; queue again to go on")
         raise
     if next(collection.missing(count), None) is not None:
-        raise GuidanceError(f"Samples in {collection.folder.name} were deleted while more were collected: queue again, which makes them anew.")
+        raise GuidanceError(
+            f"Samples in {collection.folder.name} were deleted while more were collected: queue again, which makes them anew."
+        )
 
 
 def remarks_on(prompts: tuple[str, ...], reward: LoadedReward) -> list[str]:
     """Of how many prompts the reward leaves out ComfyUI's syntax, and what it reads of the first of them."""
-    found = [said for prompt in prompts if (said := left_out(prompt, [part for part, _ in weighted_parts(reward.reward)]))]
+    found = [
+        said for prompt in prompts if (said := left_out(prompt, [part for part, _ in weighted_parts(reward.reward)]))
+    ]
     count = f"The reward does not read ComfyUI's syntax in {len(found)} of {len(prompts)} prompts. For example:"
     return [count, *found[0]] if found else []

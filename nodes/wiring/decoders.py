@@ -83,7 +83,9 @@ class LatentRGB(Decoder):
     def pixels(self, latents: Tensor) -> Tensor:
         latents = self.reshape(latents) if self.reshape is not None else latents
         bias = None if self.bias is None else self.bias.to(latents, non_blocking=True)
-        return (F.linear(latents.movedim(1, -1), self.weight.to(latents, non_blocking=True), bias).movedim(-1, 1) + 1) / 2
+        return (
+            F.linear(latents.movedim(1, -1), self.weight.to(latents, non_blocking=True), bias).movedim(-1, 1) + 1
+        ) / 2
 
 
 class TAESD(Decoder):
@@ -169,7 +171,9 @@ class FullVAE(Decoder):
         self.scale, self.offset = _affine(vae.process_output)
         self.upscale = vae.spacial_compression_decode()
         self.video = vae.latent_dim == 3
-        self.bytes_per_pixel = 100_000 if self.video else 2 * vae.memory_used_decode((1, 1, 1, 1), self.dtype) // self.upscale**2
+        self.bytes_per_pixel = (
+            100_000 if self.video else 2 * vae.memory_used_decode((1, 1, 1, 1), self.dtype) // self.upscale**2
+        )
         self.module = checkpointed(_private_copy(vae))
         self.modules = (self.module,)
         if isinstance(self.module, comfy.taesd.taehv.TAEHV):
@@ -264,13 +268,17 @@ def require_pictures(latent_format: LatentFormat) -> None:
     """
     name = type(latent_format).__name__
     if latent_format.latent_dimensions not in (2, 3) or "audio" in name.lower() or name == "TripoSplat":
-        raise GuidanceError(f"Rewards score pictures and videos, and this model makes neither (its latents are of the format {name}).")
+        raise GuidanceError(
+            f"Rewards score pictures and videos, and this model makes neither (its latents are of the format {name})."
+        )
 
 
 def latent_channels(latent_format: LatentFormat) -> int:
     """Those of the model's pictures or videos. A format of video with sound states those of its widest stream; its preview is of the video."""
     factors = latent_format.latent_rgb_factors
-    return len(factors) if factors and latent_format.latent_rgb_factors_reshape is None else latent_format.latent_channels
+    return (
+        len(factors) if factors and latent_format.latent_rgb_factors_reshape is None else latent_format.latent_channels
+    )
 
 
 def _kind(latent_dimensions: int) -> str:
@@ -316,11 +324,17 @@ def make_decoder(choice: str, latent_format: LatentFormat, vae: comfy.sd.VAE | N
     if choice == "taesd":
         if path is None:
             name = latent_format.taesd_decoder_name
-            advice = f"Put {name}.safetensors into models/vae_approx" if name else "There is no tiny autoencoder for this model"
+            advice = (
+                f"Put {name}.safetensors into models/vae_approx"
+                if name
+                else "There is no tiny autoencoder for this model"
+            )
             raise GuidanceError(f"{advice}, or choose another decoder.")
         return _tiny_decoder(latent_format, path)
     if latent_format.latent_rgb_factors is None:
-        raise GuidanceError("This model has no linear preview to decode by. Connect a VAE and choose the decoder 'vae'.")
+        raise GuidanceError(
+            "This model has no linear preview to decode by. Connect a VAE and choose the decoder 'vae'."
+        )
     return LatentRGB(latent_format)
 
 

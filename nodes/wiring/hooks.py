@@ -59,7 +59,9 @@ class NoiseMask:
         """At one call of the model: nodes such as Differential Diffusion change the mask from step to step."""
         mask = self.mask
         if "denoise_mask_function" in model_options:
-            mask = model_options["denoise_mask_function"](timestep, mask, extra_options={"model": guider, "sigmas": self.sigmas})
+            mask = model_options["denoise_mask_function"](
+                timestep, mask, extra_options={"model": guider, "sigmas": self.sigmas}
+            )
         with torch.inference_mode(False):
             return Inpainting(normal(mask), normal(self.latent))
 
@@ -104,7 +106,19 @@ class SamplerHooks:
         if trains_elsewhere():
             logging.warning("The model is trained by another node: meanwhile its guidance is off.")
 
-    def sampler_sample(self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *args, **kwargs):
+    def sampler_sample(
+        self,
+        executor,
+        guider,
+        sigmas,
+        extra_args,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask=None,
+        *args,
+        **kwargs,
+    ):
         """Begin a run."""
         run = self.begin(guider, noise.shape, extra_args.get("model_options", {}), extra_args.get("seed"))
         if denoise_mask is not None:
@@ -128,6 +142,8 @@ class SamplerHooks:
         """The state of a run for latents of this shape."""
         raise NotImplementedError
 
-    def predict(self, run: Any, guider, executor, x: Tensor, timestep: Tensor, model_options: dict, seed: int | None) -> Tensor:
+    def predict(
+        self, run: Any, guider, executor, x: Tensor, timestep: Tensor, model_options: dict, seed: int | None
+    ) -> Tensor:
         """D_q (B,...) of x (B,...) at noise levels (B,)."""
         raise NotImplementedError

@@ -33,7 +33,11 @@ def sampler_inputs(sampler_name: io.Input | None = None) -> list[io.Input]:
             tooltip="The seed of the noise: another one makes other pictures, the same one makes the same again.",
         ),
         io.Int.Input(
-            "steps", default=20, min=1, max=10000, tooltip="Denoising steps: more are finer and take longer. 15 to 50; distilled models need fewer."
+            "steps",
+            default=20,
+            min=1,
+            max=10000,
+            tooltip="Denoising steps: more are finer and take longer. 15 to 50; distilled models need fewer.",
         ),
         io.Float.Input(
             "cfg",
@@ -53,13 +57,24 @@ def sampler_inputs(sampler_name: io.Input | None = None) -> list[io.Input]:
         io.Conditioning.Input("positive", tooltip="What the pictures should show."),
         io.Conditioning.Input("negative", tooltip="What they should not show."),
         io.Latent.Input("latent_image", tooltip="The latent to denoise."),
-        io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="1 starts from noise; less keeps more of the latent. 0.3 to 1."),
+        io.Float.Input(
+            "denoise",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="1 starts from noise; less keeps more of the latent. 0.3 to 1.",
+        ),
     ]
 
 
 def reward_inputs() -> list[io.Input]:
     return [
-        REWARD.Input("reward", optional=True, tooltip="What the pictures should follow. Unconnected, the model samples as it always does."),
+        REWARD.Input(
+            "reward",
+            optional=True,
+            tooltip="What the pictures should follow. Unconnected, the model samples as it always does.",
+        ),
         io.String.Input(
             "prompt",
             multiline=True,
@@ -107,7 +122,11 @@ def judging_inputs() -> list[io.Input]:
             tooltip="Video: how many evenly spaced frames are scored in each look. More leave less unseen, and cost as much more. 1 to 8.",
             **rare,
         ),
-        io.Vae.Input("vae", optional=True, tooltip="The model's VAE, for the decoder 'vae', which 'auto' takes where there is no taesd."),
+        io.Vae.Input(
+            "vae",
+            optional=True,
+            tooltip="The model's VAE, for the decoder 'vae', which 'auto' takes where there is no taesd.",
+        ),
         held_out_input(),
     ]
 

@@ -37,11 +37,15 @@ class LatentReward:
     def __call__(self, latents: Tensor) -> Tensor:
         reward = self.loaded.reward
         if latents.requires_grad and not reward.differentiable:
-            raise GuidanceError(f"{reward.name} has no gradient to guide by. Use it to choose among pictures, or guide by another reward.")
+            raise GuidanceError(
+                f"{reward.name} has no gradient to guide by. Use it to choose among pictures, or guide by another reward."
+            )
         # An estimator that takes the gradient looks at the end of its step whether all is finite.
         return self.score(latents, [self.prompt], judge if latents.requires_grad else evaluate)
 
-    def score(self, latents: Tensor, prompts: Sequence[str], by: Callable[[Reward, Tensor, Sequence[str]], Tensor] = evaluate) -> Tensor:
+    def score(
+        self, latents: Tensor, prompts: Sequence[str], by: Callable[[Reward, Tensor, Sequence[str]], Tensor] = evaluate
+    ) -> Tensor:
         """The same for a prompt of each sample's own."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         pictures = self.pictures(latents)
@@ -72,7 +76,9 @@ class LatentReward:
         if latents.ndim == 4:
             return latents
         if latents.ndim != 5:
-            raise GuidanceError(f"Reward guidance works on pictures and videos, not on latents of shape {tuple(latents.shape)}.")
+            raise GuidanceError(
+                f"Reward guidance works on pictures and videos, not on latents of shape {tuple(latents.shape)}."
+            )
         chosen = torch.linspace(0, latents.shape[2] - 1, min(self.frames, latents.shape[2])).round().long().tolist()
         return torch.stack([latents[:, :, frame] for frame in chosen], 1).flatten(0, 1)
 
@@ -87,16 +93,22 @@ def patchers_of(reward: LatentReward, held_out: LatentReward | None) -> list[Gra
     return [*reward.patchers, *(held_out.loaded.patchers if held_out else ())]
 
 
-def rewards_of(denoised: Tensor, rewards: Tensor, held_out: Callable[[Tensor], Tensor] | None) -> dict[str, list[float]]:
+def rewards_of(
+    denoised: Tensor, rewards: Tensor, held_out: Callable[[Tensor], Tensor] | None
+) -> dict[str, list[float]]:
     """The series to report: the rewards of denoised latents, and what the held-out one says of them."""
     with torch.no_grad():
         return {"reward": rewards.tolist()} | ({"reward/held-out": held_out(denoised).tolist()} if held_out else {})
 
 
-def with_room_for(rewards: Sequence[LatentReward | None], patcher: comfy.model_patcher.ModelPatcher, noise_shape: Sequence[int]) -> list[int]:
+def with_room_for(
+    rewards: Sequence[LatentReward | None], patcher: comfy.model_patcher.ModelPatcher, noise_shape: Sequence[int]
+) -> list[int]:
     """A shape with as many more samples as take the memory of scoring those of `noise_shape` by one reward after the other."""
     per_sample = patcher.model.memory_required([1, *noise_shape[1:]])
-    extra = math.ceil(max(reward.activation_bytes(torch.Size(noise_shape)) for reward in rewards if reward) / per_sample)
+    extra = math.ceil(
+        max(reward.activation_bytes(torch.Size(noise_shape)) for reward in rewards if reward) / per_sample
+    )
     return [noise_shape[0] + extra, *noise_shape[1:]]
 
 
@@ -110,5 +122,8 @@ def training_through(
     """
     patchers, modules = (reward.patchers, reward.modules) if reward else ([], [])
     comfy.model_management.load_models_gpu([*([model] if model else []), *patchers], force_full_load=True)
-    with normal_weights(*modules), differentiable_model(model.model.requires_grad_(False), instead=instead) if model else nullcontext():
+    with (
+        normal_weights(*modules),
+        differentiable_model(model.model.requires_grad_(False), instead=instead) if model else nullcontext(),
+    ):
         yield

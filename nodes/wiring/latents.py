@@ -30,7 +30,9 @@ def joined(latents: list[dict]) -> dict:
     """One LATENT of several, with the mask, batch index and seed of each sample, and the entries that all share."""
     samples = [samples_of(latent) for latent in latents]
     if len(shapes := {tuple(each.shape[1:]) for each in samples}) > 1:
-        raise GuidanceError(f"Latents of different shapes cannot be chosen among: {sorted(shapes)}. Sample them in one size.")
+        raise GuidanceError(
+            f"Latents of different shapes cannot be chosen among: {sorted(shapes)}. Sample them in one size."
+        )
     if len(latents) == 1:
         return latents[0]
     masks = {"noise_mask": joined_masks(latents)} if any("noise_mask" in latent for latent in latents) else {}

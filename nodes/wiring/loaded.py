@@ -21,19 +21,27 @@ class LoadedReward:
 
     reward: Reward
     patchers: tuple[GradientPatcher, ...] = ()
-    scored: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, init=False, compare=False, repr=False)
+    scored: WeakTensorKeyDictionary = field(
+        default_factory=WeakTensorKeyDictionary, init=False, compare=False, repr=False
+    )
     """Pictures that are still around -> prompt -> what was said of them."""
 
 
 def manage_reward(reward: Reward) -> LoadedReward:
     """Freeze a reward in evaluation mode, manage its weights, and let interrupts stop it between layers."""
     if not isinstance(reward, Reward):
-        raise GuidanceError(f"manage_reward takes a Reward, not {shorten(repr(reward), 90)}; derive a class from Reward and give it an object of it.")
+        raise GuidanceError(
+            f"manage_reward takes a Reward, not {shorten(repr(reward), 90)}; derive a class from Reward and give it an object of it."
+        )
     if not 0 < reward.reference_std < math.inf:
-        raise GuidanceError(f"{reward.name} has a reference_std of {reward.reference_std}; it must be the typical spread of its scores, above 0.")
+        raise GuidanceError(
+            f"{reward.name} has a reference_std of {reward.reference_std}; it must be the typical spread of its scores, above 0."
+        )
     for module in reward.eval().requires_grad_(False).modules():
         module.register_forward_pre_hook(_stop_if_interrupted)
-    return LoadedReward(reward, (manage(reward),) if any(True for _ in chain(reward.parameters(), reward.buffers())) else ())
+    return LoadedReward(
+        reward, (manage(reward),) if any(True for _ in chain(reward.parameters(), reward.buffers())) else ()
+    )
 
 
 def _stop_if_interrupted(*_) -> None:

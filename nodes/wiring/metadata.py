@@ -24,4 +24,10 @@ def downstream_inputs(hidden, outputs: Sequence[int]) -> str:
     links = [[hidden.unique_id, output] for output in outputs]
     item = running()
     prompt = item[2] if item else {}
-    return json.dumps({node: content["inputs"] for node, content in prompt.items() if any(v in links for v in content["inputs"].values())})
+    return json.dumps(
+        {
+            node: content["inputs"]
+            for node, content in prompt.items()
+            if any(v in links for v in content["inputs"].values())
+        }
+    )

@@ -41,7 +41,9 @@ def base_of(model: comfy.model_patcher.ModelPatcher, target: str = "data", shape
     latents = model.get_model_object("latent_format")
     size = (1,) * (latents.latent_dimensions - 2) + (NOMINAL, NOMINAL)
     process = process_of(model.get_model_object("model_sampling"), (1, *(shape or (latents.latent_channels, *size))))
-    return Base(type(model.model.model_config).__name__, type(latents).__name__, latents.latent_channels, process.name, target)
+    return Base(
+        type(model.model.model_config).__name__, type(latents).__name__, latents.latent_channels, process.name, target
+    )
 
 
 def name_of(model: comfy.model_patcher.ModelPatcher) -> str:

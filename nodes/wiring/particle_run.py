@@ -18,7 +18,16 @@ from .patch_reward import resampled
 from .reporting import NodeStep
 from .sampling import Callback, Sampling
 
-SAMPLERS = ("euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "exp_heun_2_x0_sde", "seeds_2", "seeds_3", "ddpm", "lcm")
+SAMPLERS = (
+    "euler_ancestral",
+    "dpm_2_ancestral",
+    "dpmpp_2s_ancestral",
+    "exp_heun_2_x0_sde",
+    "seeds_2",
+    "seeds_3",
+    "ddpm",
+    "lcm",
+)
 """They add noise in every step, without which copies stay copies, remember no earlier step, so that a run can be cut into segments, and draw
 noise for intervals that do not overlap (those of dpmpp_sde do)."""
 
@@ -130,7 +139,9 @@ class ParticleRun:
     keep: int
     held_out: LatentReward | None = None
 
-    def __call__(self, latent: dict, seeds: list[int], callback: Callback, report: Callable[[ParticleStep], None]) -> tuple[Tensor, list[float]]:
+    def __call__(
+        self, latent: dict, seeds: list[int], callback: Callback, report: Callable[[ParticleStep], None]
+    ) -> tuple[Tensor, list[float]]:
         """The best particles of a latent (M,...) and their standardized rewards. Each begins with the noise of its seed."""
         population = Population(len(seeds), self.temperature, generator(seeds[0]), self.resample_below)
         sampler = comfy.samplers.sampler_object(self.sampling.sampler_name)

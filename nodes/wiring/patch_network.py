@@ -63,7 +63,10 @@ class NetworkGuidance(SamplerHooks):
 
     def begin(self, guider, shape, model_options, seed):
         sampling = guider.inner_model.model_sampling
-        bounds = {"first_sigma": sampling.percent_to_sigma(self.start), "last_sigma": sampling.percent_to_sigma(self.end)}
+        bounds = {
+            "first_sigma": sampling.percent_to_sigma(self.start),
+            "last_sigma": sampling.percent_to_sigma(self.end),
+        }
         return SamplingRun(process=process_of(sampling, shape), **bounds)
 
     def predict(self, run, guider, executor, x, timestep, model_options, seed):
@@ -84,7 +87,9 @@ class NetworkGuidance(SamplerHooks):
             return form(self.loaded.network, process, answer, x.clone(), timestep.clone(), text, strength)
 
 
-def tilt(loaded: LoadedNetwork, noise: Tensor, conditioning: list, steps: int, strength: float, mask: Tensor | None = None) -> Tensor:
+def tilt(
+    loaded: LoadedNetwork, noise: Tensor, conditioning: list, steps: int, strength: float, mask: Tensor | None = None
+) -> Tensor:
     """Noise (B,...) -> noise from which a one-step generator makes pictures that are rewarded; on the device and in the dtype it came in.
 
     mask: the noise mask of a LATENT; where it keeps the latent, the noise stays what it was.
@@ -104,10 +109,17 @@ def tilt(loaded: LoadedNetwork, noise: Tensor, conditioning: list, steps: int, s
 
 
 def followed(
-    sampling: Sampling, network: LoadedNetwork, strength: float = 1.0, start: float = 0.0, end: float = 1.0, noise_steps: int = 4
+    sampling: Sampling,
+    network: LoadedNetwork,
+    strength: float = 1.0,
+    start: float = 0.0,
+    end: float = 1.0,
+    noise_steps: int = 4,
 ) -> Sampling:
     """The same sampling, guided by a network on the way or in its noise, as the network was trained to do."""
     if network.card.base.target == "data":
         return replace(sampling, model=NetworkGuidance(network, strength, start, end).attach(sampling.model))
     network.card.base.require(base_of(sampling.model, "noise", network.card.shape), "guidance network")
-    return replace(sampling, tilt=lambda noise, mask: tilt(network, noise, sampling.positive, noise_steps, strength, mask))
+    return replace(
+        sampling, tilt=lambda noise, mask: tilt(network, noise, sampling.positive, noise_steps, strength, mask)
+    )

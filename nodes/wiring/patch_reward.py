@@ -12,7 +12,15 @@ from torch import Tensor
 from ...guidance.errors import GuidanceError
 from ...guidance.estimators import ESTIMATORS, Estimator, NotFiniteError, Settings
 from ...guidance.randomness import generator
-from .autograd import differentiable_model, gradients, in_current_modes, models_of, normal, static_clone, trains_elsewhere
+from .autograd import (
+    differentiable_model,
+    gradients,
+    in_current_modes,
+    models_of,
+    normal,
+    static_clone,
+    trains_elsewhere,
+)
 from .hooks import ROWS_KEY, SamplerHooks, SamplingRun, require_order, serial_numbers
 from .latent_reward import LatentReward, patchers_of, rewards_of, with_room_for
 from .model_info import GRADIENT_KEY, process_of, require_noise_to_picture
@@ -82,7 +90,9 @@ class RewardGuidance(SamplerHooks):
     def prepare_sampling(self, executor, patcher, noise_shape, conds, *args, **kwargs):
         """Load the diffusion model with room left for what the reward needs."""
         kwargs["force_full_load"] = kwargs.get("force_full_load", False) or self.kind.model_gradient
-        return executor(patcher, with_room_for([self.reward, self.held_out], patcher, noise_shape), conds, *args, **kwargs)
+        return executor(
+            patcher, with_room_for([self.reward, self.held_out], patcher, noise_shape), conds, *args, **kwargs
+        )
 
     def warn(self, run: Run | None) -> None:
         super().warn(run)
@@ -101,7 +111,9 @@ class RewardGuidance(SamplerHooks):
             first_sigma=sampling.percent_to_sigma(self.start),
             last_sigma=sampling.percent_to_sigma(self.end),
             sigmas=sigmas,
-            estimator=self.kind(process, lambda denoised: self.reward(run.blended(denoised)), self.settings, generator(seed or 0)),
+            estimator=self.kind(
+                process, lambda denoised: self.reward(run.blended(denoised)), self.settings, generator(seed or 0)
+            ),
         )
         return run
 
@@ -122,7 +134,11 @@ class RewardGuidance(SamplerHooks):
             if not self.kind.model_gradient:
                 denoised = self.guide(run, plain_denoise, x, sigma)
             else:
-                x, timestep, model_options = x.clone(), normal(timestep), {**model_options, "transformer_options": normal(options)}
+                x, timestep, model_options = (
+                    x.clone(),
+                    normal(timestep),
+                    {**model_options, "transformer_options": normal(options)},
+                )
                 with differentiable_model(guider.inner_model, *models_of(guider), instead=f"the estimator {ONE_CALL}"):
                     denoised = self.guide(run, denoise, x, sigma)
         self.record(run, sigma)
@@ -145,7 +161,9 @@ class RewardGuidance(SamplerHooks):
         # Some samplers begin a little below the first sigma.
         step = min(sum(level > sigma * (1 + 1e-3) for level in run.sigmas) + 1, steps)
         series = rewards_of(run.blended(tilt.scored_estimate), tilt.rewards, self.held_out)
-        self.report(GuidedStep(step=step, steps=steps, series=series, run=run.serial, sigma=sigma, model_calls=run.model_calls))
+        self.report(
+            GuidedStep(step=step, steps=steps, series=series, run=run.serial, sigma=sigma, model_calls=run.model_calls)
+        )
 
 
 ONE_CALL = "shift"
@@ -156,7 +174,9 @@ def one_level(timestep: Tensor) -> float:
     """The noise level that all samples of a batch (B,) have. Raises GuidanceError where they differ."""
     levels = timestep.flatten().tolist()
     if len(set(levels)) > 1:
-        raise GuidanceError("Reward guidance needs one noise level for all samples of a batch; this sampler gives each its own.")
+        raise GuidanceError(
+            "Reward guidance needs one noise level for all samples of a batch; this sampler gives each its own."
+        )
     return levels[0]
 
 
@@ -164,8 +184,14 @@ def require_one_call(estimator: str, transformer_options: dict) -> None:
     """Raise GuidanceError for an estimator that a model which remembers its calls cannot serve, as Causal Wan remembers earlier frames."""
     kind = ESTIMATORS[estimator]
     if "ar_state" in transformer_options and (kind.model_gradient or kind.model_calls > 1):
-        why = "backpropagates through the model" if kind.model_gradient else f"calls the model {kind.model_calls} times at each step"
-        raise GuidanceError(f"This model remembers the frames of every call, but the estimator {estimator} {why}: choose the estimator {ONE_CALL}.")
+        why = (
+            "backpropagates through the model"
+            if kind.model_gradient
+            else f"calls the model {kind.model_calls} times at each step"
+        )
+        raise GuidanceError(
+            f"This model remembers the frames of every call, but the estimator {estimator} {why}: choose the estimator {ONE_CALL}."
+        )
 
 
 def resampled(extra_args: dict, rows: Tensor) -> dict:
@@ -194,7 +220,13 @@ class RewardBeside:
 
     def prepare_sampling(self, executor, patcher, noise_shape, conds, *args, **kwargs):
         shown = min(self.chunk or noise_shape[0], noise_shape[0])
-        return executor(patcher, with_room_for([self.reward, self.held_out], patcher, [shown, *noise_shape[1:]]), conds, *args, **kwargs)
+        return executor(
+            patcher,
+            with_room_for([self.reward, self.held_out], patcher, [shown, *noise_shape[1:]]),
+            conds,
+            *args,
+            **kwargs,
+        )
 
     def predict_noise(self, executor, x, timestep, model_options=None, seed=None):
         parts = zip(x.split(self.chunk), timestep.split(self.chunk), strict=True)

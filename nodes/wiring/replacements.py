@@ -4,6 +4,8 @@ from comfy_api.v0_0_2 import ComfyAPI, io
 
 REPLACEMENTS: list[io.NodeReplace] = []
 """Ids are never renamed, so there is none yet."""
+
+
 async def register() -> None:
     for replacement in REPLACEMENTS:
         await ComfyAPI().node_replacement.register(replacement)

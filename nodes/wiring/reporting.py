@@ -90,7 +90,9 @@ class Reporter:
         return progress.step * MOST_STEPS // progress.steps > self.history[-1]["step"] * MOST_STEPS // progress.steps
 
     def event(self, progress: NodeStep) -> dict:
-        series = {name: [value if math.isfinite(value) else None for value in values] for name, values in self.series.items()}
+        series = {
+            name: [value if math.isfinite(value) else None for value in values] for name, values in self.series.items()
+        }
         self.series = {}
         return {**self.facts, **vars(progress), **self.origin, "index": len(self.history), "series": series}
 
@@ -114,4 +116,6 @@ def serve_steps() -> None:
     @PromptServer.instance.routes.get("/reward_guidance/steps")
     async def steps(request: web.Request) -> web.Response:
         wanted = request.query.get("workflow")
-        return web.json_response({node: list(events) for (workflow, node), events in list(_kept.items()) if workflow == wanted})
+        return web.json_response(
+            {node: list(events) for (workflow, node), events in list(_kept.items()) if workflow == wanted}
+        )

@@ -45,7 +45,16 @@ class SampleMaker:
     reward: LoadedReward
 
     def sampling(self, positive: list) -> Sampling:
-        return Sampling(self.model, self.steps, self.cfg, self.sampler_name, self.scheduler, positive, self.encode(self.negative), 1.0)
+        return Sampling(
+            self.model,
+            self.steps,
+            self.cfg,
+            self.sampler_name,
+            self.scheduler,
+            positive,
+            self.encode(self.negative),
+            1.0,
+        )
 
     def start(self) -> Tensor:
         """The empty latent (1,C,...) in the model's shape."""
@@ -60,20 +69,30 @@ class SampleMaker:
             order += chosen
         return torch.cat(parts)[torch.tensor(order).argsort()]
 
-    def sample(self, prompts: Sequence[int], seeds: Sequence[int], tick: Tick, through: Callable[[Sampling], Sampling] = lambda s: s) -> Tensor:
+    def sample(
+        self,
+        prompts: Sequence[int],
+        seeds: Sequence[int],
+        tick: Tick,
+        through: Callable[[Sampling], Sampling] = lambda s: s,
+    ) -> Tensor:
         """Latents (N,...), each from the noise of its own seed. `through` may guide the sampling."""
 
         def ask(sampling: Sampling, chosen: list[int]) -> Tensor:
             at_once = sampling.at_once(len(chosen), self.latent, len(chosen))
             if at_once < len(chosen):
                 return torch.cat([self.sample([prompts[i]], [seeds[i]], tick, through) for i in chosen])
-            return through(sampling)(self.latent, [seeds[i] for i in chosen], lambda step, x0, x, steps: tick(len(chosen), x0))
+            return through(sampling)(
+                self.latent, [seeds[i] for i in chosen], lambda step, x0, x, steps: tick(len(chosen), x0)
+            )
 
         return self.together(prompts, ask)
 
     def denoise(self, x: Tensor, sigma: Tensor, prompts: Sequence[int]) -> Tensor:
         """D (N,...) of states x (N,...) at noise levels (N,), in the model's space and as the guider asks for it, with CFG."""
-        return self.together(prompts, lambda sampling, chosen: denoise_once(sampling, self.latent, x[chosen], sigma[chosen]))
+        return self.together(
+            prompts, lambda sampling, chosen: denoise_once(sampling, self.latent, x[chosen], sigma[chosen])
+        )
 
     def judge(self, clip: Tensor, prompt: str) -> Tensor:
         """Raw scores (R,) of a picture or video (T,H,W,C), the mean over its frames."""
@@ -84,7 +103,9 @@ class SampleMaker:
     def text(self) -> Texts:
         """What the model is told with each prompt, as networks read it."""
         texts = [text_of_conditioning(self.encode(prompt)) for prompt in self.prompts]
-        return Texts([half(text.tokens[0].cpu()) for text in texts], torch.cat([text.pooled[:1].cpu() for text in texts]))
+        return Texts(
+            [half(text.tokens[0].cpu()) for text in texts], torch.cat([text.pooled[:1].cpu() for text in texts])
+        )
 
 
 def denoise_once(sampling: Sampling, latent: dict, x: Tensor, sigma: Tensor) -> Tensor:
@@ -111,7 +132,9 @@ def stackable(conditionings: Sequence[list], most: int) -> Iterator[list[int]]:
 def stacking_key(conditioning: list) -> tuple | None:
     """None where there is more than tensors of one row, which cannot be stacked."""
     parts = {"": conditioning[0][0], **conditioning[0][1]}
-    if len(conditioning) > 1 or not all(isinstance(part, Tensor) and part.ndim and len(part) == 1 for part in parts.values()):
+    if len(conditioning) > 1 or not all(
+        isinstance(part, Tensor) and part.ndim and len(part) == 1 for part in parts.values()
+    ):
         return None
     return tuple(sorted((name, part.shape) for name, part in parts.items()))
 
@@ -138,7 +161,9 @@ class GuidanceData:
 
     def ask(self, what: str) -> SampleMaker:
         if self.maker is None:
-            raise GuidanceError(f"{what} needs the model that made the samples: connect Collect Guidance Data in place of Load Guidance Data.")
+            raise GuidanceError(
+                f"{what} needs the model that made the samples: connect Collect Guidance Data in place of Load Guidance Data."
+            )
         return self.maker
 
 
@@ -148,5 +173,7 @@ REMEMBERED = 256
 
 def encoder(clip) -> Callable[[str], list]:
     if clip is None:
-        raise GuidanceError("There is no text encoder: the checkpoint holds none. Load one with a CLIP loader and connect it.")
+        raise GuidanceError(
+            "There is no text encoder: the checkpoint holds none. Load one with a CLIP loader and connect it."
+        )
     return lru_cache(REMEMBERED)(lambda prompt: clip.encode_from_tokens_scheduled(clip.tokenize(prompt)))

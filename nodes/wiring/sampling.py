@@ -57,7 +57,9 @@ class Sampling:
         """A sample (N,...) of one latent for each seed. A seed alone gives what a stock KSampler gives, bit for bit."""
         sampler = comfy.samplers.sampler_object(self.sampler_name)
         if len(seeds) > 1:
-            sampler.extra_options = sampler.extra_options | self.noise_of_each(sampler.sampler_function, self.start(latent), seeds)
+            sampler.extra_options = sampler.extra_options | self.noise_of_each(
+                sampler.sampler_function, self.start(latent), seeds
+            )
         return self.run(sampler, latent, seeds, callback)
 
     def run(self, sampler: comfy.samplers.KSAMPLER, latent: dict, seeds: Sequence[int], callback: Callback) -> Tensor:
@@ -97,7 +99,9 @@ class Sampling:
         if _draws_brownian_noise(self.sampler_name):
             batch = like.expand(len(seeds), *like.shape[1:])
             on_cpu = not self.sampler_name.endswith("_gpu")
-            tree = k_diffusion.BrownianTreeNoiseSampler(batch, sigmas[sigmas > 0].min(), sigmas.max(), seed=list(seeds), cpu=on_cpu)
+            tree = k_diffusion.BrownianTreeNoiseSampler(
+                batch, sigmas[sigmas > 0].min(), sigmas.max(), seed=list(seeds), cpu=on_cpu
+            )
             return {"noise_sampler": tree}
         each = [k_diffusion.default_noise_sampler(like, seed=seed) for seed in seeds]
         return {"noise_sampler": lambda sigma, following: torch.cat([draw(sigma, following) for draw in each])}

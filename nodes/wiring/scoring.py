@@ -42,7 +42,9 @@ def left_out(prompt: str, rewards: Sequence[Reward]) -> list[str]:
         return []
     said = [f"The reward reads {shorten(read, 200, placeholder=' ...')!r}."]
     if leaves_open(prompt):
-        said.append("Of a choice {a|b} in the prompt it reads the first: it cannot know which was drawn for the picture.")
+        said.append(
+            "Of a choice {a|b} in the prompt it reads the first: it cannot know which was drawn for the picture."
+        )
     return said
 
 
@@ -65,10 +67,14 @@ def _score_parts(images: Tensor, loaded: LoadedReward, prompt: str) -> list[tupl
     if len(images) == 0:
         raise GuidanceError("There is no picture to score: the batch is empty.")
     chunk = max(1, min(MOST_PICTURES, MOST_PIXELS // max(1, images[0, ..., 0].numel())))
-    comfy.model_management.load_models_gpu(list(loaded.patchers), memory_required=chunk * loaded.reward.activation_bytes)
+    comfy.model_management.load_models_gpu(
+        list(loaded.patchers), memory_required=chunk * loaded.reward.activation_bytes
+    )
     device = comfy.model_management.get_torch_device()
     with torch.inference_mode(False), torch.no_grad(), normal_weights(loaded.reward):
-        chunks = [breakdown(loaded.reward, pixels.clone().to(device), [prompt]) for pixels in to_pixels(images).split(chunk)]
+        chunks = [
+            breakdown(loaded.reward, pixels.clone().to(device), [prompt]) for pixels in to_pixels(images).split(chunk)
+        ]
     return [(parts[0][0], torch.cat([scores.cpu() for _, scores in parts])) for parts in zip(*chunks, strict=True)]
 
 
@@ -82,7 +88,9 @@ def decode(vae, latents: Tensor) -> Tensor:
     """
     images = torch.cat([_decoded(vae, some) for some in decodable(getattr(vae, "first_stage_model", None), latents)])
     if images.ndim not in (4, 5):
-        raise GuidanceError("The connected VAE makes neither pictures nor videos, which is what rewards score. Connect the VAE of a model that does.")
+        raise GuidanceError(
+            "The connected VAE makes neither pictures nor videos, which is what rewards score. Connect the VAE of a model that does."
+        )
     return images if images.ndim == 5 else images.unsqueeze(1)
 
 

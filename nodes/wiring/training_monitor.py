@@ -76,17 +76,27 @@ class TrainingMonitor:
 
     def look(self, step: int) -> Preview | None:
         """At samples that the best network so far guides, where it is time for it."""
-        return self.preview(self.fitting) if self.preview and self.fitting.training.curve and step % self.preview_every == 0 else None
+        return (
+            self.preview(self.fitting)
+            if self.preview and self.fitting.training.curve and step % self.preview_every == 0
+            else None
+        )
 
     def tell(self, progress: Progress, loss: float, preview: Preview | None) -> bool:
         """Whether it was told: of a long training not every step is."""
         steps, effective = self.fitting.training.task.plan.steps, self.fitting.health.effective
         check = {} if progress.check is None else {"loss/held-out": [progress.check]}
         rewards = {} if preview is None else {"reward": preview.rewards}
-        if not self.report(TrainingStep(step=progress.step, steps=steps, series={"loss": [loss]} | check | rewards, effective=effective)):
+        if not self.report(
+            TrainingStep(
+                step=progress.step, steps=steps, series={"loss": [loss]} | check | rewards, effective=effective
+            )
+        ):
             return False
         best = self.fitting.best()
-        held_out = "" if best is None else f" · held-out {self.fitting.training.curve[-1][1]:.4f}, at best {best[1]:.4f}"
+        held_out = (
+            "" if best is None else f" · held-out {self.fitting.training.curve[-1][1]:.4f}, at best {best[1]:.4f}"
+        )
         text = f"step {progress.step}/{steps} · loss {loss:.4f}{held_out} · {effective:.0%} of samples count"
         PromptServer.instance.send_progress_text(text, self.report.node)
         return True
@@ -95,15 +105,21 @@ class TrainingMonitor:
 def first_pictures(data: GuidanceData) -> Callable[[Fitting], Preview]:
     """The first samples of a collection, as the best network so far would guide them."""
     maker, description = data.ask("A preview"), data.collection.description
-    prompts, seeds = zip(*[(description.prompt_of(number), description.seed_of(number)) for number in range(PREVIEWED)], strict=True)
+    prompts, seeds = zip(
+        *[(description.prompt_of(number), description.seed_of(number)) for number in range(PREVIEWED)], strict=True
+    )
 
     def draw(fitting: Fitting) -> Preview:
         network = manage_network(fitting.network(), fitting.card())
         with as_nodes_run():
             latents = maker.sample(prompts, seeds, lambda *_: None, lambda sampling: followed(sampling, network))
             clips = decode(maker.vae, latents)
-            scores = torch.stack([score_or_nan(maker, clip, maker.prompts[prompt]) for clip, prompt in zip(clips, prompts, strict=True)])
-        return Preview(picture(torch.cat(list(clips[:, 0]), 1)), description.combined(scores, fitting.reward_weights).tolist())
+            scores = torch.stack(
+                [score_or_nan(maker, clip, maker.prompts[prompt]) for clip, prompt in zip(clips, prompts, strict=True)]
+            )
+        return Preview(
+            picture(torch.cat(list(clips[:, 0]), 1)), description.combined(scores, fitting.reward_weights).tolist()
+        )
 
     return draw
 

@@ -44,14 +44,18 @@ def assistants(data: GuidanceData, plan: Plan, weights: Sequence[float]) -> dict
             maker = with_static_model(maker, "The objective reward_gradient", instead)
             model, make = maker.model, generator_of(maker)
         decoder = make_decoder("auto", maker.model.get_model_object("latent_format"), maker.vae)
-        weighted = replace(maker.reward, reward=CombinedReward([part for part, _ in weighted_parts(maker.reward.reward)], weights))
+        weighted = replace(
+            maker.reward, reward=CombinedReward([part for part, _ in weighted_parts(maker.reward.reward)], weights)
+        )
         reward = LatentReward(weighted, decoder, description.prompts[0])
 
         def score(latents: Tensor, batch: Batch) -> Tensor:
             assert batch.prompts is not None
             prompts = batch.prompts.tolist()
             told = [description.prompts[prompt] for prompt in prompts]
-            return in_parts(lambda some, part: reward.score(make(some, prompts[part]), told[part]), latents, maker.batch)
+            return in_parts(
+                lambda some, part: reward.score(make(some, prompts[part]), told[part]), latents, maker.batch
+            )
 
         asked["reward"] = score
     if asked:

@@ -51,7 +51,9 @@ def main() -> None:
             made = fixed(decoders.TAESD(comfy.latent_formats.SD3(), decoder), halvings)
         latents = at.requires_grad_()
         pixels = made.pixels(latents)
-        seen = F.interpolate(pixels, (SEEN, SEEN), mode="bicubic", antialias=True) if pixels.shape[-1] != SEEN else pixels
+        seen = (
+            F.interpolate(pixels, (SEEN, SEEN), mode="bicubic", antialias=True) if pixels.shape[-1] != SEEN else pixels
+        )
         (gradient,) = torch.autograd.grad(evaluate(reward, seen, prompts).sum(), latents)
         return seen.detach(), gradient.flatten(1), pixels.shape[-1]
 
@@ -63,8 +65,14 @@ def main() -> None:
         for halvings in range(1, scale // 2 + 1):
             for kernels in KERNELS:
                 seen, gradient, decoded = looked(latents, halvings, kernels)
-                error, cosine = (seen - whole).square().mean() ** 0.5 / whole.std(), torch.cosine_similarity(gradient, straight)
-                print(f"| {side} | {decoded} | {SEEN} | {kernels} | {error:.3f} | {cosine.mean():.3f} | {cosine.min():.3f} |", flush=True)
+                error, cosine = (
+                    (seen - whole).square().mean() ** 0.5 / whole.std(),
+                    torch.cosine_similarity(gradient, straight),
+                )
+                print(
+                    f"| {side} | {decoded} | {SEEN} | {kernels} | {error:.3f} | {cosine.mean():.3f} | {cosine.min():.3f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

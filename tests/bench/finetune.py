@@ -89,7 +89,11 @@ class Tally(Counter):
 
 
 def parts(world_: World) -> list[tuple[str, nn.Module]]:
-    return [("model", world_.pipeline.model.model.diffusion_model), ("decoder", world_.pipeline.decoder), ("reward", world_.reward)]
+    return [
+        ("model", world_.pipeline.model.model.diffusion_model),
+        ("decoder", world_.pipeline.decoder),
+        ("reward", world_.reward),
+    ]
 
 
 # --- judging
@@ -206,7 +210,9 @@ class Finetune:
             self.climb(step)
             if step % self.recipe.check_every == 0:
                 checks.append(self.check(step, judge))
-                say(f"step {step}: reward {checks[-1].reward:.3f}, held out {checks[-1].heldout:.3f}, {self.tally['seconds']:.0f} s")
+                say(
+                    f"step {step}: reward {checks[-1].reward:.3f}, held out {checks[-1].heldout:.3f}, {self.tally['seconds']:.0f} s"
+                )
             if step - best(checks).step >= self.recipe.patience * self.recipe.check_every:
                 break
         return checks
@@ -222,7 +228,9 @@ class Finetune:
     def climb(self, step: int) -> None:
         rng = generator(self.recipe.seed, step)
         order = torch.randperm(len(self.world.prompts), generator=rng)
-        prompts = [self.world.prompts[i] for i in order.repeat(-(-self.recipe.batch // len(order)))[: self.recipe.batch]]
+        prompts = [
+            self.world.prompts[i] for i in order.repeat(-(-self.recipe.batch // len(order)))[: self.recipe.batch]
+        ]
         noise = torch.randn(self.recipe.batch, *SHAPE, generator=rng)
         with self.tally.counting(parts(self.world)), differentiable_model(self.model.model):
             latents, penalty = self.sample(prompts, noise, self.recipe.calls(self.recipe.sampling_steps, rng))
@@ -246,7 +254,9 @@ class Finetune:
                     if i in graph and self.recipe.penalty:
                         with torch.no_grad(), self.left_out():
                             before = model(x, level, **extra_args)
-                        penalties.append((denoised - before).square().mean() / Diffusion().posterior_variance(sigmas[i]))
+                        penalties.append(
+                            (denoised - before).square().mean() / Diffusion().posterior_variance(sigmas[i])
+                        )
                     x = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
             found.append(denoised)
             return x.detach()
@@ -255,7 +265,14 @@ class Finetune:
         sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", self.recipe.sampling_steps)
         conditions = [normal(condition) for condition in self.world.pipeline.conditions(prompts)]
         comfy.sample.sample_custom(
-            self.model, noise, self.world.cfg, comfy.samplers.KSAMPLER(sampler), sigmas, *conditions, torch.zeros_like(noise), disable_pbar=True
+            self.model,
+            noise,
+            self.world.cfg,
+            comfy.samplers.KSAMPLER(sampler),
+            sigmas,
+            *conditions,
+            torch.zeros_like(noise),
+            disable_pbar=True,
         )
         return found[0], torch.stack(penalties).sum()
 
@@ -323,7 +340,14 @@ def learn(world_: World, lesson: Lesson, work: Path) -> Learned:
     collector = lesson.collector(world_, work)
     collector.fill(lesson.samples)
     sampling, labels = (tally.times(lesson.samples) for tally in cost_of_a_sample(collector))
-    fitting = prepared(first(collector.collection.load(), lesson.samples), "potential", lesson.temperature, lesson.steps, lesson.size, lesson.fresh)
+    fitting = prepared(
+        first(collector.collection.load(), lesson.samples),
+        "potential",
+        lesson.temperature,
+        lesson.steps,
+        lesson.size,
+        lesson.fresh,
+    )
     training, tally = fitting.training, Tally()
     with tally.counting([("network", training.network), ("network", training.average.module)]):
         for progress in training:
@@ -354,7 +378,10 @@ class Comparison:
         self.strengths, self.beside = strengths, beside
         self.tuned, self.guided = (Judge(bench, sampler) for sampler in (TUNED, GUIDED))
         self.finetunes: dict[str, tuple[Finetune, list[Check]]] = {}
-        self.prices = {"here": passes.shapesworld(self.world), **{name: passes.published(name) for name in passes.FINETUNED}}
+        self.prices = {
+            "here": passes.shapesworld(self.world),
+            **{name: passes.published(name) for name in passes.FINETUNED},
+        }
 
     def unguided(self) -> None:
         for judge in (self.tuned, self.guided):
@@ -374,7 +401,11 @@ class Comparison:
 
     def reaching(self, heldout: float) -> dict[str, tuple[Check, Tally]]:
         """The finetunes that came to this held-out reward, where, and what they had spent by then; the fewest FLOPs first."""
-        through = {name: checks for name, (_, checks) in self.finetunes.items() if checks[0].heldout < heldout <= best(checks).heldout}
+        through = {
+            name: checks
+            for name, (_, checks) in self.finetunes.items()
+            if checks[0].heldout < heldout <= best(checks).heldout
+        }
         found = {name: reached(checks, heldout) for name, checks in through.items()}
         return dict(sorted(found.items(), key=lambda each: each[1][1].flops(self.prices["here"])))
 
@@ -415,9 +446,14 @@ class Comparison:
     def spent_again(self, looks: int, tally: Tally, against: Tally, learned: Learned) -> None:
         """After how many pictures what was saved in training has gone into looks at the reward."""
         look = Tally({what: looks for what in COUNTED if what.startswith(("decoder", "reward"))})
-        saved = {where: (against.flops(each) - tally.flops(each)) / look.flops(each) for where, each in self.prices_with(learned).items()}
+        saved = {
+            where: (against.flops(each) - tally.flops(each)) / look.flops(each)
+            for where, each in self.prices_with(learned).items()
+        }
         pictures = ", ".join(f"{count:.0f} ({where})" for where, count in saved.items())
-        print(f"\nIts looks at the reward, {looks} for a picture, have cost the difference after so many pictures: {pictures}.")
+        print(
+            f"\nIts looks at the reward, {looks} for a picture, have cost the difference after so many pictures: {pictures}."
+        )
 
     def prices_with(self, learned: Learned) -> dict[str, dict[str, float]]:
         text = self.world.pipeline.conditions([""])[0][0]
@@ -439,17 +475,32 @@ HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
-    parser.add_argument("--recipes", type=lambda text: text.split(","), default=["refl", "refl-10"], help=", ".join(RECIPES))
-    parser.add_argument("--networks", type=lambda text: text.split(","), default=["500-short", "1000-lean"], help=", ".join(LESSONS))
+    parser.add_argument(
+        "models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out"
+    )
+    parser.add_argument(
+        "--recipes", type=lambda text: text.split(","), default=["refl", "refl-10"], help=", ".join(RECIPES)
+    )
+    parser.add_argument(
+        "--networks", type=lambda text: text.split(","), default=["500-short", "1000-lean"], help=", ".join(LESSONS)
+    )
     parser.add_argument("--strengths", type=numbers, default=[4.0, 8.0])
-    parser.add_argument("--beside", type=numbers, default=[3.0], help="strengths of training-free guidance, to which a network is added too")
+    parser.add_argument(
+        "--beside",
+        type=numbers,
+        default=[3.0],
+        help="strengths of training-free guidance, to which a network is added too",
+    )
     parser.add_argument("--per-prompt", type=int, default=8)
     parser.add_argument("--pool", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.1, help="of the truth, in units of the standardized reward")
+    parser.add_argument(
+        "--temperature", type=float, default=0.1, help="of the truth, in units of the standardized reward"
+    )
     parser.add_argument("--work", type=Path, default=None, help="where collections are kept; the cache if left out")
     chosen = parser.parse_args()
-    world_ = World(chosen.models or shapesworld(), cfg=1.0, steps=20, prompts=world.PROMPTS, kind="diffusion", sampler=TUNED)
+    world_ = World(
+        chosen.models or shapesworld(), cfg=1.0, steps=20, prompts=world.PROMPTS, kind="diffusion", sampler=TUNED
+    )
     bench = Bench(world_, chosen.per_prompt, chosen.pool, chosen.temperature, candidates=0)
     comparison = Comparison(bench, chosen.work or cache() / "bench", chosen.strengths, chosen.beside)
     print(HEADER)

@@ -152,7 +152,9 @@ class Arena(ABC):
 class Shapes(Arena):
     name, measures, strengths = "ShapesWorld", SCORES | {"energy": "energy"}, (0.1, 0.25, 0.5, 1.0, 2.0)
 
-    def __init__(self, models: Path, per_prompt: int, pool: int, temperature: float, steps: int, runs: range, work: Path):
+    def __init__(
+        self, models: Path, per_prompt: int, pool: int, temperature: float, steps: int, runs: range, work: Path
+    ):
         world = World(models, cfg=1.0, steps=steps, sampler="euler_ancestral")
         self.bench = Bench(world, per_prompt, pool, temperature, candidates=0)
         self.runs, self.pictures = runs, per_prompt * len(world.prompts)
@@ -162,7 +164,12 @@ class Shapes(Arena):
 
     def of(self, world: World) -> Source:
         per_prompt = self.bench.per_prompt
-        return Source(world.pipeline.model, world.steps, BatchReward(world, per_prompt), lambda model, seed: world.sample(model, per_prompt, seed))
+        return Source(
+            world.pipeline.model,
+            world.steps,
+            BatchReward(world, per_prompt),
+            lambda model, seed: world.sample(model, per_prompt, seed),
+        )
 
     def by_reward(self, estimator: str = "shift", **options) -> RewardGuidance:
         return RewardGuidance(self.source.reward, estimator, Settings(temperature=self.bench.temperature, **options))
@@ -177,7 +184,9 @@ class Shapes(Arena):
             yield Ours("`shift` (ours)", name, self.guided(**options))
 
     def learned(self):
-        network = cache(lambda: NetworkGuidance(learned(self.bench.world, self.work, 2000, 1500), 4.0).attach(self.source.model))
+        network = cache(
+            lambda: NetworkGuidance(learned(self.bench.world, self.work, 2000, 1500), 4.0).attach(self.source.model)
+        )
         yield Ours("network (ours)", "", network)
         yield Ours("network and `shift` (ours)", "", cache(lambda: self.by_reward().attach(network())))
 
@@ -186,7 +195,9 @@ class Shapes(Arena):
 
     def population(self, n: int, run: int) -> Tensor:
         first = run * self.bench.per_prompt
-        return torch.stack([self.contest.population(n, first + i) for i in range(self.bench.per_prompt)], 1).flatten(0, 1)
+        return torch.stack([self.contest.population(n, first + i) for i in range(self.bench.per_prompt)], 1).flatten(
+            0, 1
+        )
 
     def judge(self, latents: Tensor, run: int) -> dict[str, float]:
         return self.bench.measure(Pictures.of(self.bench.world, latents))
@@ -219,7 +230,9 @@ class Points(Arena):
     def __init__(self, name: str, mixture: Mixture, count: int, steps: int, runs: range):
         self.name, self.mixture, self.runs, self.pictures = name, mixture, runs, count
         model = analytic_model(mixture, Flow(), flow=True, shift=3.0)
-        self.source = Source(model, steps, PlainReward(ring_reward), lambda model, seed: ring.sample(model, seed, count, steps))
+        self.source = Source(
+            model, steps, PlainReward(ring_reward), lambda model, seed: ring.sample(model, seed, count, steps)
+        )
         self.crowd = particles.Bench("euler_ancestral", steps, count, mixture)
         self.drawn = {run: truth(run, count, mixture=mixture) for run in self.runs}
 
@@ -301,7 +314,9 @@ def methods(arena: Arena, counts: Sequence[int], crowds: Sequence[int]) -> Itera
         yield Method("particles (FK steering)", f"n = {n}", n * steps, timed(partial(arena.population, n)))
     for strength in arena.strengths:
         setting = f"strength {strength}"
-        yield Method("DPS, FreeDoM", setting, steps, timed(lambda run, s=strength: dps(source.problem(run), s)), "every call")
+        yield Method(
+            "DPS, FreeDoM", setting, steps, timed(lambda run, s=strength: dps(source.problem(run), s)), "every call"
+        )
         yield Method("FlowChef", setting, steps, timed(lambda run, s=strength: flowchef(source.problem(run), s)))
     for ours in chain(arena.estimators(), arena.learned()):
         draw = timed(lambda run, ours=ours: source.sample(ours.model(), run))
@@ -310,7 +325,13 @@ def methods(arena: Arena, counts: Sequence[int], crowds: Sequence[int]) -> Itera
         problem = arena.one_step.problem
         yield from choosing(arena.one_step, counts, "one step, best of n")
         for n in ITERATIONS:
-            yield Method("one step, ReNO", f"{n} iterations", n, timed(lambda run, n=n: noise_optimisation(problem(run), n)), "every call")
+            yield Method(
+                "one step, ReNO",
+                f"{n} iterations",
+                n,
+                timed(lambda run, n=n: noise_optimisation(problem(run), n)),
+                "every call",
+            )
         yield from leaping(arena.one_step, arena.leaps(), counts)
 
 
@@ -361,11 +382,15 @@ def charts(arena: Arena, rows: dict[str, list[Row]], aims: dict[str, float]) -> 
     """One for each measure and cost: rows of the table by their curve, and a line for the truth."""
 
     def chart(measure: str, cost: str, aim: float):
-        curves = {curve.replace("`", ""): [(row[cost], row[measure].mean) for row in each] for curve, each in rows.items()}
+        curves = {
+            curve.replace("`", ""): [(row[cost], row[measure].mean) for row in each] for curve, each in rows.items()
+        }
         xs = [x for points in curves.values() for x, _ in points]
         curves["truth"] = [(min(xs), aim), (max(xs), aim)]
         floor, least = (FLOOR, f", {FLOOR:g} or less at the bottom") if measure == "energy" else (0.0, "")
-        return draw_chart(f"{arena.name}: {measure}{least}", f"{cost} of a picture", curves, logarithmic=True, floor=floor)
+        return draw_chart(
+            f"{arena.name}: {measure}{least}", f"{cost} of a picture", curves, logarithmic=True, floor=floor
+        )
 
     return [[chart(heading, cost, aims[key]) for cost in COSTS] for key, heading in arena.measures.items()]
 
@@ -378,7 +403,12 @@ def compare(arena: Arena, report: Report, chosen: Sequence[Method]) -> list[list
         rows.setdefault(method.curve, []).append(row)
     every = [row for each in rows.values() for row in each]
     aims = arena.truth()
-    report.add(arena.name, dict.fromkeys(every[0]) | {"method": "truth"} | {heading: Values([aims[key]]) for key, heading in arena.measures.items()})
+    report.add(
+        arena.name,
+        dict.fromkeys(every[0])
+        | {"method": "truth"}
+        | {heading: Values([aims[key]]) for key, heading in arena.measures.items()},
+    )
     for key, measure in arena.measures.items():
         for cost in COSTS:
             names = "; ".join(frontier(every, cost, measure, aims[key]))
@@ -388,7 +418,9 @@ def compare(arena: Arena, report: Report, chosen: Sequence[Method]) -> list[list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
+    parser.add_argument(
+        "models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out"
+    )
     parser.add_argument("--only", choices=("shapesworld", "ring", "cloud"))
     parser.add_argument("--methods", default="", help="parts of the names of those to run; all if left out")
     parser.add_argument("--runs", type=int, default=2)
@@ -399,7 +431,9 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.05, help="on ShapesWorld")
     parser.add_argument("--samples", type=int, default=4000, help="on the ring and the cloud")
     parser.add_argument("--most", type=int, default=16, help="samples to choose among, and particles")
-    parser.add_argument("--work", type=Path, default=None, help="where the network's samples are kept; the cache if left out")
+    parser.add_argument(
+        "--work", type=Path, default=None, help="where the network's samples are kept; the cache if left out"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "output" / "frontier")
     chosen = parser.parse_args()
     runs = range(chosen.first_run, chosen.first_run + chosen.runs)
@@ -407,7 +441,12 @@ def main() -> None:
         "ring": lambda: Points("ring", RING, chosen.samples, 20, runs),
         "cloud": lambda: Points("cloud", CLOUD, chosen.samples, 20, runs),
         "shapesworld": lambda: Shapes(
-            chosen.models or shapesworld(), chosen.per_prompt, chosen.pool, chosen.temperature, chosen.steps, runs,
+            chosen.models or shapesworld(),
+            chosen.per_prompt,
+            chosen.pool,
+            chosen.temperature,
+            chosen.steps,
+            runs,
             chosen.work or environment.cache() / "bench",
         ),
     }

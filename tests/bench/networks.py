@@ -67,16 +67,30 @@ class World:
     def denoise(self, x: Tensor, sigma: Tensor, _) -> Tensor:
         return self.mixture.denoised(x.flatten(1).double(), Flow(), sigma).view_as(x).to(x)
 
-    def training(self, objective: str, form: str, seed: int, labels: int, steps: int, width: int = 32, held_out: float = 0.1, **plan) -> Training:
+    def training(
+        self,
+        objective: str,
+        form: str,
+        seed: int,
+        labels: int,
+        steps: int,
+        width: int = 32,
+        held_out: float = 0.1,
+        **plan,
+    ) -> Training:
         clean = self.mixture.sample(labels, torch.Generator().manual_seed(seed)).float().view(labels, -1, 1, 1)
         rewards = self.reward(clean)
         weights, _ = label(rewards, torch.zeros(labels), self.temperature / float(rewards.std()))
-        pairs = lambda rows: LivePairs(clean[rows], weights[rows], Flow(), self.denoise, lambda time: time.clamp(0.005, 0.995))  # noqa: E731
+        pairs = lambda rows: LivePairs(
+            clean[rows], weights[rows], Flow(), self.denoise, lambda time: time.clamp(0.005, 0.995)
+        )  # noqa: E731
         options = {"batch": 256, "learning_rate": 2e-3, "ema": min(Plan.ema, 1 - 10 / steps)} | plan
         own, *apart = (pairs(rows) for rows in torch.arange(labels).split(labels - int(held_out * labels)))
         task = Task(Flow(), Plan(objective, form, steps, seed=seed, **options))
         sizes = {"width": width, "levels": 1, "blocks": 1, "kernel": 1}
-        return Training(own, task, Architecture(self.dims, FORMS[form].inputs, scalar=form == "potential", **sizes), *apart)
+        return Training(
+            own, task, Architecture(self.dims, FORMS[form].inputs, scalar=form == "potential", **sizes), *apart
+        )
 
     def guided(self, network: GuidanceNetwork, form: str, model: ModelPatcher) -> ModelPatcher:
         card = Card(
@@ -85,7 +99,9 @@ class World:
         )  # fmt: skip
         return NetworkGuidance(manage_network(network, card)).attach(model)
 
-    def trained(self, objective: str, form: str, seed: int, labels: int = LABELS, steps: int = 4000, **options) -> ModelPatcher:
+    def trained(
+        self, objective: str, form: str, seed: int, labels: int = LABELS, steps: int = 4000, **options
+    ) -> ModelPatcher:
         """The model guided by a network."""
         return self.guided(fit(self.training(objective, form, seed, labels, steps, **options)), form, self.model())
 
@@ -168,7 +184,10 @@ def labels(steps: int) -> None:
     table("labels", *(f"{name}, `{form}`" for name in worlds for form in forms))
     measured = lambda method: lambda world: cell([world.distance(method(world, 0)(COUNT, "dpmpp_2m"), 0)])  # noqa: E731
     floor = measured(lambda world, seed: lambda count, _: truth(seed + 500, count, world.temperature, world.mixture))
-    for name, method in (("truth against truth", floor), ("unguided", measured(of_model(lambda world, _: world.model())))):
+    for name, method in (
+        ("truth against truth", floor),
+        ("unguided", measured(of_model(lambda world, _: world.model()))),
+    ):
         line(name, *(each for world in worlds.values() for each in [method(world)] * len(forms)))
     for count in (250, 1000, 5000, 20_000):
         networks = [measured(network(objective, form, labels=count, steps=steps, width=32 if world.dims < 32 else 64))(world)

@@ -126,9 +126,13 @@ class Shapes(Arena):
         self.model, self.per_prompt = pipeline.model, per_prompt
         self.prompts = [i for i in range(len(self.world.prompts)) for _ in range(per_prompt)]
         texts = [text_of_conditioning(self.encode(str(i))) for i in range(len(self.world.prompts))]
-        self.texts = Texts([each.tokens[0].clone() for each in texts], torch.cat([each.pooled for each in texts]).clone())
+        self.texts = Texts(
+            [each.tokens[0].clone() for each in texts], torch.cat([each.pooled for each in texts]).clone()
+        )
         self.reward = BatchReward(self.world, per_prompt)
-        self.pool = Pictures.joined([Pictures.of(self.world, self.world.sample(self.model, 32, 100_000 + i)) for i in range(pool // 32)])
+        self.pool = Pictures.joined(
+            [Pictures.of(self.world, self.world.sample(self.model, 32, 100_000 + i)) for i in range(pool // 32)]
+        )
         rng = torch.Generator().manual_seed(0)
         true = world.render(world.depicted(world.wishes(2000, rng), rng), rng)
         with torch.no_grad():
@@ -145,7 +149,13 @@ class Shapes(Arena):
         pictures = Pictures.of(self.world, latents)
         means = [float(part.mean()) for part in (pictures.reward, pictures.heldout, pictures.right)]
         nearest = torch.cdist(pictures.features.flatten(0, 1), self.data).min(1).values
-        return dict(zip(self.columns, [*means, energy_to_truth(pictures, self.pool, self.temperature), float(nearest.mean())], strict=True))
+        return dict(
+            zip(
+                self.columns,
+                [*means, energy_to_truth(pictures, self.pool, self.temperature), float(nearest.mean())],
+                strict=True,
+            )
+        )
 
     def problem(self, seed):
         return Problem(self.model, self.reward, lambda model, *_: self.world.sample(model, self.per_prompt, seed))
@@ -183,11 +193,19 @@ class Ring(Arena):
     def judge(self, latents, run):
         points = latents.flatten(1).double()
         nearest = torch.cdist(points, self.data).min(1).values
-        values = float(ring_reward(latents).mean()), energy_distance(points, truth(run, len(points))), float(nearest.mean())
+        values = (
+            float(ring_reward(latents).mean()),
+            energy_distance(points, truth(run, len(points))),
+            float(nearest.mean()),
+        )
         return dict(zip(self.columns, values, strict=True))
 
     def problem(self, seed):
-        return Problem(self.model, PlainReward(ring_reward), lambda model, *_: ring.sample(model, seed, len(self.prompts), 1).view(-1, *self.shape))
+        return Problem(
+            self.model,
+            PlainReward(ring_reward),
+            lambda model, *_: ring.sample(model, seed, len(self.prompts), 1).view(-1, *self.shape),
+        )
 
 
 # --- networks
@@ -233,10 +251,20 @@ class Additive:
         made = self.arena.pictures(noise, prompts.tolist())
         sigma = torch.full((len(rows),), self.sigma)
         text = self.arena.texts[prompts]
-        return Batch(self.labels.pictures[rows], self.sigma * noise, sigma, made, self.labels.weights[rows], text, prompts=prompts)
+        return Batch(
+            self.labels.pictures[rows],
+            self.sigma * noise,
+            sigma,
+            made,
+            self.labels.weights[rows],
+            text,
+            prompts=prompts,
+        )
 
 
-def trained(arena: Arena, source: Source, held_out: Source, plan: Plan, process: Process, reward=None) -> GuidanceNetwork:
+def trained(
+    arena: Arena, source: Source, held_out: Source, plan: Plan, process: Process, reward=None
+) -> GuidanceNetwork:
     text = arena.text()
     sizes = {"tokens": text.tokens.shape[2], "pooled": text.pooled.shape[1], **arena.sizes}
     architecture = Architecture(arena.shape[0], FORMS[plan.form].inputs, **sizes)
@@ -248,13 +276,23 @@ def trained(arena: Arena, source: Source, held_out: Source, plan: Plan, process:
 
 
 def plan(objective: str, form: str, steps: int, run: int, **options) -> Plan:
-    return Plan(objective, form, steps, check_every=max(10, steps // 20), ema=min(Plan.ema, 1 - 10 / steps), seed=run, **{"batch": 64} | options)
+    return Plan(
+        objective,
+        form,
+        steps,
+        check_every=max(10, steps // 20),
+        ema=min(Plan.ema, 1 - 10 / steps),
+        seed=run,
+        **{"batch": 64} | options,
+    )
 
 
 def split(labels: Labels) -> tuple[Labels, Labels]:
     """To train on, and held out."""
     kept = len(labels.noise) // 10
-    rows = lambda part: replace(labels, **{name: getattr(labels, name)[part] for name in ("noise", "prompts", "pictures", "weights")})  # noqa: E731
+    rows = lambda part: replace(
+        labels, **{name: getattr(labels, name)[part] for name in ("noise", "prompts", "pictures", "weights")}
+    )  # noqa: E731
     return rows(slice(kept, None)), rows(slice(kept))
 
 
@@ -298,7 +336,10 @@ class Contest:
             seconds += time.process_time() - began
             found.append(self.arena.judge(latents, run))
         cells = [with_error([each[column] for each in found]) for column in self.arena.columns]
-        print(f"| {name} | {calls} | {' | '.join(cells)} | {1000 * seconds / len(self.runs) / len(self.arena.prompts):.1f} |", flush=True)
+        print(
+            f"| {name} | {calls} | {' | '.join(cells)} | {1000 * seconds / len(self.runs) / len(self.arena.prompts):.1f} |",
+            flush=True,
+        )
 
     def plain(self, seed: int) -> Tensor:
         return self.arena.pictures(self.arena.noise(seed), self.arena.prompts)
@@ -325,7 +366,9 @@ class Contest:
 def compare(arena: Arena, chosen: argparse.Namespace) -> None:
     contest = Contest(arena, chosen.runs)
     if not chosen.quick:
-        contest.add("noise optimisation (ReNO), 50 iterations", "50, each and back", lambda run: contest.optimised(50, run))
+        contest.add(
+            "noise optimisation (ReNO), 50 iterations", "50, each and back", lambda run: contest.optimised(50, run)
+        )
     with arena.opened():
         at_one_call(contest, arena, chosen)
 
@@ -336,7 +379,10 @@ def at_one_call(contest: Contest, arena: Arena, chosen: argparse.Namespace) -> N
         contest.add(f"best of {n}", str(n), lambda run, n=n: contest.best_of(n, run))
     for temperature in chosen.temperatures:
         began = time.process_time()
-        networks = [leap(arena, chosen.leap_steps, run, temperature * arena.temperature, chosen.batch) for run in range(chosen.runs)]
+        networks = [
+            leap(arena, chosen.leap_steps, run, temperature * arena.temperature, chosen.batch)
+            for run in range(chosen.runs)
+        ]
         say(f"trained in {(time.process_time() - began) / chosen.runs:.0f} s each")
         for strength in chosen.strengths:
             name = f"network, `reward_gradient` at {temperature * arena.temperature:g}, strength {strength:g}"
@@ -354,7 +400,9 @@ def at_one_call(contest: Contest, arena: Arena, chosen: argparse.Namespace) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
+    parser.add_argument(
+        "models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out"
+    )
     parser.add_argument("--only", choices=("shapesworld", "ring"))
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--per-prompt", type=int, default=8)
@@ -368,7 +416,10 @@ def main() -> None:
     parser.add_argument("--strengths", type=numbers, default=[1.0, 2.0])
     parser.add_argument("--quick", action="store_true", help="only the leap")
     chosen = parser.parse_args()
-    arenas = {"ring": lambda: Ring(chosen.count), "shapesworld": lambda: Shapes(chosen.models or shapesworld(), chosen.per_prompt, chosen.pool)}
+    arenas = {
+        "ring": lambda: Ring(chosen.count),
+        "shapesworld": lambda: Shapes(chosen.models or shapesworld(), chosen.per_prompt, chosen.pool),
+    }
     for name, make in arenas.items():
         if chosen.only in (None, name):
             compare(make(), chosen)

@@ -33,7 +33,9 @@ class Bench:
     def __init__(self, sampler: str, steps: int, count: int, mixture: Mixture = RING):
         self.model = analytic_model(mixture, Flow(), flow=True, shift=3.0)
         self.sampler, self.count, self.dims = sampler, count, mixture.means.shape[1]
-        self.sigmas = comfy.samplers.KSampler(self.model, steps, "cpu", sampler, "simple", model_options=self.model.model_options).sigmas
+        self.sigmas = comfy.samplers.KSampler(
+            self.model, steps, "cpu", sampler, "simple", model_options=self.model.model_options
+        ).sigmas
 
     def sample(self, seed: int, n: int = 1, population: Population | None = None) -> Tensor:
         """(count, n, d)"""
@@ -43,7 +45,9 @@ class Bench:
         latent = torch.zeros(self.count * n, self.dims, 1, 1)
         noise = comfy.sample.prepare_noise(latent, seed)
         with torch.inference_mode():
-            out = comfy.sample.sample_custom(self.model, noise, 1.0, sampler, self.sigmas, CONDITION, CONDITION, latent, disable_pbar=True, seed=seed)
+            out = comfy.sample.sample_custom(
+                self.model, noise, 1.0, sampler, self.sigmas, CONDITION, CONDITION, latent, disable_pbar=True, seed=seed
+            )
         return out.double().view(self.count, n, self.dims)
 
     def unguided(self, seed: int) -> Tensor:

@@ -48,7 +48,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 ROWS = 4
 PICKSCORE = CLIPVisionConfig(
-    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, image_size=224, patch_size=14, projection_dim=1024
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=16,
+    image_size=224,
+    patch_size=14,
+    projection_dim=1024,
 )
 SIDES = {"SD1.5": 512, "SD-Turbo": 512, "SDXL": 1024, "SD3.5-medium": 1024, "Flux-dev": 1024}
 FINETUNED = "SD1.5", "SDXL"
@@ -112,7 +118,11 @@ def shapesworld(world: World) -> Prices:
     unet = pipeline.model.model.diffusion_model
     latents, pixels = torch.randn(ROWS, 16, 8, 8), torch.rand(ROWS, 3, 64, 64)
     return {
-        **price("model", lambda x: unet(x, torch.ones(ROWS), context=context, y=pooled, transformer_options=options), latents),
+        **price(
+            "model",
+            lambda x: unet(x, torch.ones(ROWS), context=context, y=pooled, transformer_options=options),
+            latents,
+        ),
         **price("decoder", pipeline.decode, latents),
         **price("reward", lambda x: world.reward(x, prompts), pixels),
     }
@@ -137,7 +147,9 @@ def told(family: sizes.Family, rows: int) -> dict[str, Tensor]:
     """What a model asks for beside latents and noise levels."""
     pooled = family.unet.get("adm_in_channels") or family.pooled
     guidance = {"guidance": torch.empty(rows, device=META)} if family.config == "Flux" else {}
-    text = {"context": torch.empty(rows, *family.tokens, device=META)} | ({"y": torch.empty(rows, pooled, device=META)} if pooled else {})
+    text = {"context": torch.empty(rows, *family.tokens, device=META)} | (
+        {"y": torch.empty(rows, pooled, device=META)} if pooled else {}
+    )
     return guidance | text
 
 
@@ -170,8 +182,14 @@ def of_rows(shape: Sequence[int], rows: int) -> Tensor:
 def published(name: str, size: str = "small") -> Prices:
     family, calls = sizes.FAMILIES[name], parts(name)
     ask, latents = calls["model"]
-    architecture = Architecture(family.channels, 1, tokens=family.tokens[1], pooled=family.pooled, width=WIDTHS[size], scalar=True)
-    prices = price("model", ask, of_rows(latents, ROWS)) if name in FINETUNED else {"model": forward(ask, of_rows(latents, ROWS))}
+    architecture = Architecture(
+        family.channels, 1, tokens=family.tokens[1], pooled=family.pooled, width=WIDTHS[size], scalar=True
+    )
+    prices = (
+        price("model", ask, of_rows(latents, ROWS))
+        if name in FINETUNED
+        else {"model": forward(ask, of_rows(latents, ROWS))}
+    )
     for part, (call, shape) in calls.items():
         prices |= {} if part == "model" else price(part, call, of_rows(shape, ROWS))
     return prices | network(architecture, latents, family.tokens[0])
@@ -234,14 +252,21 @@ def growth(name: str) -> Prices:
     """Exponents of FLOPs by the pixels of a side; the decoder taesd chooses its size itself."""
     family, calls = sizes.FAMILIES[name], parts(name)
     asked = {"model": calls["model"][0], "taesd": tiny_decoder(family).pixels, "vae": calls["decoder"][0]}
-    counted = {part: [[forward(call, of_rows(family.shape(side, 1)[1:], 1))] for side in GROWING] for part, call in asked.items()}
+    counted = {
+        part: [[forward(call, of_rows(family.shape(side, 1)[1:], 1))] for side in GROWING]
+        for part, call in asked.items()
+    }
     return {part: exponent(GROWING, curve).middle for part, curve in counted.items()}
 
 
 def table(report: Report, title: str, columns: dict[str, dict[str, float]], digits: int) -> None:
     """Names across and down; numbers with so many digits that count."""
     for name in dict.fromkeys(name for values in columns.values() for name in values):
-        report.add(title, {"": name} | {head: f"{values[name]:.{digits}g}" if name in values else None for head, values in columns.items()})
+        report.add(
+            title,
+            {"": name}
+            | {head: f"{values[name]:.{digits}g}" if name in values else None for head, values in columns.items()},
+        )
 
 
 def main() -> None:
@@ -250,17 +275,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "output" / "cost")
     arguments = parser.parse_args()
     report = Report(arguments.out, "passes")
-    found, times = {name: published(name) for name in arguments.families}, {name: least(name) for name in arguments.families}
+    found, times = (
+        {name: published(name) for name in arguments.families},
+        {name: least(name) for name in arguments.families},
+    )
     own = {"ShapesWorld": shapesworld(World(models(), cfg=1.0, steps=20, kind="diffusion"))}
     table(report, "FLOPs of a pass", own | found, 3)
     table(report, "Guided by plain step, FLOPs", {name: floor(name, prices) for name, prices in found.items()}, 4)
     for what, seconds in {"as PyTorch runs it": lambda of: of.seconds, "all fused": lambda of: of.fused}.items():
         spent = {name: {part: seconds(of) * 1000 for part, of in parts.items()} for name, parts in times.items()}
         table(report, f"Least ms of a plain step, and of a pass there and back, {what}", spent, 3)
-        table(report, f"Guided by plain step, least time, {what}", {name: guided(part["model"], part.__getitem__) for name, part in spent.items()}, 4)
+        table(
+            report,
+            f"Guided by plain step, least time, {what}",
+            {name: guided(part["model"], part.__getitem__) for name, part in spent.items()},
+            4,
+        )
     table(report, "GB of a look at the reward, weights aside", {name: memory(name) for name in arguments.families}, 2)
     table(report, "GB of rewards", carried(), 3)
-    table(report, f"Exponents of FLOPs by pixels a side, {GROWING[0]} to {GROWING[-1]}", {name: growth(name) for name in arguments.families}, 3)
+    table(
+        report,
+        f"Exponents of FLOPs by pixels a side, {GROWING[0]} to {GROWING[-1]}",
+        {name: growth(name) for name in arguments.families},
+        3,
+    )
     table(report, "Targets", {name: {"taesd": target} for name, target in TARGETS.items()}, 4)
 
 

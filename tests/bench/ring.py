@@ -36,7 +36,9 @@ class TiltedShift(Shift):
 
 def by_reward(model, estimator: str, samples: int, temperature: float = 1.0, cap: float = 8.0):
     """The model guided by the ring's reward."""
-    settings = Settings(variance=VARIANCE, smoothing=Smoothing(samples, 1.0, grid=0), cap=cap, momentum=0.0, temperature=temperature)
+    settings = Settings(
+        variance=VARIANCE, smoothing=Smoothing(samples, 1.0, grid=0), cap=cap, momentum=0.0, temperature=temperature
+    )
     return RewardGuidance(PlainReward(ring_reward), estimator, settings).attach(model)
 
 
@@ -46,7 +48,9 @@ def sample(model, seed: int, count: int, steps: int = 20, sampler: str = "euler"
     condition = [[torch.zeros(1, 1, 1), {}]]
     noise = comfy.sample.prepare_noise(latent, seed)
     with torch.inference_mode():
-        out = comfy.sample.sample(model, noise, steps, 1.0, sampler, "simple", condition, condition, latent, seed=seed, disable_pbar=True)
+        out = comfy.sample.sample(
+            model, noise, steps, 1.0, sampler, "simple", condition, condition, latent, seed=seed, disable_pbar=True
+        )
     return out.flatten(1).double()
 
 

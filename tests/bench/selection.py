@@ -56,17 +56,23 @@ class Contest:
         most = max(counts)
         drawn = [[self.draw(model, run * most + i) for i in range(most)] for run in self.runs]
         for n in counts:
-            self.add(method, f"{method}, best of {n}" if n > 1 else method, [Pictures.best(each[:n]) for each in drawn], n)
+            self.add(
+                method, f"{method}, best of {n}" if n > 1 else method, [Pictures.best(each[:n]) for each in drawn], n
+            )
 
     def draw(self, model: ModelPatcher, seed: int) -> Pictures:
         return Pictures.of(self.world, self.world.sample(model, self.bench.per_prompt, seed))
 
     def particles(self, n: int) -> None:
         """One picture from each of as many populations as there are pictures."""
-        self.add("particles", f"particles, {n}", [self.populations(n, run * self.bench.per_prompt) for run in self.runs], n)
+        self.add(
+            "particles", f"particles, {n}", [self.populations(n, run * self.bench.per_prompt) for run in self.runs], n
+        )
 
     def populations(self, n: int, first_seed: int) -> Pictures:
-        return Pictures.joined([Pictures.of(self.world, self.population(n, first_seed + i)) for i in range(self.bench.per_prompt)])
+        return Pictures.joined(
+            [Pictures.of(self.world, self.population(n, first_seed + i)) for i in range(self.bench.per_prompt)]
+        )
 
     def population(self, n: int, seed: int) -> Tensor:
         """The best of n particles for each prompt (prompts,16,8,8)."""
@@ -74,7 +80,10 @@ class Contest:
         model, prompts = pipeline.model, world.repeated_prompts(n)
         sampler = comfy.samplers.sampler_object(world.sampler)
         particles = ParticleSampler(
-            sampler.sampler_function, BatchReward(world, n), Population(n, self.bench.temperature, generator(seed)), every=4
+            sampler.sampler_function,
+            BatchReward(world, n),
+            Population(n, self.bench.temperature, generator(seed)),
+            every=4,
         )
         sampler.sampler_function = particles
         sampling = Sampling(model, world.steps, world.cfg, world.sampler, "simple", *pipeline.conditions(prompts), 1.0)
@@ -88,11 +97,17 @@ class Contest:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
-    parser.add_argument("--network", type=Path, help="a guidance network for the flow model; one is trained if left out")
+    parser.add_argument(
+        "models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out"
+    )
+    parser.add_argument(
+        "--network", type=Path, help="a guidance network for the flow model; one is trained if left out"
+    )
     parser.add_argument("--labels", type=int, default=2000, help="to train it on")
     parser.add_argument("--training-steps", type=int, default=1500)
-    parser.add_argument("--work", type=Path, default=None, help="where what was collected is kept; the cache if left out")
+    parser.add_argument(
+        "--work", type=Path, default=None, help="where what was collected is kept; the cache if left out"
+    )
     parser.add_argument("--network-strength", type=float, default=4.0)
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--per-prompt", type=int, default=8)
@@ -111,7 +126,11 @@ def main() -> None:
     guidance = RewardGuidance(BatchReward(world, bench.per_prompt), "shift", Settings(temperature=bench.temperature))
     contest.best_of("guidance", guidance.attach(model), (1, 2, 4))
     given, work = arguments.network, arguments.work or cache() / "bench"
-    loaded = manage_network(*load_network(given)) if given else learned(world, work, arguments.labels, arguments.training_steps)
+    loaded = (
+        manage_network(*load_network(given))
+        if given
+        else learned(world, work, arguments.labels, arguments.training_steps)
+    )
     network = NetworkGuidance(loaded, arguments.network_strength).attach(model)
     contest.best_of("network", network, (1, 2, 4))
     contest.best_of("network and guidance", guidance.attach(network), (1, 2))

@@ -44,7 +44,9 @@ def say(what: str) -> None:
 class World:
     """The model, both rewards, and the prompts."""
 
-    def __init__(self, models: Path, cfg: float, steps: int, prompts=world.PROMPTS, kind: str = "flow", sampler: str = "euler"):
+    def __init__(
+        self, models: Path, cfg: float, steps: int, prompts=world.PROMPTS, kind: str = "flow", sampler: str = "euler"
+    ):
         self.pipeline = Pipeline(models, kind=kind)
         self.reward, self.heldout = (load_reward(models / "reward_models" / name).float() for name in REWARDS)
         self.cfg, self.steps, self.sampler, self.prompts, self.kind = cfg, steps, sampler, prompts, kind
@@ -66,7 +68,9 @@ class BatchReward(PlainReward):
         self.modules = [self.reward, self.pipeline.decoder]
 
     def __call__(self, latents: Tensor) -> Tensor:
-        return torch.cat([self.score(latents[i : i + CHUNK], self.prompts[i : i + CHUNK]) for i in range(0, len(latents), CHUNK)])
+        return torch.cat(
+            [self.score(latents[i : i + CHUNK], self.prompts[i : i + CHUNK]) for i in range(0, len(latents), CHUNK)]
+        )
 
     def score(self, latents: Tensor, prompts: list[str]) -> Tensor:
         return self.reward.standardize(evaluate(self.reward, self.pipeline.decode(latents), prompts))
@@ -93,7 +97,9 @@ class Pictures:
         asked = torch.tensor([world.parse(prompt) for prompt in prompts])
         right = (oracle.read(pixels) == asked).all(1).float().view(shape)
         features = world_.heldout.image_features(pixels).view(*shape, -1)
-        return Pictures(pixels.view(*shape, 3, world.SIDE, world.SIDE), score(world_.reward), score(world_.heldout), features, right)
+        return Pictures(
+            pixels.view(*shape, 3, world.SIDE, world.SIDE), score(world_.reward), score(world_.heldout), features, right
+        )
 
     @staticmethod
     def joined(parts: "Sequence[Pictures]") -> "Pictures":
@@ -150,7 +156,9 @@ class Setting:
 class Bench:
     """Runs of every setting from the same seeds, and what was measured of them."""
 
-    def __init__(self, world_: World, per_prompt: int, pool: int, temperature: float, candidates: int = 8, runs: int = 1):
+    def __init__(
+        self, world_: World, per_prompt: int, pool: int, temperature: float, candidates: int = 8, runs: int = 1
+    ):
         self.world, self.per_prompt, self.temperature = world_, per_prompt, temperature
         self.pool = Pictures.joined([self.unguided(32, 100_000 + i) for i in range(pool // 32)])
         self.seeds = [run * max(1, candidates) for run in range(runs)]
@@ -167,7 +175,9 @@ class Bench:
             smoothing=Smoothing(setting.samples, setting.radius, setting.grid),
             **setting.options,
         )
-        guidance = RewardGuidance(BatchReward(self.world, self.per_prompt), setting.estimator, settings, *setting.interval)
+        guidance = RewardGuidance(
+            BatchReward(self.world, self.per_prompt), setting.estimator, settings, *setting.interval
+        )
         return self.sampled(setting.name, guidance.attach(self.world.pipeline.model), CALLS.get(setting.estimator, "1"))
 
     def sampled(self, name: str, model: ModelPatcher, calls: str = "1") -> dict:
@@ -189,23 +199,38 @@ class Bench:
     def references(self) -> None:
         """The truth, unguided pictures, and the best of n by reward."""
         ess = float((1 / self.weights.square().sum(1)).mean())
-        print(f"Temperature {self.temperature}; effective sample size of the truth {ess:.1f} of {self.weights.shape[1]} pictures per prompt.\n")
+        print(
+            f"Temperature {self.temperature}; effective sample size of the truth {ess:.1f} of {self.weights.shape[1]} pictures per prompt.\n"
+        )
         print(HEADER)
         self.note("truth (reweighted pool)", "", [self.truth])
         n = 1
         while n <= len(self.candidates[0]):
-            self.add("unguided" if n == 1 else f"best of {n}", [Pictures.best(drawn[:n]) for drawn in self.candidates], str(n))
+            self.add(
+                "unguided" if n == 1 else f"best of {n}",
+                [Pictures.best(drawn[:n]) for drawn in self.candidates],
+                str(n),
+            )
             n *= 2
 
     def add(self, name: str, runs: list[Pictures], calls: str, seconds: float | None = None) -> dict:
-        return self.note(name, calls, [self.measure(pictures) for pictures in runs], {} if seconds is None else {"seconds": seconds})
+        return self.note(
+            name, calls, [self.measure(pictures) for pictures in runs], {} if seconds is None else {"seconds": seconds}
+        )
 
     def measure(self, pictures: Pictures) -> dict[str, float]:
         scores = {name: float(getattr(pictures, name).mean()) for name in SCORES}
-        return scores | {"energy": energy_to_truth(pictures, self.pool, self.temperature), "diversity": pictures.diversity}
+        return scores | {
+            "energy": energy_to_truth(pictures, self.pool, self.temperature),
+            "diversity": pictures.diversity,
+        }
 
     def note(self, name: str, calls: str, runs: list[dict[str, float]], more: dict[str, float] | None = None) -> dict:
-        row = {"setting": name, "calls": calls, "runs": runs} | {key: statistics.mean(run[key] for run in runs) for key in runs[0]} | (more or {})
+        row = (
+            {"setting": name, "calls": calls, "runs": runs}
+            | {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
+            | (more or {})
+        )
         self.rows.append(row)
         print(f"| {name} | {calls} | {' | '.join(cell(row, key) for key in COLUMNS)} |", flush=True)
         return row
@@ -217,7 +242,9 @@ class Bench:
         for row in self.rows:
             if "seconds" in row:
                 pairs = list(zip(row["runs"], other["runs"], strict=True))
-                print(f"| {row['setting']} | {' | '.join(with_error([mine[key] - its[key] for mine, its in pairs]) for key in SCORES)} |")
+                print(
+                    f"| {row['setting']} | {' | '.join(with_error([mine[key] - its[key] for mine, its in pairs]) for key in SCORES)} |"
+                )
 
 
 def with_error(values: list[float]) -> str:
@@ -266,7 +293,9 @@ TABLES = {"estimators": ESTIMATORS, "sweep": SWEEP, "smoothing": SMOOTHING}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
+    parser.add_argument(
+        "models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out"
+    )
     parser.add_argument("--tables", default="estimators")
     parser.add_argument("--runs", type=int, default=4)
     parser.add_argument("--per-prompt", type=int, default=8)

@@ -85,7 +85,9 @@ class Collector:
         shares = torch.stack([percents(seed, description.levels) for seed in seeds])
         sigmas = torch.tensor([[float(sampling.percent_to_sigma(share)) for share in row] for row in shares.tolist()])
         process = process_of(sampling, clean.shape)
-        return states(clean, scores, seeds, sigmas, process, lambda x, sigma: pipeline.denoised(x, sigma, prompts, self.world.cfg))
+        return states(
+            clean, scores, seeds, sigmas, process, lambda x, sigma: pipeline.denoised(x, sigma, prompts, self.world.cfg)
+        )
 
 
 def first(samples: Samples, count: int) -> Samples:
@@ -123,7 +125,9 @@ def learned(world_: World, work: Path, count: int, steps: int) -> LoadedNetwork:
     return manage_network(fitting.network(), fitting.card())
 
 
-def compare(bench: Bench, collector: Collector, count: int, objective: str, steps: int, chosen: argparse.Namespace) -> None:
+def compare(
+    bench: Bench, collector: Collector, count: int, objective: str, steps: int, chosen: argparse.Namespace
+) -> None:
     """One network, followed at every strength."""
     collector.fill(count)
     samples = first(collector.collection.load(), count)
@@ -143,7 +147,9 @@ def compare(bench: Bench, collector: Collector, count: int, objective: str, step
 
 def beside(bench: Bench, strength: float, **options) -> RewardGuidance:
     """The training-free guidance, at the temperature that the nodes begin with."""
-    return RewardGuidance(BatchReward(bench.world, bench.per_prompt), "shift", Settings(strength=strength, temperature=0.05, **options))
+    return RewardGuidance(
+        BatchReward(bench.world, bench.per_prompt), "shift", Settings(strength=strength, temperature=0.05, **options)
+    )
 
 
 def numbers(text: str) -> list[float]:
@@ -152,12 +158,23 @@ def numbers(text: str) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out")
+    parser.add_argument(
+        "models", type=Path, nargs="?", default=None, help="where ShapesWorld lies; the cache if left out"
+    )
     parser.add_argument("--samples", type=numbers, default=[500, 2000, 5000])
     parser.add_argument("--strengths", type=numbers, default=[1.0, 4.0])
-    parser.add_argument("--beside", type=numbers, default=[0.5], help="strengths of training-free guidance alone, and beside the strongest network")
+    parser.add_argument(
+        "--beside",
+        type=numbers,
+        default=[0.5],
+        help="strengths of training-free guidance alone, and beside the strongest network",
+    )
     parser.add_argument("--objectives", type=lambda text: text.split(","), default=["potential"])
-    parser.add_argument("--stored", action="store_true", help="train on noised states that are collected, not on new noise in every batch")
+    parser.add_argument(
+        "--stored",
+        action="store_true",
+        help="train on noised states that are collected, not on new noise in every batch",
+    )
     parser.add_argument("--training-steps", type=numbers, default=[2000])
     parser.add_argument("--size", default="small", help="of the network")
     parser.add_argument("--kind", default="diffusion", choices=("diffusion", "flow"))
@@ -166,13 +183,19 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--per-prompt", type=int, default=8)
     parser.add_argument("--pool", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.1, help="of the truth, in units of the standardized reward")
+    parser.add_argument(
+        "--temperature", type=float, default=0.1, help="of the truth, in units of the standardized reward"
+    )
     parser.add_argument("--training-temperature", type=float, default=0.3, help="of the networks, in the same units")
     parser.add_argument("--work", type=Path, default=None, help="where collections are kept; the cache if left out")
     parser.add_argument("--save", type=Path, default=None, help="a folder for the networks")
     chosen = parser.parse_args()
-    world_ = World(chosen.models or shapesworld(), cfg=1.0, steps=chosen.steps, kind=chosen.kind, sampler=chosen.sampler)
-    collector = Collector.begin(world_, chosen.work or cache() / "bench", LEVELS if chosen.stored or "weighted" in chosen.objectives else 1)
+    world_ = World(
+        chosen.models or shapesworld(), cfg=1.0, steps=chosen.steps, kind=chosen.kind, sampler=chosen.sampler
+    )
+    collector = Collector.begin(
+        world_, chosen.work or cache() / "bench", LEVELS if chosen.stored or "weighted" in chosen.objectives else 1
+    )
     bench = Bench(world_, chosen.per_prompt, chosen.pool, chosen.temperature, runs=chosen.runs)
     bench.references()
     for strength in chosen.beside:

@@ -100,7 +100,9 @@ class Shapes(School):
     def guided(self):
         loaded = manage_network(self.fitting.network(), self.fitting.card())
         model = NetworkGuidance(loaded, STRENGTH).attach(self.world.pipeline.model)
-        return self.judged(Pictures.of(self.world, self.world.sample(model, self.bench.per_prompt, self.bench.seeds[0])))
+        return self.judged(
+            Pictures.of(self.world, self.world.sample(model, self.bench.per_prompt, self.bench.seeds[0]))
+        )
 
 
 def watch(school: School) -> Image.Image:
@@ -118,9 +120,13 @@ def watch(school: School) -> Image.Image:
             seen.append((progress.step, school.guided()))
             row(str(progress.step), seen[-1][1])
     reward, heldout = (after - before for before, after in zip(seen[0][1], seen[-1][1], strict=True))
-    print(f"\nThe reward gained {reward:.3f}, the held-out reward {heldout:.3f}: {(reward - heldout) / reward:.1%} of the gain are missing.")
+    print(
+        f"\nThe reward gained {reward:.3f}, the held-out reward {heldout:.3f}: {(reward - heldout) / reward:.1%} of the gain are missing."
+    )
     curves = {name: [(step, values[i]) for step, values in seen] for i, name in enumerate(REWARDS)}
-    return draw_chart(f"A guidance network on {school.name}", "training step", curves, dict(zip(REWARDS, aim, strict=True)), "q")
+    return draw_chart(
+        f"A guidance network on {school.name}", "training step", curves, dict(zip(REWARDS, aim, strict=True)), "q"
+    )
 
 
 def main() -> None:
@@ -136,7 +142,9 @@ def main() -> None:
     chosen = parser.parse_args()
     schools = {
         "ring": lambda: Ring(chosen.steps, chosen.form, chosen.samples),
-        "shapesworld": lambda: Shapes(chosen.shapes_steps, chosen.per_prompt, chosen.pool, chosen.work or cache() / "bench"),
+        "shapesworld": lambda: Shapes(
+            chosen.shapes_steps, chosen.per_prompt, chosen.pool, chosen.work or cache() / "bench"
+        ),
     }
     pictures = [watch(make()) for name, make in schools.items() if chosen.only in (None, name)]
     PICTURE.parent.mkdir(exist_ok=True)

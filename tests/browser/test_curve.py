@@ -57,7 +57,10 @@ def test_nothing_is_there_before_the_first_run(tab):
 def test_it_draws_what_the_server_knows(drawn, client):
     steps = steps_of(drawn)
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
-    assert {name: len(values) for name, values in steps[-1]["series"].items()} == {"reward": BATCH, "reward/held-out": BATCH}
+    assert {name: len(values) for name, values in steps[-1]["series"].items()} == {
+        "reward": BATCH,
+        "reward/held-out": BATCH,
+    }
     assert kept(drawn, client) == {"7": steps}
     assert is_drawn(drawn)
     assert re.fullmatch(rf"step {STEPS}/{STEPS} · σ [\d.]+ reward −?[\d.]+ held-out −?[\d.]+", legend(drawn))
@@ -105,7 +108,9 @@ def test_it_comes_back_to_its_tab_and_goes_into_no_other(drawn):
     drawn.page.locator(".workflow-tabs").get_by_text(name, exact=True).click()
     drawn.page.mouse.move(5, 500)
     drawn.until(f"app.rootGraph.id === '{mine}' && document.querySelector('.reward-curve')")
-    drawn.until("![...document.querySelectorAll('[role=dialog]')].some(each => each.offsetParent)")  # what a tab says of itself
+    drawn.until(
+        "![...document.querySelectorAll('[role=dialog]')].some(each => each.offsetParent)"
+    )  # what a tab says of itself
     assert steps_of(drawn) == steps
 
 

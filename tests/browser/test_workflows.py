@@ -116,7 +116,9 @@ def check_the_curve_of_a_training(tab):
     assert [step["step"] for step in steps] == list(range(1, SMALL["steps"] + 1))
     assert len(steps[-1]["series"].pop("reward")) == 4
     assert set(steps[-1]["series"]) == {"loss", "loss/held-out"}
-    assert re.fullmatch(r"step 4/4 · ESS [1-9]\d*% loss [−\d.e]+ held-out [−\d.e]+ reward [−\d.e]+", legend(tab, TRAINER))
+    assert re.fullmatch(
+        r"step 4/4 · ESS [1-9]\d*% loss [−\d.e]+ held-out [−\d.e]+ reward [−\d.e]+", legend(tab, TRAINER)
+    )
     assert all(count > 20 for count in shades(tab, TRAINER).values())
 
 

@@ -38,7 +38,11 @@ def bench(client) -> Bench:
 @pytest.fixture(scope="session")
 def nodes(bench) -> dict[str, dict]:
     """What ComfyUI says of the pack's nodes."""
-    return {name: info for name, info in sorted(bench.object_info.items()) if info["python_module"] == f"custom_nodes.{comfy.PACK}"}
+    return {
+        name: info
+        for name, info in sorted(bench.object_info.items())
+        if info["python_module"] == f"custom_nodes.{comfy.PACK}"
+    }
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +51,9 @@ def clip_reward(server):
     import open_clip  # slow, and few need it
 
     torch.manual_seed(0)
-    vision = open_clip.model.CLIPVisionCfg(layers=2, width=32, head_width=16, patch_size=8, image_size=24, mlp_ratio=2.0)
+    vision = open_clip.model.CLIPVisionCfg(
+        layers=2, width=32, head_width=16, patch_size=8, image_size=24, mlp_ratio=2.0
+    )
     text = open_clip.model.CLIPTextCfg(context_length=12, width=24, heads=3, layers=2)
     weights = open_clip.model.CLIP(16, vision, text).state_dict()
     folder = server.base / "models" / "reward_models"

@@ -54,7 +54,9 @@ def loaded():
     """As loaders make them: inside inference mode."""
     folder = models.format_standins()
     with torch.inference_mode():
-        checkpoint = comfy.sd.load_checkpoint_guess_config(str(folder / formats.SD15), output_vae=False, output_clip=False)
+        checkpoint = comfy.sd.load_checkpoint_guess_config(
+            str(folder / formats.SD15), output_vae=False, output_clip=False
+        )
         flux = comfy.utils.load_torch_file(str(folder / formats.FLUX))
         return {
             SD15: checkpoint[0],
@@ -73,13 +75,17 @@ def scaled_fp8(state):
             layer = name.removesuffix(".weight")
             found[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
             found[f"{layer}.weight_scale"] = scale
-            found[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+            found[f"{layer}.comfy_quant"] = torch.tensor(
+                list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8
+            )
     return found
 
 
 def guided(model, estimator="jacobian"):
     with torch.inference_mode(False):
-        reward = LatentReward(LoadedReward(ImageStatistic("brightness")), LatentRGB(model.get_model_object("latent_format")), "")
+        reward = LatentReward(
+            LoadedReward(ImageStatistic("brightness")), LatentRGB(model.get_model_object("latent_format")), ""
+        )
         return RewardGuidance(reward, estimator, Settings(strength=4.0, cap=2.0)).attach(model)
 
 
@@ -87,7 +93,9 @@ def sample(model, channels, cfg=4.0):
     latent = torch.zeros(1, channels, 8, 8)
     with torch.inference_mode():
         noise = comfy.sample.prepare_noise(latent, 1)
-        return comfy.sample.sample(model, noise, 2, cfg, "euler", "simple", text(0), text(1), latent, seed=1, disable_pbar=True)
+        return comfy.sample.sample(
+            model, noise, 2, cfg, "euler", "simple", text(0), text(1), latent, seed=1, disable_pbar=True
+        )
 
 
 def brightness(model, latents):
@@ -143,7 +151,9 @@ class Unfinished(torch.autograd.Function):
 
 def test_a_kernel_without_a_gradient_is_named_and_shift_advised(loaded):
     model = loaded[SD15].clone()
-    model.set_model_unet_function_wrapper(lambda apply, options: Unfinished.apply(apply(options["input"], options["timestep"], **options["c"])))
+    model.set_model_unet_function_wrapper(
+        lambda apply, options: Unfinished.apply(apply(options["input"], options["timestep"], **options["c"]))
+    )
     with pytest.raises(GuidanceError, match="no gradient.*choose the estimator shift.*fused_rope"):
         sample(guided(model), 4)
     assert sample(guided(model, "shift"), 4).isfinite().all()

@@ -50,7 +50,9 @@ def test_reward_file_of_unknown_architecture(refused, reward_folder):
 def test_truncated_reward_file(refused, reward_folder):
     save_file({"visual.conv1.weight": torch.zeros(1000)}, reward_folder / "truncated.safetensors")
     os.truncate(reward_folder / "truncated.safetensors", 900)
-    refused("flux", "truncated.safetensors is damaged or only half downloaded", reward=reward_file("truncated.safetensors"))
+    refused(
+        "flux", "truncated.safetensors is damaged or only half downloaded", reward=reward_file("truncated.safetensors")
+    )
 
 
 def test_empty_reward_file(refused, reward_folder):
@@ -72,7 +74,11 @@ def pickled(protocol):
 
 @pytest.mark.parametrize(
     ("save", "words"),
-    [(pickled(2), "code.pt contains code"), (pickled(5), "is damaged or contains code, which is not run"), (torch.save, "code.pt contains code")],
+    [
+        (pickled(2), "code.pt contains code"),
+        (pickled(5), "is damaged or contains code, which is not run"),
+        (torch.save, "code.pt contains code"),
+    ],
     ids=["protocol 2", "protocol 5", "checkpoint"],
 )
 def test_reward_file_with_code_does_not_run_it(refused, reward_folder, tmp_path, save, words):
@@ -95,10 +101,16 @@ def vae_approx(server):
 def test_tiny_autoencoder_with_other_channels(refused, vae_approx):
     (vae_approx / "taesd3_decoder.safetensors").unlink()
     shutil.copy(vae_approx / "taesd_decoder.safetensors", vae_approx / "taesd3_decoder.safetensors")
-    refused("sd3", "taesd3_decoder.safetensors is not a tiny autoencoder for this model's 16 latent channels", decoder="taesd")
+    refused(
+        "sd3",
+        "taesd3_decoder.safetensors is not a tiny autoencoder for this model's 16 latent channels",
+        decoder="taesd",
+    )
 
 
-@pytest.mark.parametrize(("family", "file"), [("sd3", "taesd3_decoder.safetensors"), ("wan", "lighttaew2_1.safetensors")])
+@pytest.mark.parametrize(
+    ("family", "file"), [("sd3", "taesd3_decoder.safetensors"), ("wan", "lighttaew2_1.safetensors")]
+)
 @pytest.mark.parametrize("content", [b"", b"<html>Sign in</html>", None], ids=["empty", "web page", "truncated"])
 def test_damaged_tiny_autoencoder(refused, vae_approx, family, file, content):
     content = (vae_approx / file).read_bytes()[:100_000] if content is None else content
@@ -136,7 +148,9 @@ def test_no_vae(refused):
 )
 def test_vae_of_another_family(refused, family, other, words):
     def with_vae(**options):
-        return lambda graph, inputs: one_box(vae=graph.add("other", "VAELoader", vae_name=other), **options)(graph, inputs)
+        return lambda graph, inputs: one_box(vae=graph.add("other", "VAELoader", vae_name=other), **options)(
+            graph, inputs
+        )
 
     refused(family, words, with_vae, decoder="vae")
 
@@ -219,7 +233,11 @@ def test_colour_that_is_none(refused, colour):
 
 @pytest.mark.parametrize("value", [0, -2])
 def test_frames_that_make_no_sense(refused, value):
-    refused("wan", f"frames must be a whole number from 1 to 64, not {value}", frames=lambda graph: graph.add("number", "PrimitiveInt", value=value))
+    refused(
+        "wan",
+        f"frames must be a whole number from 1 to 64, not {value}",
+        frames=lambda graph: graph.add("number", "PrimitiveInt", value=value),
+    )
 
 
 @pytest.mark.parametrize("frames", [1, 2, 64])

@@ -49,7 +49,9 @@ def cost(monkeypatch):
 
 @pytest.fixture
 def bench(cost, tmp_path):
-    return lambda **changes: cost["Bench"](replace(cost["PROFILES"]["trial"], **changes), cost["Report"](tmp_path, "trial"), time.monotonic())
+    return lambda **changes: cost["Bench"](
+        replace(cost["PROFILES"]["trial"], **changes), cost["Report"](tmp_path, "trial"), time.monotonic()
+    )
 
 
 @pytest.fixture
@@ -174,7 +176,10 @@ def test_a_frontier_is_of_what_nothing_cheaper_is_as_near_to_the_truth_as(monkey
     costs = {"slow": 30, "cheap": 10, "worse": 20, "good": 20, "better": 20, "beyond": 40}
     found = {"cheap": 0.1, "worse": 0.05, "good": 0.5, "better": 0.55, "slow": 0.4, "beyond": 0.9}
     value = lambda number: SimpleNamespace(mean=number)  # noqa: E731
-    rows = [{"method": name, "calls": costs[name], "reward": value(each), "energy": value(-each)} for name, each in found.items()]
+    rows = [
+        {"method": name, "calls": costs[name], "reward": value(each), "energy": value(-each)}
+        for name, each in found.items()
+    ]
     assert frontier(rows, "calls", "reward", 0.6) == ["cheap", "better", "beyond"]
     assert frontier(rows, "calls", "reward", 0.5) == ["cheap", "good", "better"]  # what passes the truth gains nothing
     assert frontier(rows, "calls", "energy", 0.0) == ["cheap", "better", "beyond"]

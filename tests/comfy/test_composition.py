@@ -3,7 +3,16 @@
 import pytest
 from reward_guidance.guidance.rewards import STATISTICS
 from reward_guidance.tests.harness.graphs import FAMILIES, LORA, Graph
-from reward_guidance.tests.harness.guided import guided_model, latents, mean_reward, one_box, statistic, stock, two_nodes, under_control
+from reward_guidance.tests.harness.guided import (
+    guided_model,
+    latents,
+    mean_reward,
+    one_box,
+    statistic,
+    stock,
+    two_nodes,
+    under_control,
+)
 
 FREE = {"decoder": "latent_rgb"}
 """The decoder that costs nothing."""
@@ -20,7 +29,10 @@ def last_reward(result):
 def assert_follows(bench, family, guide=two_nodes, steps=4, strength=4.0, **options):
     """Against guidance so weak that it only watches. The options of guide as a dict `guidance`, the others of the prompt."""
     guidance = FREE | options.pop("guidance", {})
-    results = [bench.run(latents(family, guide(strength=value, **guidance), steps=steps, **options)) for value in (1e-9, strength)]
+    results = [
+        bench.run(latents(family, guide(strength=value, **guidance), steps=steps, **options))
+        for value in (1e-9, strength)
+    ]
     watched, followed = map(last_reward, results)
     assert followed > watched + 1e-3
     return bench.latent(results[1])
@@ -51,15 +63,24 @@ def custom(node, **guidance):
                 "style": "regular",
             },
             "DualModelGuider": conditions | {"model_negative": inputs["model"], "cfg": inputs["cfg"]},
-            "PerpNegGuider": conditions | {"empty_conditioning": inputs["negative"], "cfg": inputs["cfg"], "neg_scale": 1.0},
+            "PerpNegGuider": conditions
+            | {"empty_conditioning": inputs["negative"], "cfg": inputs["cfg"], "neg_scale": 1.0},
         }[node]
         noise = graph.add("noise", "RandomNoise", noise_seed=inputs["seed"])
-        return graph.add("sampler", "SamplerCustomAdvanced", noise=noise, guider=graph.add("guider", node, model=model, **guider), **rest)
+        return graph.add(
+            "sampler",
+            "SamplerCustomAdvanced",
+            noise=noise,
+            guider=graph.add("guider", node, model=model, **guider),
+            **rest,
+        )
 
     return build
 
 
-@pytest.mark.parametrize(("node", "cfg"), [("SamplerCustom", 4.0), ("SamplerCustom", 1.0), ("BasicGuider", 1.0), ("CFGGuider", 4.0)])
+@pytest.mark.parametrize(
+    ("node", "cfg"), [("SamplerCustom", 4.0), ("SamplerCustom", 1.0), ("BasicGuider", 1.0), ("CFGGuider", 4.0)]
+)
 def test_custom_sampling_is_guided_as_the_ksampler_is(bench, node, cfg):
     expected = bench.sample("sd3", two_nodes(**FREE), cfg=cfg)
     assert distance(bench.sample("sd3", custom(node), cfg=cfg), expected) == 0
@@ -69,7 +90,9 @@ def test_custom_sampling_is_guided_as_the_ksampler_is(bench, node, cfg):
 @pytest.mark.parametrize("estimator", ["shift", "jacobian"])
 @pytest.mark.parametrize("node", ["DualCFGGuider", "DualModelGuider", "PerpNegGuider"])
 def test_guiders_that_ask_more_than_twice_or_two_models_are_guided(bench, node, estimator):
-    guided, plain = (bench.sample("sd3", custom(node, strength=strength, estimator=estimator), cfg=4.0) for strength in (1.0, 0.0))
+    guided, plain = (
+        bench.sample("sd3", custom(node, strength=strength, estimator=estimator), cfg=4.0) for strength in (1.0, 0.0)
+    )
     assert guided.isfinite().all()
     assert distance(guided, plain) > 1e-3
 
@@ -91,7 +114,10 @@ def test_samples_of_a_batch_do_not_feel_each_other(bench, family):
 def test_pictures_for_a_video_model(bench):
     """A 4-D latent, which ComfyUI makes 5-D."""
     graph_of_pictures = latents("wan", one_box(**FREE))
-    graph_of_pictures["latent"] = {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}}
+    graph_of_pictures["latent"] = {
+        "class_type": "EmptySD3LatentImage",
+        "inputs": {"width": 64, "height": 64, "batch_size": 1},
+    }
     assert bench.latent(bench.run(graph_of_pictures)).shape == (1, 16, 1, 8, 8)
 
 
@@ -154,7 +180,9 @@ def test_lora(bench, estimator, after):
 @pytest.mark.parametrize("estimator", ["shift", "jacobian"])
 def test_controlnet(bench, estimator):
     guide = two_nodes(estimator=estimator, **FREE)
-    both, only_control, only_guidance = (bench.sample("sd15", way) for way in (under_control(guide), under_control(stock), guide))
+    both, only_control, only_guidance = (
+        bench.sample("sd15", way) for way in (under_control(guide), under_control(stock), guide)
+    )
     assert both.isfinite().all()
     assert distance(both, only_control) > 1e-3
     assert distance(both, only_guidance) > 1e-3
@@ -179,14 +207,19 @@ def test_fp8_weights(bench, family, estimator):
 def test_two_guidances_in_a_chain(bench, estimator):
     def chain(graph, inputs):
         first = guided_model(graph, inputs["model"], "first", estimator=estimator, **FREE)
-        second = guided_model(graph, first, "second", reward=statistic("contrast", "other"), estimator=estimator, **FREE)
+        second = guided_model(
+            graph, first, "second", reward=statistic("contrast", "other"), estimator=estimator, **FREE
+        )
         return stock(graph, inputs | {"model": second})
 
     result = bench.run(latents("flux", chain, count_calls=True))
     assert result.model_calls == 2
     assert [step["node"] for step in result.of("reward_guidance.step")].count("first") == 2
     assert [step["node"] for step in result.of("reward_guidance.step")].count("second") == 2
-    for alone in (two_nodes(estimator=estimator, **FREE), two_nodes(reward=statistic("contrast"), estimator=estimator, **FREE)):
+    for alone in (
+        two_nodes(estimator=estimator, **FREE),
+        two_nodes(reward=statistic("contrast"), estimator=estimator, **FREE),
+    ):
         assert distance(bench.latent(result), bench.sample("flux", alone)) > 1e-3
 
 
@@ -220,7 +253,9 @@ def picture(graph, color=0x3366CC, size=64):
 
 
 def likeness(kind, **more):
-    return lambda graph: graph.add("likeness", "RewardGuidanceImageSimilarity", image=picture(graph), likeness=kind, **more)
+    return lambda graph: graph.add(
+        "likeness", "RewardGuidanceImageSimilarity", image=picture(graph), likeness=kind, **more
+    )
 
 
 def test_image_similarity_is_followed(bench):
@@ -247,7 +282,10 @@ def built(build):
 
 
 def two_pictures(graph):
-    images = [graph.add(f"image_{i}", "EmptyImage", width=32, height=32, batch_size=1, color=c) for i, c in enumerate((0x000000, 0xFFFFFF))]
+    images = [
+        graph.add(f"image_{i}", "EmptyImage", width=32, height=32, batch_size=1, color=c)
+        for i, c in enumerate((0x000000, 0xFFFFFF))
+    ]
     return graph.add("images", "ImageBatch", image1=images[0], image2=images[1])
 
 
@@ -256,7 +294,9 @@ def test_score_images(bench):
     numbers = [[float(text) for text in result.outputs[node]["text"]] for node in ("raw", "standardized")]
     assert numbers[0] == pytest.approx([0.0, 1.0], abs=1e-5)
     brightness = STATISTICS["brightness"]
-    assert numbers[1] == pytest.approx([(value - brightness.reference_mean) / brightness.reference_std for value in (0, 1)], abs=1e-3)
+    assert numbers[1] == pytest.approx(
+        [(value - brightness.reference_mean) / brightness.reference_std for value in (0, 1)], abs=1e-3
+    )
     (report,) = result.outputs["report"]["text"]
     assert report.splitlines()[0].split() == ["|", "picture", "|", "brightness", "|"]
     assert len(report.splitlines()) == 4
@@ -269,7 +309,10 @@ def test_clip_reward_file_guides(bench, clip_reward, decoder):
 
 
 def test_clip_reward_file_scores_by_the_prompt(bench, clip_reward):
-    one, other = (bench.run(built(score(clip_reward, two_pictures, prompt=text))).outputs["raw"]["text"] for text in ("a red circle", "two cats"))
+    one, other = (
+        bench.run(built(score(clip_reward, two_pictures, prompt=text))).outputs["raw"]["text"]
+        for text in ("a red circle", "two cats")
+    )
     assert len(one) == 2
     assert one != other
 

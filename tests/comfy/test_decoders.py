@@ -69,7 +69,10 @@ def decode(decoder, point):
 @pytest.mark.parametrize("name", FORMATS)
 def test_gradients_are_those_of_finite_differences(standins, name, choice):
     latent_format = FORMATS[name][0]()
-    check_gradient(make_decoder(choice, latent_format, load_vae(standins, name) if choice == "vae" else None), latents(latent_format))
+    check_gradient(
+        make_decoder(choice, latent_format, load_vae(standins, name) if choice == "vae" else None),
+        latents(latent_format),
+    )
 
 
 def check_gradient(decoder, point):
@@ -120,9 +123,15 @@ def test_a_reward_that_sees_half_of_a_coarser_picture_leads_where_the_whole_pict
     folder, draw = models.shapesworld(), torch.Generator().manual_seed(0)
     encoder, tiny = (str(folder / "vae_approx" / f"taesd3_{part}.safetensors") for part in ("encoder", "decoder"))
     scenes = world.wishes(4, draw)
-    pictures, prompts = F.interpolate(world.render(scenes, draw), scale_factor=4, mode="bicubic"), list(map(world.caption, scenes))
+    pictures, prompts = (
+        F.interpolate(world.render(scenes, draw), scale_factor=4, mode="bicubic"),
+        list(map(world.caption, scenes)),
+    )
     point = comfy.taesd.taesd.TAESD(encoder, None, 16).taesd_encoder(pictures)
-    decoder, reward = TAESD(comfy.latent_formats.SD3(), tiny), load_reward(folder / "reward_models" / "shapes_clip.safetensors").float()
+    decoder, reward = (
+        TAESD(comfy.latent_formats.SD3(), tiny),
+        load_reward(folder / "reward_models" / "shapes_clip.safetensors").float(),
+    )
     whole, coarse = [], []
     for shortest, into in ((256, whole), (128, coarse)):
         monkeypatch.setattr(decoders, "SHORTEST", shortest)
@@ -185,7 +194,11 @@ def test_checkpointing_stores_less_and_changes_nothing(standins):
             stored[-1] += tensor.numel()
             return tensor
 
-        with gradients(plain, *decoder.modules), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with (
+            gradients(plain, *decoder.modules),
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
             variable = latents(latent_format).requires_grad_()
             total = decode(variable).sum()
         return torch.autograd.grad(total, variable)[0]
@@ -246,7 +259,16 @@ BELONG = {
     "SeedVR2": ("seedvr2",),
 }
 """Latent format -> the VAEs of the models that have it."""
-NO_PICTURES = ("StableAudio1", "StableAudio3", "ACEAudio", "ACEAudio15", "Hunyuan3Dv2", "Hunyuan3Dv2_1", "Hunyuan3Dv2mini", "TripoSplat")
+NO_PICTURES = (
+    "StableAudio1",
+    "StableAudio3",
+    "ACEAudio",
+    "ACEAudio15",
+    "Hunyuan3Dv2",
+    "Hunyuan3Dv2_1",
+    "Hunyuan3Dv2mini",
+    "TripoSplat",
+)
 TINY = {
     "SD15": "taesd", "SDXL": "taesdxl", "SDXL_Playground_2_5": "taesdxl", "SD3": "taesd3", "Flux": "taef1", "Flux2": "taef2",
     "HunyuanVideo": "taehv", "HunyuanVideo15": "lighttaehy1_5", "Wan21": "lighttaew2_1", "Wan22": "lighttaew2_2",
@@ -259,7 +281,11 @@ def latent_format_of(name):
 
 
 def all_formats():
-    return {name: each for name, each in vars(comfy.latent_formats).items() if isinstance(each, type) and name != "LatentFormat"}
+    return {
+        name: each
+        for name, each in vars(comfy.latent_formats).items()
+        if isinstance(each, type) and name != "LatentFormat"
+    }
 
 
 def test_every_latent_format_of_comfyui_is_tried():
@@ -346,7 +372,13 @@ def tiny_files(tmp_path_factory):
         tiny = comfy.taesd.taesd.TAESD(None, None, channels)
         for part, module in (("encoder", tiny.taesd_encoder), ("decoder", tiny.taesd_decoder)):
             save_file(weights(module, channels), folder / f"{name}_{part}.safetensors")
-    for name, channels in {"taehv": 16, "lighttaew2_1": 16, "lighttaew2_2": 48, "lighttaehy1_5": 32, "taeltx_2": 128}.items():
+    for name, channels in {
+        "taehv": 16,
+        "lighttaew2_1": 16,
+        "lighttaew2_2": 48,
+        "lighttaehy1_5": 32,
+        "taeltx_2": 128,
+    }.items():
         save_tiny(folder, name, channels, torch.float16 if name == "taehv" else torch.float32)
     with only_tiny(folder):
         yield folder
@@ -373,7 +405,10 @@ def load_tiny(name):
         return VAELoader().load_vae(name if name in VAELoader.image_taes else f"{name}.safetensors")[0]
 
 
-@pytest.mark.parametrize(("latent_format", "tiny"), [*((latent_format_of(name), tiny) for name, tiny in TINY.items()), (TaeLTXV(), "taeltx_2")])
+@pytest.mark.parametrize(
+    ("latent_format", "tiny"),
+    [*((latent_format_of(name), tiny) for name, tiny in TINY.items()), (TaeLTXV(), "taeltx_2")],
+)
 def test_a_tiny_autoencoder_shows_what_it_shows_as_a_vae(tiny_files, latent_format, tiny):
     latents = frames_of(some_latents(latent_format))
     shown = vae_decode(load_tiny(tiny), latent_format, latents)
@@ -401,7 +436,9 @@ def test_the_linear_preview_is_finite_and_repeatable(name):
     check_decoder(make_decoder("latent_rgb", latent_format, None), frames_of(some_latents(latent_format)))
 
 
-@pytest.mark.parametrize(("name", "vae"), [("Flux2", "flux2"), ("LTXV", "ltxv"), ("Wan22", "wan 2.2"), ("Wan22", "taehv 48")])
+@pytest.mark.parametrize(
+    ("name", "vae"), [("Flux2", "flux2"), ("LTXV", "ltxv"), ("Wan22", "wan 2.2"), ("Wan22", "taehv 48")]
+)
 def test_gradients_through_vaes_of_other_sizes_are_those_of_finite_differences(name, vae):
     latent_format = latent_format_of(name)
     check_gradient(make_decoder("vae", latent_format, small_vae(vae)), frames_of(some_latents(latent_format, frames=1)))
@@ -417,12 +454,21 @@ def test_pixels_stay_on_the_device_of_the_latents(monkeypatch):
     """ComfyUI keeps pictures on another device than it decodes on."""
     monkeypatch.setattr(comfy.model_management, "intermediate_device", lambda: torch.device("meta"))
     latent_format = comfy.latent_formats.LTXV()
-    assert make_decoder("vae", latent_format, small_vae("ltxv")).pixels(frames_of(some_latents(latent_format))).device.type == "cpu"
+    assert (
+        make_decoder("vae", latent_format, small_vae("ltxv")).pixels(frames_of(some_latents(latent_format))).device.type
+        == "cpu"
+    )
 
 
 def test_a_picture_is_halved_by_its_own_size(tiny_files, monkeypatch):
     decoder = make_decoder("taesd", comfy.latent_formats.Flux2(), None)
-    assert {size: decoder.halvings(size, 2 * size) for size in (32, 63, 64, 127, 128)} == {32: 0, 63: 0, 64: 1, 127: 1, 128: 2}
+    assert {size: decoder.halvings(size, 2 * size) for size in (32, 63, 64, 127, 128)} == {
+        32: 0,
+        63: 0,
+        64: 1,
+        127: 1,
+        128: 2,
+    }
     monkeypatch.setattr(decoders, "SHORTEST", 32)
     assert decode(decoder, torch.randn(1, 128, 4, 4)).shape == (1, 3, 32, 32)
 
@@ -475,7 +521,9 @@ def test_memory_that_runs_out_is_not_called_a_damaged_file(tiny_files, monkeypat
 @pytest.mark.parametrize("name", NO_PICTURES)
 def test_a_model_of_sound_or_shapes_is_refused_at_once(name):
     latent_format = latent_format_of(name)
-    its_own = SimpleNamespace(latent_channels=latent_format.latent_channels, latent_dim=1, throw_exception_if_invalid=lambda: None)
+    its_own = SimpleNamespace(
+        latent_channels=latent_format.latent_channels, latent_dim=1, throw_exception_if_invalid=lambda: None
+    )
     for choice in decoders.DECODERS:
         for vae in (None, its_own):
             with pytest.raises(GuidanceError, match=f"this model makes neither .its latents are of the format {name}"):

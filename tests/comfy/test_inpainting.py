@@ -46,7 +46,9 @@ def by_reward(estimator, reward=lambda latents: latents.flatten(1).sum(1)):
 def by_network(form):
     @torch.inference_mode(False)
     def attach(model):
-        architecture = Architecture(SHAPE[1], FORMS[form].inputs, width=16, scalar=form == "potential").fitted(SHAPE[1:])
+        architecture = Architecture(SHAPE[1], FORMS[form].inputs, width=16, scalar=form == "potential").fitted(
+            SHAPE[1:]
+        )
         torch.manual_seed(3)
         made = GuidanceNetwork(architecture).requires_grad_(False)
         torch.nn.init.normal_(made.last.weight, std=0.3)
@@ -56,14 +58,18 @@ def by_network(form):
     return attach
 
 
-WAYS = {estimator: by_reward(estimator) for estimator in ESTIMATORS} | {f"network {form}": by_network(form) for form in FORMS_OF_DATA}
+WAYS = {estimator: by_reward(estimator) for estimator in ESTIMATORS} | {
+    f"network {form}": by_network(form) for form in FORMS_OF_DATA
+}
 
 
 def sample(model, mask, sampler="euler", steps=5):
     """The sample (B,...), and the model's inputs: (timestep, x) of each call."""
     latent = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     shown = []
-    hook = model.model.diffusion_model.register_forward_pre_hook(lambda _, inputs: shown.append((float(inputs[1][0]), inputs[0].detach().clone())))
+    hook = model.model.diffusion_model.register_forward_pre_hook(
+        lambda _, inputs: shown.append((float(inputs[1][0]), inputs[0].detach().clone()))
+    )
     with torch.inference_mode():
         noise = comfy.sample.prepare_noise(latent, 2)
         options = {"noise_mask": mask, "seed": 2, "disable_pbar": True}
@@ -121,7 +127,10 @@ def test_a_mask_that_changes_on_the_way(model, way):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_reward_sees_what_is_kept_in_its_place(model, estimator, mask):
     seen = []
-    sample(by_reward(estimator, lambda latents: seen.append(latents.detach()) or latents.flatten(1).sum(1))(model), MASKS[mask])
+    sample(
+        by_reward(estimator, lambda latents: seen.append(latents.detach()) or latents.flatten(1).sum(1))(model),
+        MASKS[mask],
+    )
     latent, kept = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)), kept_of(MASKS[mask])
     assert seen
     for latents in seen:

@@ -10,14 +10,27 @@ load_comfyui()
 from comfy_api.internal import make_locked_method_func
 from comfy_api.v0_0_2 import io
 from reward_guidance.guidance.errors import SHOWN, GuidanceError
-from reward_guidance.nodes import guidance_data, guidance_network, particles, reward_guidance, rewards, scores, selection, training
+from reward_guidance.nodes import (
+    guidance_data,
+    guidance_network,
+    particles,
+    reward_guidance,
+    rewards,
+    scores,
+    selection,
+    training,
+)
 
 for folder in (rewards.FOLDER, guidance_network.FOLDER):
     rewards.register_folder(folder)
 GROUPS = (rewards, scores, reward_guidance, guidance_network, guidance_data, training, selection, particles)
 NODES = [node for group in GROUPS for node in group.NODES]
 INPUTS = [(node, entry) for node in NODES for entry in node.GET_SCHEMA().inputs]
-NUMBERS = [(node, entry) for node, entry in INPUTS if isinstance(entry, (io.Int.Input, io.Float.Input)) and entry.id != "scores"]
+NUMBERS = [
+    (node, entry)
+    for node, entry in INPUTS
+    if isinstance(entry, (io.Int.Input, io.Float.Input)) and entry.id != "scores"
+]
 TEXTS = [(node, entry) for node, entry in INPUTS if isinstance(entry, (io.String.Input, io.Color.Input))]
 NO_NUMBERS = (math.nan, math.inf, -math.inf, "1", None, [1], 10**400, "x" * 10**6)
 
@@ -39,7 +52,9 @@ def test_numbers_that_are_none_or_beyond_their_limits(node, entry):
     step = 1 if whole else 1e-6 * max(1, abs(entry.min), abs(entry.max))
     for value in (*NO_NUMBERS, entry.min - step, entry.max + step, *((0.5 + entry.min,) if whole else ())):
         kind = "whole number" if whole else "number"
-        with pytest.raises(GuidanceError, match=f"^{entry.id} must be a {kind} from {entry.min} to {entry.max}, not ") as refusal:
+        with pytest.raises(
+            GuidanceError, match=f"^{entry.id} must be a {kind} from {entry.min} to {entry.max}, not "
+        ) as refusal:
             run(node, **{entry.id: value})
         assert len(str(refusal.value)) < 100 + SHOWN
 

@@ -25,7 +25,10 @@ CONDITION = [[torch.zeros(1, 8, 768), {"pooled_output": torch.zeros(1, 768)}]]
 @pytest.fixture(scope="module")
 def sizes():
     """The small Flux, and one with 24 times its weights."""
-    return [comfy.sd.load_diffusion_model(str(models.format_standins() / name)) for name in (formats.FLUX, formats.LARGE_FLUX)]
+    return [
+        comfy.sd.load_diffusion_model(str(models.format_standins() / name))
+        for name in (formats.FLUX, formats.LARGE_FLUX)
+    ]
 
 
 def peak(function):
@@ -44,11 +47,15 @@ def sample(model):
     latent = torch.zeros(1, 16, 16, 16)
     noise = comfy.sample.prepare_noise(latent, 1)
     with torch.inference_mode():
-        comfy.sample.sample(model, noise, 2, 1.0, "euler", "simple", CONDITION, CONDITION, latent, seed=1, disable_pbar=True)
+        comfy.sample.sample(
+            model, noise, 2, 1.0, "euler", "simple", CONDITION, CONDITION, latent, seed=1, disable_pbar=True
+        )
 
 
 def guided(model, estimator):
-    reward = LatentReward(LoadedReward(ImageStatistic("brightness")), LatentRGB(model.get_model_object("latent_format")), "")
+    reward = LatentReward(
+        LoadedReward(ImageStatistic("brightness")), LatentRGB(model.get_model_object("latent_format")), ""
+    )
     return RewardGuidance(reward, estimator, Settings(smoothing=Smoothing(4))).attach(model)
 
 

@@ -69,7 +69,9 @@ def like_a_node():
 def network(model, form="correction", trained=True, channels=2, tokens=0, base=None):
     """A random one; before training its last layer is zero."""
     target = "noise" if form == "noise" else "data"
-    architecture = Architecture(channels, FORMS[form].inputs, tokens=tokens, width=16, scalar=form == "potential").fitted((channels, 1, 1))
+    architecture = Architecture(
+        channels, FORMS[form].inputs, tokens=tokens, width=16, scalar=form == "potential"
+    ).fitted((channels, 1, 1))
     torch.manual_seed(3)
     made = GuidanceNetwork(architecture)
     if trained:
@@ -84,7 +86,9 @@ def network(model, form="correction", trained=True, channels=2, tokens=0, base=N
 def sample(model, sampler="euler", count=8, seed=3, cfg=1.0, condition=CONDITION, steps=STEPS):
     latent = torch.zeros(count, model.model.latent_format.latent_channels, 1, 1)
     noise = comfy.sample.prepare_noise(latent, seed)
-    return comfy.sample.sample(model, noise, steps, cfg, sampler, "simple", condition, CONDITION, latent, seed=seed, disable_pbar=True)
+    return comfy.sample.sample(
+        model, noise, steps, cfg, sampler, "simple", condition, CONDITION, latent, seed=seed, disable_pbar=True
+    )
 
 
 DATA_FORMS = [form for form in FORMS if form != "noise"]
@@ -102,7 +106,9 @@ def test_every_form_guides_without_an_additional_model_call(model, form, sampler
     assert before == after > 0
 
 
-@pytest.mark.parametrize(("sampler", "form"), list(zip(comfy.samplers.KSampler.SAMPLERS, itertools.cycle(DATA_FORMS), strict=False)))
+@pytest.mark.parametrize(
+    ("sampler", "form"), list(zip(comfy.samplers.KSampler.SAMPLERS, itertools.cycle(DATA_FORMS), strict=False))
+)
 def test_an_untrained_network_changes_not_one_bit(model, sampler, form):
     untrained = NetworkGuidance(network(model, form, trained=False)).attach(model)
     assert torch.equal(sample(untrained, sampler), sample(model, sampler))
@@ -197,15 +203,22 @@ def sampling_of(model, **options):
 
 def test_guided_noise_is_the_stock_noise_tilted():
     model = model_of(CLOUD, True)
-    loaded, latent = network(model, "noise", channels=48), {"samples": torch.zeros(3, 48, 1, 1), "batch_index": [4, 0, 2]}
+    loaded, latent = (
+        network(model, "noise", channels=48),
+        {"samples": torch.zeros(3, 48, 1, 1), "batch_index": [4, 0, 2]},
+    )
     stock = comfy.sample.prepare_noise(latent["samples"], 9, latent["batch_index"])
     tilted = GuidedNoise(loaded, CONDITION, 9, 4, 1.0).generate_noise(latent)
     assert tilted.shape == stock.shape and (tilted - stock).abs().max() > 1e-3
     assert torch.equal(GuidedNoise(loaded, CONDITION, 9, 4, 0.0).generate_noise(latent), stock)
     untrained = network(model, "noise", trained=False, channels=48)
     assert torch.equal(GuidedNoise(untrained, CONDITION, 9, 4, 1.0).generate_noise(latent), stock)
-    alone = GuidedNoise(loaded, CONDITION, 9, 4, 1.0).generate_noise({"samples": latent["samples"][:1], "batch_index": [4]})
-    torch.testing.assert_close(alone, tilted[:1], atol=1e-3, rtol=0)  # four calls of a network that rounds otherwise in a batch
+    alone = GuidedNoise(loaded, CONDITION, 9, 4, 1.0).generate_noise(
+        {"samples": latent["samples"][:1], "batch_index": [4]}
+    )
+    torch.testing.assert_close(
+        alone, tilted[:1], atol=1e-3, rtol=0
+    )  # four calls of a network that rounds otherwise in a batch
 
 
 def test_noise_stays_where_a_mask_keeps_the_latent():
@@ -230,7 +243,9 @@ def test_one_box_samples_from_tilted_noise(model):
     plain = sampling_of(model)
     guided = followed(plain, loaded, noise_steps=2)(latent, [5], lambda *_: None)
     noise = tilt(loaded, comfy.sample.prepare_noise(latent["samples"], 5), CONDITION, 2, 1.0)
-    expected = comfy.sample.sample(model, noise, STEPS, 1.0, "euler", "simple", CONDITION, CONDITION, latent["samples"], seed=5, disable_pbar=True)
+    expected = comfy.sample.sample(
+        model, noise, STEPS, 1.0, "euler", "simple", CONDITION, CONDITION, latent["samples"], seed=5, disable_pbar=True
+    )
     assert torch.equal(guided, expected)
     off = followed(plain, loaded, strength=0.0)(latent, [5], lambda *_: None)
     assert torch.equal(off, plain(latent, [5], lambda *_: None))
@@ -244,7 +259,9 @@ def test_networks_that_are_saved_at_once_under_one_name_are_all_kept(tmp_path, m
 
     def save(count):
         barrier.wait()
-        return save_under("styles/blue", dataclasses.replace(loaded, card=dataclasses.replace(loaded.card, samples=count)))
+        return save_under(
+            "styles/blue", dataclasses.replace(loaded, card=dataclasses.replace(loaded.card, samples=count))
+        )
 
     with ThreadPoolExecutor(len(counts)) as pool:
         paths = list(pool.map(save, counts))
@@ -284,7 +301,14 @@ def conditioning(length, **options):
 
 def test_prompts_of_one_length_are_told_together():
     twice = [*conditioning(5), *conditioning(5)]
-    all_of_them = [conditioning(5), conditioning(7), conditioning(5), twice, conditioning(5), conditioning(5, guidance=3.5)]
+    all_of_them = [
+        conditioning(5),
+        conditioning(7),
+        conditioning(5),
+        twice,
+        conditioning(5),
+        conditioning(5, guidance=3.5),
+    ]
     assert sorted(stackable(all_of_them, 2)) == [[0, 2], [1], [3], [4], [5]]
     tokens, options = stacked([conditioning(5), conditioning(5)])[0]
     assert tokens.shape == (2, 5, 4) and options["pooled_output"].shape == (2, 3)
@@ -368,7 +392,9 @@ def test_every_preview_is_shown_although_the_page_hears_of_some_steps_only(monke
             return iter(steps)
 
     shown = []
-    monkeypatch.setattr(comfy.utils, "ProgressBar", lambda total: SimpleNamespace(update_absolute=lambda *told: shown.append(told)))
+    monkeypatch.setattr(
+        comfy.utils, "ProgressBar", lambda total: SimpleNamespace(update_absolute=lambda *told: shown.append(told))
+    )
     fitting = SimpleNamespace(training=Steady([(1, 0.1)]), health=SimpleNamespace(effective=0.5))
     TrainingMonitor(fitting, lambda step: False, lambda _: Preview("a picture", [0.5]), 3).run()
     assert shown == [(step, Plan().steps, ("JPEG", "a picture", None)) for step in (3, 6)]
@@ -390,7 +416,10 @@ def ring_reward(latents):
 @torch.inference_mode(False)
 def fitted(description, samples):
     """A network trained on samples as the node trains it, but without a disk."""
-    stacked_samples = {name: torch.stack([getattr(sample, name) for sample in samples]) for name in ("clean", "scores", "sigma", "denoised")}
+    stacked_samples = {
+        name: torch.stack([getattr(sample, name) for sample in samples])
+        for name in ("clean", "scores", "sigma", "denoised")
+    }
     parts = {name: value.clone() for name, value in stacked_samples.items()}
     parts |= {name: Rows.of([parts[name]]) for name in ("clean", "denoised")}
     whole = Samples(description, torch.arange(len(samples)), Texts([torch.zeros(0, 0)], torch.zeros(1, 0)), **parts)
@@ -404,15 +433,22 @@ def test_what_was_collected_leads_to_the_reward_weighted_ring():
     """The whole way but for the decoder: samples and answers of the model, labels, training, sampling."""
     model = model_of(RING, True)
     latent, count = {"samples": torch.zeros(1, 2, 1, 1)}, 2000
-    one_studio = SampleMaker(model, ("",), lambda _: CONDITION, "", 20, 1.0, "euler", "simple", latent, count, None, None)
+    one_studio = SampleMaker(
+        model, ("",), lambda _: CONDITION, "", 20, 1.0, "euler", "simple", latent, count, None, None
+    )
     description = Description(base_of(model), (2, 1, 1), 4, ("",), ("ring",), (0.0,), (1.0,), seed=0)
     clean = sample(model, count=count, seed=1, steps=20)
     collector = Collector(one_studio, Collection(Path(), description), False, lambda *_: None)
     rewards = ring_reward(clean)
     seeds, denoise = list(range(count)), lambda x, sigma: collector.denoise(x, sigma, [0] * count)
-    loaded = fitted(description, states(clean, rewards[:, None], seeds, collector.sigmas(seeds), collector.process, denoise))
+    loaded = fitted(
+        description, states(clean, rewards[:, None], seeds, collector.sigmas(seeds), collector.process, denoise)
+    )
     truth = RING.sample(20_000, torch.Generator().manual_seed(50))
     truth = resample(truth, ring_reward(truth) / (0.5 * rewards.std()), 1000, torch.Generator().manual_seed(51))
-    plain, guided = (sample(each, count=1000, seed=2, steps=20).flatten(1).double() for each in (model, NetworkGuidance(loaded).attach(model)))
+    plain, guided = (
+        sample(each, count=1000, seed=2, steps=20).flatten(1).double()
+        for each in (model, NetworkGuidance(loaded).attach(model))
+    )
     assert energy_distance(plain, truth) > 0.3
     assert energy_distance(guided, truth) < 0.06

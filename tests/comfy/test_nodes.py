@@ -67,13 +67,17 @@ def test_guidance_that_is_off_changes_not_one_bit(bench, family, plain, guide, o
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "euler_ancestral"])
 def test_guidance_makes_no_additional_model_call(bench, family, sampler):
     guides = stock, one_box(decoder="latent_rgb")
-    plain, guided = (bench.run(latents(family, guide, count_calls=True, steps=3, sampler_name=sampler)) for guide in guides)
+    plain, guided = (
+        bench.run(latents(family, guide, count_calls=True, steps=3, sampler_name=sampler)) for guide in guides
+    )
     assert plain.model_calls == guided.model_calls == (5 if sampler == "heun" else 3)
 
 
 @pytest.mark.parametrize("family", ["sd15", "wan"], indirect=True)
 def test_batch_and_steps_do_not_mix_up_rewards(bench, family):
-    shown = bench.run(latents(family, one_box(decoder="latent_rgb"), batch=2, steps=3)).outputs["sampler"]["reward_guidance"]
+    shown = bench.run(latents(family, one_box(decoder="latent_rgb"), batch=2, steps=3)).outputs["sampler"][
+        "reward_guidance"
+    ]
     assert [len(step["series"]["reward"]) for step in shown] == [2, 2, 2]
 
 

@@ -17,7 +17,16 @@ from reward_guidance.tests.harness.guided import Bench, latents, one_box
 
 FOLDER = "Reward_Guidance-main"
 """Neither the project's name nor an identifier. (ComfyUI serves no web files of folders whose names have spaces or brackets.)"""
-SHIPPED = {"__init__.py", "CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "requirements.txt", "guidance", "nodes"}
+SHIPPED = {
+    "__init__.py",
+    "CHANGELOG.md",
+    "LICENSE",
+    "README.md",
+    "pyproject.toml",
+    "requirements.txt",
+    "guidance",
+    "nodes",
+}
 SHIPPED |= {"workflows", "subgraphs", "locales"}
 ALARMING = re.compile(
     r"\b(os\.environ|getenv|subprocess|os\.system|popen|pickle|marshal|importlib|__import__|ctypes|b64decode|urllib|urlopen|requests\.\w|socket\.\w)"
@@ -36,7 +45,9 @@ def git(folder: Path, *words: str) -> str:
 def comfy_node(folder: Path, word: str) -> str:
     """What `comfy node WORD` says; its settings stay beside the folder."""
     command = [str(environment.tool("comfy-cli") / "comfy"), "--skip-prompt", "--no-json", "node", word]
-    answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**comfy.isolated(), "HOME": str(folder.parent)})
+    answer = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={**comfy.isolated(), "HOME": str(folder.parent)}
+    )
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return answer.stdout + answer.stderr
 
@@ -90,7 +101,11 @@ def test_the_registry_has_nothing_to_complain_of(repository):
 def test_only_the_pack_ships(pack, archive):
     names = names_in(pack)
     assert {name.split("/")[0] for name in names} == SHIPPED
-    own = [path.relative_to(CHECKOUT).as_posix() for folder in ("guidance", "nodes") for path in (CHECKOUT / folder).rglob("*.py")]
+    own = [
+        path.relative_to(CHECKOUT).as_posix()
+        for folder in ("guidance", "nodes")
+        for path in (CHECKOUT / folder).rglob("*.py")
+    ]
     assert {name for name in names if name.endswith(".py")} == {"__init__.py", *own}
     assert archive.stat().st_size < MEGABYTES * 1e6
 
@@ -105,16 +120,30 @@ def test_nothing_that_ships_alarms_a_scanner(pack):
 
 
 def test_alarms_go_off():
-    bad = ["import pickle", "torch.load(f)", "x = eval('1')", "os.environ['A']", "requests.get(u)", "new Function('x')", "# subprocess"]
+    bad = [
+        "import pickle",
+        "torch.load(f)",
+        "x = eval('1')",
+        "os.environ['A']",
+        "requests.get(u)",
+        "new Function('x')",
+        "# subprocess",
+    ]
     assert alarms("\n".join(bad)) == bad
     assert alarms("torch.load(f, weights_only=True)\nmodel.eval()\nre.compile(x)\nrequests = 2\n") == []
 
 
 def test_dependencies_leave_comfyui_its_own():
-    theirs = [Requirement(line) for line in (environment.comfyui() / "requirements.txt").read_text().splitlines() if line and line[0] not in "#-"]
+    theirs = [
+        Requirement(line)
+        for line in (environment.comfyui() / "requirements.txt").read_text().splitlines()
+        if line and line[0] not in "#-"
+    ]
     ours = [Requirement(line) for line in (CHECKOUT / "requirements.txt").read_text().split()]
     owned = {requirement.name.lower() for requirement in theirs} | {"torch", "torchvision", "torchaudio"}
-    assert [str(requirement) for requirement in ours if requirement.name.lower() in owned and requirement.specifier] == []
+    assert [
+        str(requirement) for requirement in ours if requirement.name.lower() in owned and requirement.specifier
+    ] == []
     assert not {"torch", "torchvision", "torchaudio"} & {requirement.name for requirement in ours}
 
 
@@ -143,7 +172,9 @@ def literal_id(define_schema: ast.FunctionDef) -> str | None:
     """Of the first Schema call that has one."""
     calls = [call for call in ast.walk(define_schema) if isinstance(call, ast.Call) and called(call.func) == "Schema"]
     values = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "node_id"]
-    return next((value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)), None)
+    return next(
+        (value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)), None
+    )
 
 
 def scanned_ids(code: str) -> set[str]:
@@ -151,7 +182,11 @@ def scanned_ids(code: str) -> set[str]:
 
     A base called ComfyNode makes a class a node; its id is a literal node_id in define_schema, or where there is none the class's own name.
     """
-    classes = [each for each in ast.walk(ast.parse(code)) if isinstance(each, ast.ClassDef) and "ComfyNode" in map(called, each.bases)]
+    classes = [
+        each
+        for each in ast.walk(ast.parse(code))
+        if isinstance(each, ast.ClassDef) and "ComfyNode" in map(called, each.bases)
+    ]
     ids = set()
     for each in classes:
         schemas = [item for item in each.body if isinstance(item, ast.FunctionDef) and item.name == "define_schema"]
@@ -193,7 +228,9 @@ def elsewhere(pack, tmp_path_factory):
 
 
 def test_every_node_is_found_with_and_without_running(elsewhere, pack):
-    served = {name for name, info in elsewhere.object_info().items() if info["python_module"] == f"custom_nodes.{FOLDER}"}
+    served = {
+        name for name, info in elsewhere.object_info().items() if info["python_module"] == f"custom_nodes.{FOLDER}"
+    }
     assert served
     code = [(pack / name).read_text() for name in names_in(pack) if name.endswith(".py")]
     assert set().union(*map(scanned_ids, code)) == served
@@ -216,10 +253,16 @@ def test_what_the_page_asks_for_is_served(elsewhere):
     assert f"{own}/curve.js" in elsewhere.get("/extensions")
     for name in ("curve.js", "docs/RewardGuidance.md", "docs/RewardGuidance/zh.md", "docs/temperature.png"):
         assert elsewhere.fetch(f"{own}/{name}")
-    assert {"en", "zh"} <= {language for language, words in elsewhere.get("/i18n").items() if "RewardGuidance" in words.get("nodeDefs", {})}
+    assert {"en", "zh"} <= {
+        language for language, words in elsewhere.get("/i18n").items() if "RewardGuidance" in words.get("nodeDefs", {})
+    }
     workflows = {path.stem for path in (CHECKOUT / "workflows").glob("*.json")}
     assert set(elsewhere.get("/workflow_templates")[FOLDER]) == workflows
     for name in workflows:
         assert elsewhere.fetch(f"/api/workflow_templates/{FOLDER}/{name}.jpg").startswith(b"\xff\xd8")
-    blueprints = {entry["name"] for entry in elsewhere.get("/global_subgraphs").values() if entry["info"]["node_pack"] == f"custom_nodes.{FOLDER}"}
+    blueprints = {
+        entry["name"]
+        for entry in elsewhere.get("/global_subgraphs").values()
+        if entry["info"]["node_pack"] == f"custom_nodes.{FOLDER}"
+    }
     assert blueprints == {path.stem for path in (CHECKOUT / "subgraphs").glob("*.json")}

@@ -87,9 +87,15 @@ def test_a_candidate_is_the_same_alone_in_a_batch_and_in_a_stock_ksampler(flow, 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde"])
 @pytest.mark.parametrize("denoise", [0.0, 0.5])
 def test_candidates_of_image_to_image(sampler, denoise):
-    model, latent = model_of(CLOUD, True), {"samples": torch.full((1, 48, 1, 1), 0.7), "noise_mask": torch.ones(1, 1, 1, 1)}
+    model, latent = (
+        model_of(CLOUD, True),
+        {"samples": torch.full((1, 48, 1, 1), 0.7), "noise_mask": torch.ones(1, 1, 1, 1)},
+    )
     each = sampling(model, sampler, denoise=denoise)
-    expected = [stock(model, sampler, latent["samples"], seed, denoise=denoise, noise_mask=latent["noise_mask"]) for seed in (5, 6)]
+    expected = [
+        stock(model, sampler, latent["samples"], seed, denoise=denoise, noise_mask=latent["noise_mask"])
+        for seed in (5, 6)
+    ]
     assert (each(latent, [5, 6], ignore) - torch.cat(expected)).abs().max() < 1e-5
 
 
@@ -134,15 +140,38 @@ class Heard:
 def test_more_candidates_than_fit_are_sampled_in_several_turns(monkeypatch):
     """Eight by threes, of each of two latents."""
     model, latent, batches = model_of(CLOUD, True), {"samples": torch.zeros(2, 48, 1, 1)}, []
-    model.add_wrapper(WrappersMP.APPLY_MODEL, lambda executor, x, *rest, **options: batches.append(len(x)) or executor(x, *rest, **options))
+    model.add_wrapper(
+        WrappersMP.APPLY_MODEL,
+        lambda executor, x, *rest, **options: batches.append(len(x)) or executor(x, *rest, **options),
+    )
     leave_room_for(3, model, latent["samples"].shape, monkeypatch)
     monkeypatch.setattr(selection, "Reporter", Heard)
     monkeypatch.setattr(selection, "check_belongs", ignore)
     vae = SimpleNamespace(decode=lambda latents: latents[:, :3].movedim(1, -1) / 4 + 0.5)
     node = selection.BestOfN.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
-    settings = {"seed": 5, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0, "prompt": "", "stop_above": 100.0}
+    settings = {
+        "seed": 5,
+        "steps": 2,
+        "cfg": 1.0,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "denoise": 1.0,
+        "prompt": "",
+        "stop_above": 100.0,
+    }
     reward = LoadedReward(ImageStatistic("brightness"))
-    out = node.execute(model, positive=CONDITION, negative=CONDITION, latent_image=latent, vae=vae, reward=reward, n=8, keep=8, chunk=0, **settings)
+    out = node.execute(
+        model,
+        positive=CONDITION,
+        negative=CONDITION,
+        latent_image=latent,
+        vae=vae,
+        reward=reward,
+        n=8,
+        keep=8,
+        chunk=0,
+        **settings,
+    )
     assert [len(turn.seeds) for turn in out.ui["reward_guidance"]] == [3, 3, 2] * 2
     assert batches == [3, 3, 3, 3, 2, 2] * 2
     assert sorted(out.args[3]) == list(range(5, 5 + 16))
@@ -150,7 +179,13 @@ def test_more_candidates_than_fit_are_sampled_in_several_turns(monkeypatch):
 
 def test_rows_of_a_latent_stay_together():
     mask = torch.arange(2.0).view(2, 1, 1, 1)
-    latent = {"samples": torch.arange(4.0).view(4, 1, 1, 1), "noise_mask": mask, "batch_index": [4, 5, 6, 7], SEEDS: [1, 2, 3, 4], "type": "x"}
+    latent = {
+        "samples": torch.arange(4.0).view(4, 1, 1, 1),
+        "noise_mask": mask,
+        "batch_index": [4, 5, 6, 7],
+        SEEDS: [1, 2, 3, 4],
+        "type": "x",
+    }
     chosen = rows(latent, [3, 0])
     assert chosen["samples"].flatten().tolist() == [3, 0]
     assert chosen["noise_mask"].flatten().tolist() == [1, 0]
@@ -173,8 +208,14 @@ def test_rows_of_a_latent_stay_together():
 
 PICTURES, VIDEOS = (2, 3, 4, 4), (2, 4, 3, 2, 2)
 MASKS = [
-    *((PICTURES, mask) for mask in [(4, 4), (8, 8), (2, 4, 4), (1, 1, 4, 4), (2, 1, 4, 4), (2, 3, 4, 4), (3, 1, 2, 2), (2, 1, 2, 4, 4)]),
-    *((VIDEOS, mask) for mask in [(2, 2), (3, 2, 2), (3, 1, 2, 2), (9, 1, 4, 4), (2, 1, 2, 2), (2, 1, 3, 2, 2), (1, 1, 3, 1, 1)]),
+    *(
+        (PICTURES, mask)
+        for mask in [(4, 4), (8, 8), (2, 4, 4), (1, 1, 4, 4), (2, 1, 4, 4), (2, 3, 4, 4), (3, 1, 2, 2), (2, 1, 2, 4, 4)]
+    ),
+    *(
+        (VIDEOS, mask)
+        for mask in [(2, 2), (3, 2, 2), (3, 1, 2, 2), (9, 1, 4, 4), (2, 1, 2, 2), (2, 1, 3, 2, 2), (1, 1, 3, 1, 1)]
+    ),
     *((VIDEOS, mask) for mask in [(2, 4, 3, 4, 4), (3, 1, 3, 2, 2), (2, 1, 5, 2, 2)]),
 ]
 """Latents of 48 numbers, and the masks that a stock KSampler takes beside them."""
@@ -183,7 +224,10 @@ MASKS = [
 def masked(latents, mask):
     """A model of such latents, and a LATENT of them with such a soft mask."""
     model, draw = model_of(CLOUD, True), torch.Generator().manual_seed(3)
-    model.model.latent_format.latent_channels, model.model.latent_format.latent_dimensions = latents[1], len(latents) - 2
+    model.model.latent_format.latent_channels, model.model.latent_format.latent_dimensions = (
+        latents[1],
+        len(latents) - 2,
+    )
     return model, {"samples": torch.randn(latents, generator=draw), "noise_mask": torch.rand(mask, generator=draw)}
 
 
@@ -191,7 +235,9 @@ def together(model, latent, seeds, positive=CONDITION):
     """A whole batch by a stock KSampler, but that each sample begins with the noise of its own seed."""
     noise = torch.cat([comfy.sample.prepare_noise(latent["samples"][:1], seed) for seed in seeds])
     arguments = (STEPS, 1.0, "euler", "simple", positive, CONDITION, latent["samples"])
-    return comfy.sample.sample(model, noise, *arguments, seed=seeds[0], disable_pbar=True, noise_mask=latent["noise_mask"])
+    return comfy.sample.sample(
+        model, noise, *arguments, seed=seeds[0], disable_pbar=True, noise_mask=latent["noise_mask"]
+    )
 
 
 @pytest.mark.parametrize(("shape", "mask"), MASKS)
@@ -201,7 +247,12 @@ def test_every_sample_keeps_its_own_mask(shape, mask):
     alone = [own(one, [seed], ignore) for (own, one), seed in zip(run.each(fitted(model, latent)), [5, 6], strict=True)]
     assert (torch.cat(alone) - expected).abs().max() < 1e-5
     assert (torch.cat([run(rows(latent, [i]), [5 + i], ignore) for i in range(2)]) - expected).abs().max() < 1e-5
-    twins = torch.cat([own(one, [seed, seed], ignore)[1:] for (own, one), seed in zip(run.each(fitted(model, latent)), [5, 6], strict=True)])
+    twins = torch.cat(
+        [
+            own(one, [seed, seed], ignore)[1:]
+            for (own, one), seed in zip(run.each(fitted(model, latent)), [5, 6], strict=True)
+        ]
+    )
     assert (twins - expected).abs().max() < 1e-5, "sampled together with another seed"
 
 
@@ -254,7 +305,19 @@ def test_the_frames_of_one_video_are_not_sampled_one_by_one():
         sampling(model, "euler").each(latent)
 
 
-def particle_run(model, sampler, n, seed=0, groups=1, every=2, reward=ring_reward, threshold=0.5, temperature=1.0, report=ignore, steps=STEPS):
+def particle_run(
+    model,
+    sampler,
+    n,
+    seed=0,
+    groups=1,
+    every=2,
+    reward=ring_reward,
+    threshold=0.5,
+    temperature=1.0,
+    report=ignore,
+    steps=STEPS,
+):
     generator = torch.Generator().manual_seed(seed + 99)
     stock_sampler = comfy.samplers.sampler_object(sampler)
     population = Population(n, temperature, generator, threshold)
@@ -299,7 +362,9 @@ def test_particles_are_offered_the_samplers_that_can_be_cut():
 
 
 def test_the_shipped_workflow_names_samplers_that_particles_take():
-    advice = re.search("The sampler must add noise.*?[.]", (CHECKOUT / "workflows" / "particles_sd35.json").read_text())[0]
+    advice = re.search(
+        "The sampler must add noise.*?[.]", (CHECKOUT / "workflows" / "particles_sd35.json").read_text()
+    )[0]
     named = {word for word in re.findall(r"\w+", advice) if word in comfy.samplers.KSampler.SAMPLERS}
     assert named
     assert named <= set(SAMPLERS)
@@ -322,8 +387,13 @@ def test_looks_cost_no_model_call(every):
     particle_run(model, "euler_ancestral", n=4, every=every, report=looks.append)
     assert network.calls == STEPS
     assert [look.step for look in looks] == [*range(every, STEPS - 1, every), STEPS]
-    assert [look.sigma for look in looks] == [float(sampling(model, "euler_ancestral").sigmas()[look.step]) for look in looks]
-    assert all(1 <= look.survivors <= 4 and 1 <= look.series["ess"][0] <= 4 + 1e-9 and len(look.series["reward"]) == 4 for look in looks)
+    assert [look.sigma for look in looks] == [
+        float(sampling(model, "euler_ancestral").sigmas()[look.step]) for look in looks
+    ]
+    assert all(
+        1 <= look.survivors <= 4 and 1 <= look.series["ess"][0] <= 4 + 1e-9 and len(look.series["reward"]) == 4
+        for look in looks
+    )
 
 
 def test_more_particles_come_nearer_to_the_reward_weighted_ring():
@@ -376,7 +446,9 @@ def test_showing_the_model_a_few_at_a_time_changes_nothing(chunk):
     model = model_of(CLOUD, True)
     seen = []
     reward = lambda latents: latents.flatten(1).sum(1)  # noqa: E731
-    model.add_wrapper_with_key("apply_model", "spy", lambda executor, x, *args, **kw: seen.append(len(x)) or executor(x, *args, **kw))
+    model.add_wrapper_with_key(
+        "apply_model", "spy", lambda executor, x, *args, **kw: seen.append(len(x)) or executor(x, *args, **kw)
+    )
     whole = particle_run(model, "euler_ancestral", n=8, reward=reward)
     assert max(seen) == 8
     seen.clear()
@@ -389,7 +461,8 @@ def test_particles_of_a_guided_model():
     settings = Settings(smoothing=Smoothing(4, 1.0, 0), variance=1.15, cap=8.0, momentum=0.0, strength=0.3)
     guided = RewardGuidance(PlainReward(ring_reward), "shift", settings).attach(model_of(RING, True))
     both, only_particles, only_guidance = (
-        particle_run(model, "euler_ancestral", n, groups=256 // n) for model, n in ((guided, 4), (model_of(RING, True), 4), (guided, 1))
+        particle_run(model, "euler_ancestral", n, groups=256 // n)
+        for model, n in ((guided, 4), (model_of(RING, True), 4), (guided, 1))
     )
     assert ring_reward(both).mean() > ring_reward(only_particles).mean() + 0.05
     assert ring_reward(both).mean() > ring_reward(only_guidance).mean() + 0.05
@@ -401,7 +474,9 @@ def test_guidance_keeps_what_it_knows_of_a_particle_with_it(momentum, options):
     """Copies of one particle go on alike where no noise tells them apart."""
     settings = Settings(variance=1.15, cap=8.0, momentum=momentum, **options)
     model = RewardGuidance(PlainReward(ring_reward), "shift", settings).attach(model_of(RING, True))
-    copies = SimpleNamespace(size=8, generator=None, resample=lambda rewards, final: Resampled(torch.full((8,), 3), torch.ones(1)))
+    copies = SimpleNamespace(
+        size=8, generator=None, resample=lambda rewards, final: Resampled(torch.full((8,), 3), torch.ones(1))
+    )
 
     def euler(model, x, sigmas, extra_args, **_):
         for sigma, below in pairwise(sigmas):

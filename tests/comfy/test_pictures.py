@@ -160,7 +160,10 @@ def test_extra_folders_of_rewards_are_kept(monkeypatch, tmp_path):
 def test_captions_are_legible_at_any_size(size):
     height, width = size
     picture = torch.rand(1, height, width, 3)
-    lines = [Line("1 · a name that is far too long for a small picture, " * 3, "+0.31"), Line("brightness | 猫", "0.4512 (-0.43)")]
+    lines = [
+        Line("1 · a name that is far too long for a small picture, " * 3, "+0.31"),
+        Line("brightness | 猫", "0.4512 (-0.43)"),
+    ]
     (sheet,) = caption(picture, [lines])
     wide = max(width, 256)
     assert sheet.shape[1] == wide

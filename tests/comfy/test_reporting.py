@@ -22,13 +22,17 @@ HELD_OUT = {"held_out": statistic("contrast", "other")}
 
 def another(kind, **own):
     """A sampler that chooses among samples."""
-    return lambda **options: lambda graph, inputs: graph.add("sampler", kind, **inputs | own | with_reward(graph, options))
+    return lambda **options: (
+        lambda graph, inputs: graph.add("sampler", kind, **inputs | own | with_reward(graph, options))
+    )
 
 
 GUIDES = {
     "one box": lambda **options: one_box(decoder="latent_rgb", **options),
     "two nodes": lambda **options: two_nodes(decoder="latent_rgb", **options),
-    "particles": another("RewardGuidanceKSamplerParticles", decoder="latent_rgb", particles=3, every=1, sampler_name="euler_ancestral"),
+    "particles": another(
+        "RewardGuidanceKSamplerParticles", decoder="latent_rgb", particles=3, every=1, sampler_name="euler_ancestral"
+    ),
     "best of n": another("RewardGuidanceKSamplerBestOfN", n=3, vae=FAMILIES["sd3"].vae),
 }
 
@@ -94,8 +98,12 @@ def test_nothing_is_kept_of_a_prompt_without_a_workflow(bench):
 def told(monkeypatch):
     """Events of reporters in this process."""
     events = []
-    queue = SimpleNamespace(get_current_queue_volatile=lambda: ([(0, "prompt", {}, {"extra_pnginfo": {"workflow": {"id": "w"}}})], []))
-    server = SimpleNamespace(client_id=None, prompt_queue=queue, send_sync=lambda name, data, client: events.append(data))
+    queue = SimpleNamespace(
+        get_current_queue_volatile=lambda: ([(0, "prompt", {}, {"extra_pnginfo": {"workflow": {"id": "w"}}})], [])
+    )
+    server = SimpleNamespace(
+        client_id=None, prompt_queue=queue, send_sync=lambda name, data, client: events.append(data)
+    )
     monkeypatch.setattr(reporting, "PromptServer", SimpleNamespace(instance=server))
     monkeypatch.setattr(reporting, "_kept", reporting.OrderedDict())
     return events

@@ -34,7 +34,9 @@ def models(server):
     standins.save_transformers(own / "tiny_clip_folder")
     standins.save_image_reward(own / "ImageReward_tiny.safetensors")
     standins.save_aesthetic(own / "sac+logos+ava1-l14-linearMSE.pth", folder / "clip_vision" / "tiny_l14.safetensors")
-    standins.save_towers(folder / "clip_vision" / "tiny_vision_g.safetensors", folder / "text_encoders" / "tiny_g.safetensors")
+    standins.save_towers(
+        folder / "clip_vision" / "tiny_vision_g.safetensors", folder / "text_encoders" / "tiny_g.safetensors"
+    )
     return folder
 
 
@@ -52,7 +54,10 @@ FILES = (
 
 
 def pictures(graph, *colours, size=32):
-    images = [graph.add(f"image_{i}", "EmptyImage", width=size, height=size, batch_size=1, color=colour) for i, colour in enumerate(colours)]
+    images = [
+        graph.add(f"image_{i}", "EmptyImage", width=size, height=size, batch_size=1, color=colour)
+        for i, colour in enumerate(colours)
+    ]
     return graph.add("images", "ImageBatch", image1=images[0], image2=images[1]) if len(images) > 1 else images[0]
 
 
@@ -79,9 +84,13 @@ def test_every_kind_of_file_scores(bench, models, name, dtype):
     assert len(scores) == 2
     assert scores[0] != scores[1]
     if dtype == "auto" and not name.startswith(("sac", "clip_vision")):
-        batch = torch.stack([torch.zeros(3, 32, 32), torch.tensor([1.0, 0x40 / 255, 0x20 / 255]).view(3, 1, 1).expand(3, 32, 32)])
+        batch = torch.stack(
+            [torch.zeros(3, 32, 32), torch.tensor([1.0, 0x40 / 255, 0x20 / 255]).view(3, 1, 1).expand(3, 32, 32)]
+        )
         with torch.no_grad():
-            assert scores == pytest.approx(evaluate(load_reward(models / "reward_models" / name), batch, PROMPT).tolist(), abs=1e-3)
+            assert scores == pytest.approx(
+                evaluate(load_reward(models / "reward_models" / name), batch, PROMPT).tolist(), abs=1e-3
+            )
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -181,7 +190,10 @@ def test_pictures_that_are_saved_later_have_the_scores_too(bench):
 def test_chosen_pictures_have_their_own_scores_whatever_is_chosen(bench):
     graph = Graph()
     images = pictures(graph, 0x202020, 0xF0F0F0)
-    scores = [graph.add("score", "RewardGuidanceScoreImages", images=images, reward=statistic("brightness")(graph))[0], 0]
+    scores = [
+        graph.add("score", "RewardGuidanceScoreImages", images=images, reward=statistic("brightness")(graph))[0],
+        0,
+    ]
     for by in ({"scores": scores}, {"reward": ["reward", 0]}):
         for keep, name in ((2, "chosen"), (1, "chosen"), (1, "renamed")):
             graph.add("select", "RewardGuidanceSelectBest", images=["score", 3], keep=keep, prompt="", **by)
@@ -201,17 +213,27 @@ def test_chosen_pictures_have_their_own_scores_whatever_is_chosen(bench):
 HELP = environment.CHECKOUT / "nodes" / "web" / "docs"
 
 
-@pytest.mark.parametrize("page", [f"RewardGuidance{node}{end}.md" for node in ("ScoreImages", "SelectBest") for end in ("", "/zh")])
+@pytest.mark.parametrize(
+    "page", [f"RewardGuidance{node}{end}.md" for node in ("ScoreImages", "SelectBest") for end in ("", "/zh")]
+)
 def test_the_name_that_tells_a_pictures_own_scores_overwrites_nothing(bench, page):
     """With %batch_num% in a name, ComfyUI always counts from 1."""
     name = max(re.findall("`(%[^`]+)`", (HELP / page).read_text(encoding="utf-8")), key=len)
     graph, files = Graph(), []
-    graph.add("score", "RewardGuidanceScoreImages", images=pictures(graph, 0x202020, 0xF0F0F0), reward=statistic()(graph), prompt="")
+    graph.add(
+        "score",
+        "RewardGuidanceScoreImages",
+        images=pictures(graph, 0x202020, 0xF0F0F0),
+        reward=statistic()(graph),
+        prompt="",
+    )
     for run in range(2):
         time.sleep(1)  # the time is in the name
         graph.add("save", "SaveImage", images=["score", 3], filename_prefix=name)
         graph.add("reward", "RewardGuidanceImageStatistic", statistic=["brightness", "contrast"][run])
-        files += [file["filename"] for file in bench.run(graph.prompt, extra_pnginfo=WORKFLOW).outputs["save"]["images"]]
+        files += [
+            file["filename"] for file in bench.run(graph.prompt, extra_pnginfo=WORKFLOW).outputs["save"]["images"]
+        ]
     assert len(set(files)) == 4
     assert [file.split("_")[2] for file in files] == ["0", "1"] * 2
 
@@ -219,10 +241,15 @@ def test_the_name_that_tells_a_pictures_own_scores_overwrites_nothing(bench, pag
 def test_every_batch_of_a_list_has_its_own_scores_in_its_files(bench):
     graph, shades = Graph(), {"short": (0x404040,), "long": (0x202020, 0xF0F0F0)}
     for name, colours in shades.items():
-        each = [graph.add(f"{name}_{i}", "EmptyImage", width=32, height=32, batch_size=1, color=colour) for i, colour in enumerate(colours)]
+        each = [
+            graph.add(f"{name}_{i}", "EmptyImage", width=32, height=32, batch_size=1, color=colour)
+            for i, colour in enumerate(colours)
+        ]
         graph.add(name, "ImageBatch", image1=each[0], image2=each[-1])
     graph.add("list", "ProbeList", first=["short", 0], second=["long", 0])
-    graph.add("score", "RewardGuidanceScoreImages", images=["list", 0], reward=statistic("brightness")(graph), prompt="")
+    graph.add(
+        "score", "RewardGuidanceScoreImages", images=["list", 0], reward=statistic("brightness")(graph), prompt=""
+    )
     graph.add("save", "SaveImage", images=["score", 3], filename_prefix=f"list_{next(SEEDS)}")
     files = bench.run(graph.prompt, extra_pnginfo=WORKFLOW).outputs["save"]["images"]
     for file in files:
@@ -237,7 +264,9 @@ def test_a_prompt_from_a_program_has_no_place_for_scores_in_its_pictures(bench, 
 
 def test_annotated_pictures_are_the_pictures_with_a_caption(bench, models):
     result = bench.run(scored(combination, lambda graph: pictures(graph, 0x000000, 0xFF4020, size=300)))
-    plain, annotated = ([opened(bench, file) for file in result.outputs[node]["images"]] for node in ("save", "annotated"))
+    plain, annotated = (
+        [opened(bench, file) for file in result.outputs[node]["images"]] for node in ("save", "annotated")
+    )
     for before, after in zip(plain, annotated, strict=True):
         assert after.width == 300
         assert after.height > 340
@@ -258,7 +287,9 @@ def transparent(graph):
     return graph.add("transparent", "JoinImageWithAlpha", image=image, alpha=mask)
 
 
-@pytest.mark.parametrize("images", [transparent, lambda graph: pictures(graph, 0xFF0000, size=1)], ids=["transparent", "one pixel"])
+@pytest.mark.parametrize(
+    "images", [transparent, lambda graph: pictures(graph, 0xFF0000, size=1)], ids=["transparent", "one pixel"]
+)
 @pytest.mark.parametrize("name", FILES)
 def test_odd_pictures_are_scored(bench, models, name, images):
     assert len(numbers(bench.run(scored(loaded(name), images)), "raw")) == 1
@@ -266,8 +297,16 @@ def test_odd_pictures_are_scored(bench, models, name, images):
 
 MISSING = {
     "vocabulary": ("vocab.txt", "ImageReward_tiny.safetensors", "put vocab.txt of google-bert/bert-base-uncased"),
-    "text tower": ("../text_encoders/tiny_g.safetensors", "clip_vision/tiny_vision_g.safetensors", "is an image tower alone; put a text tower"),
-    "image tower": ("../clip_vision/tiny_l14.safetensors", FILES[3], "put model.safetensors of openai/clip-vit-large-patch14"),
+    "text tower": (
+        "../text_encoders/tiny_g.safetensors",
+        "clip_vision/tiny_vision_g.safetensors",
+        "is an image tower alone; put a text tower",
+    ),
+    "image tower": (
+        "../clip_vision/tiny_l14.safetensors",
+        FILES[3],
+        "put model.safetensors of openai/clip-vit-large-patch14",
+    ),
 }
 
 
@@ -360,7 +399,10 @@ REPLACED = {
 def shards(models):
     folder = models / "reward_models" / "tiny_shards"
     folder.mkdir(exist_ok=True)
-    tensors, (_, hints) = load_file(models / "reward_models" / FILES[0]), read_header(models / "reward_models" / FILES[0])
+    tensors, (_, hints) = (
+        load_file(models / "reward_models" / FILES[0]),
+        read_header(models / "reward_models" / FILES[0]),
+    )
     for i, name in enumerate(SHARDS):
         save_file({key: tensors[key] for key in sorted(tensors)[i::2]}, models / "reward_models" / name, hints)
 
@@ -369,7 +411,10 @@ def otherwise(file, in_place):
     """The same names, shapes, size and time; other numbers."""
     before, (_, hints) = file.stat(), read_header(file)
     torch.manual_seed(1)
-    other = {key: tensor + 0.1 * torch.randn_like(tensor) if tensor.is_floating_point() else tensor for key, tensor in load_file(file).items()}
+    other = {
+        key: tensor + 0.1 * torch.randn_like(tensor) if tensor.is_floating_point() else tensor
+        for key, tensor in load_file(file).items()
+    }
     save_file(other, file.with_suffix(".new"), hints)
     if in_place:
         file.write_bytes(file.with_suffix(".new").read_bytes())
@@ -398,7 +443,9 @@ def test_a_name_from_another_node_is_remembered(bench, models):
     graph = Graph()
     graph.add("name", "ProbeName", name=FILES[0])
     graph.add("loaded", "RewardGuidanceLoadReward", reward_name=["name", 0])
-    graph.add("score", "RewardGuidanceScoreImages", images=pictures(graph, 0x000000), reward=["loaded", 0], prompt=PROMPT)
+    graph.add(
+        "score", "RewardGuidanceScoreImages", images=pictures(graph, 0x000000), reward=["loaded", 0], prompt=PROMPT
+    )
     assert "loaded" in bench.run(graph.prompt).node_seconds
     assert set(bench.run(graph.prompt).node_seconds) == set()
 
@@ -416,11 +463,15 @@ def test_a_reward_of_another_pack_scores(bench):
 
 def test_a_reward_of_another_pack_guides_and_combines(bench):
     def combined(graph):
-        return graph.add("combined", "RewardGuidanceCombineRewards", reward_1=redness(graph), reward_2=statistic("contrast")(graph))
+        return graph.add(
+            "combined", "RewardGuidanceCombineRewards", reward_1=redness(graph), reward_2=statistic("contrast")(graph)
+        )
 
     def sample(reward, **options):
         result = bench.run(latents("flux", one_box(decoder="latent_rgb", reward=reward, **options), steps=6, seed=9))
-        return bench.latent(result), [mean_reward(step) for step in result.outputs["sampler"].get("reward_guidance", [])]
+        return bench.latent(result), [
+            mean_reward(step) for step in result.outputs["sampler"].get("reward_guidance", [])
+        ]
 
     plain, _ = sample(redness, strength=0.0)
     for reward in (redness, combined):

@@ -41,7 +41,9 @@ def flow_model():
 
 
 def guidance(function=ring_reward, estimator="shift", start=0.0, end=1.0, report=lambda step: None, **settings):
-    settings = Settings(**{"smoothing": Smoothing(4, 1.0, 0), "variance": 1.15, "cap": 8.0, "momentum": 0.0, **settings})
+    settings = Settings(
+        **{"smoothing": Smoothing(4, 1.0, 0), "variance": 1.15, "cap": 8.0, "momentum": 0.0, **settings}
+    )
     return RewardGuidance(PlainReward(function), estimator, settings, start, end, report)
 
 
@@ -50,7 +52,18 @@ def sample(model, sampler="euler", scheduler="simple", steps=8, count=64, seed=3
     noise = comfy.sample.prepare_noise(latent, seed)
     with torch.inference_mode():
         return comfy.sample.sample(
-            model, noise, steps, cfg, sampler, scheduler, CONDITION, CONDITION, latent, seed=seed, disable_pbar=True, **options
+            model,
+            noise,
+            steps,
+            cfg,
+            sampler,
+            scheduler,
+            CONDITION,
+            CONDITION,
+            latent,
+            seed=seed,
+            disable_pbar=True,
+            **options,
         ).clone()
 
 
@@ -69,7 +82,9 @@ def test_every_scheduler_follows_the_reward(scheduler):
     assert ring_reward(guided).mean() > ring_reward(plain).mean() + 0.5
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "euler_ancestral", "dpm_2", "dpmpp_sde", "res_multistep"])
+@pytest.mark.parametrize(
+    "sampler", ["euler", "heun", "dpmpp_2m", "euler_ancestral", "dpm_2", "dpmpp_sde", "res_multistep"]
+)
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_no_additional_model_call(sampler, cfg):
     model = flow_model()
@@ -119,7 +134,9 @@ def test_guidance_acts_only_inside_its_interval():
 @pytest.mark.parametrize("estimator", ["shift", "jacobian"])
 def test_where_nothing_is_guided_it_says_so(caplog, estimator, sampling, options, warned):
     model = flow_model()
-    same = torch.equal(sample(model, **sampling), sample(guidance(estimator=estimator, **options).attach(model), **sampling))
+    same = torch.equal(
+        sample(model, **sampling), sample(guidance(estimator=estimator, **options).attach(model), **sampling)
+    )
     assert same == warned
     assert ("Reward guidance changed nothing" in caplog.text) == warned
 
@@ -165,7 +182,11 @@ class Slow(Reward):
 
 
 def test_interrupt_stops_inside_the_reward_loop():
-    decoder = SimpleNamespace(pixels=lambda latents: latents[:, :1].expand(-1, 3, -1, -1), modules=(), activation_bytes=lambda height, width: 0)
+    decoder = SimpleNamespace(
+        pixels=lambda latents: latents[:, :1].expand(-1, 3, -1, -1),
+        modules=(),
+        activation_bytes=lambda height, width: 0,
+    )
     reward = LatentReward(LoadedReward(Slow()), decoder, "")
     calls = []
     model = RewardGuidance(reward, "shift", Settings(smoothing=Smoothing(4)), report=calls.append).attach(flow_model())
@@ -218,7 +239,11 @@ def test_steps_are_counted_once_however_often_the_model_is_called(sampler):
 @pytest.mark.parametrize("flow", [True, False], ids=["flow", "diffusion"])
 def test_every_step_has_its_number(sampler, flow):
     seen = []
-    sample(guidance(report=seen.append).attach(analytic_model(RING, Flow() if flow else Diffusion(), flow, 3.0)), sampler, steps=5)
+    sample(
+        guidance(report=seen.append).attach(analytic_model(RING, Flow() if flow else Diffusion(), flow, 3.0)),
+        sampler,
+        steps=5,
+    )
     assert [step.step for step in seen] == [1, 2, 3, 4, 5]
 
 
@@ -250,7 +275,9 @@ def test_restarts_do_not_break_the_lagged_gradient():
     with torch.inference_mode():
         noise = comfy.sample.prepare_noise(latent, 0)
         restarted, plain = (
-            comfy.sample.sample_custom(candidate, noise, 1.0, restart_sampler(), sigmas, CONDITION, CONDITION, latent, disable_pbar=True)
+            comfy.sample.sample_custom(
+                candidate, noise, 1.0, restart_sampler(), sigmas, CONDITION, CONDITION, latent, disable_pbar=True
+            )
             for candidate in (model, flow_model())
         )
     assert ring_reward(restarted).mean() > ring_reward(plain).mean() + 0.5
@@ -283,7 +310,10 @@ def test_estimators_agree_with_the_library_outside_comfyui(estimator):
     model = guidance(estimator=estimator).attach(flow_model())
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 8).tolist()
     one = ESTIMATORS[estimator](
-        Flow(), ring_reward, Settings(smoothing=Smoothing(4, 1.0, 0), variance=1.15, cap=8.0, momentum=0.0), generator(3)
+        Flow(),
+        ring_reward,
+        Settings(smoothing=Smoothing(4, 1.0, 0), variance=1.15, cap=8.0, momentum=0.0),
+        generator(3),
     )
     x = comfy.sample.prepare_noise(torch.zeros(64, 2, 1, 1), 3)
     for sigma, following in zip(sigmas, sigmas[1:], strict=False):
@@ -312,14 +342,26 @@ def test_a_video_that_is_made_block_by_block():
     assert (rise > 1e-3).all(), "every frame follows the reward"
 
 
-@pytest.mark.parametrize(("estimator", "why"), [("shift_two_pass", "calls the model 2 times"), ("jacobian", "backpropagates")])
+@pytest.mark.parametrize(
+    ("estimator", "why"), [("shift_two_pass", "calls the model 2 times"), ("jacobian", "backpropagates")]
+)
 def test_a_model_that_remembers_its_calls_is_called_once(estimator, why):
     model, latent, condition = CAUSAL_WAN.build(), CAUSAL_WAN.empty(), CAUSAL_WAN.conditioning()
     guided = guidance(lambda latents: latents.flatten(1).mean(1), estimator, smoothing=Smoothing(0)).attach(model)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
     with pytest.raises(GuidanceError, match=f"{why}.*choose the estimator shift"), torch.inference_mode():
         noise = comfy.sample.prepare_noise(latent, 1)
-        comfy.sample.sample_custom(guided, noise, 1.0, comfy.samplers.ksampler("ar_video"), sigmas, condition, condition, latent, disable_pbar=True)
+        comfy.sample.sample_custom(
+            guided,
+            noise,
+            1.0,
+            comfy.samplers.ksampler("ar_video"),
+            sigmas,
+            condition,
+            condition,
+            latent,
+            disable_pbar=True,
+        )
 
 
 def growing_sampler():
@@ -340,12 +382,16 @@ def test_a_picture_that_grows_on_the_way(estimator):
     """The state of the small picture is of no use to the large one."""
     model = analytic_model(Mixture.random(4, 1, torch.Generator().manual_seed(0)), Flow(), True, 3.0)
     model.model.diffusion_model.answer = lambda x, sigma: x
-    guided = guidance(lambda latents: latents.flatten(1).mean(1), estimator, smoothing=Smoothing(2, 1.0, 0), target=1.0).attach(model)
+    guided = guidance(
+        lambda latents: latents.flatten(1).mean(1), estimator, smoothing=Smoothing(2, 1.0, 0), target=1.0
+    ).attach(model)
     latent = torch.zeros(2, 1, 1, 20)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 6)
     with torch.inference_mode():
         noise = comfy.sample.prepare_noise(latent, 0)
-        made = comfy.sample.sample_custom(guided, noise, 1.0, growing_sampler(), sigmas, CONDITION, CONDITION, latent, disable_pbar=True)
+        made = comfy.sample.sample_custom(
+            guided, noise, 1.0, growing_sampler(), sigmas, CONDITION, CONDITION, latent, disable_pbar=True
+        )
     assert made.shape == (2, 1, 1, 40) and made.isfinite().all()
 
 
@@ -366,7 +412,9 @@ class PictureToPicture(comfy.model_sampling.CONST):
 PictureToPicture.__name__ = "IMG_TO_IMG_VELOCITY"
 
 
-@pytest.mark.parametrize("kind", [comfy.model_sampling.IMG_TO_IMG, comfy.model_sampling.IMG_TO_IMG_FLOW, PictureToPicture])
+@pytest.mark.parametrize(
+    "kind", [comfy.model_sampling.IMG_TO_IMG, comfy.model_sampling.IMG_TO_IMG_FLOW, PictureToPicture]
+)
 def test_models_that_map_picture_to_picture_are_refused_at_once(kind):
     model = flow_model()
     model.add_object_patch("model_sampling", type("Sampling", (kind,), {})())
@@ -401,7 +449,9 @@ def test_a_lora_is_trained_on_the_model_without_its_guidance(caplog, estimator):
         model = family.build()
         model.cached_patcher_init = (lambda disable_dynamic=False: family.build(), ())
         if guided:
-            model = guidance(lambda latents: latents.flatten(1).mean(1), estimator, smoothing=Smoothing(0), strength=9.0).attach(model)
+            model = guidance(
+                lambda latents: latents.flatten(1).mean(1), estimator, smoothing=Smoothing(0), strength=9.0
+            ).attach(model)
         with torch.inference_mode():
             latents = [{"samples": torch.randn(family.shape, generator=torch.Generator().manual_seed(5))}]
             settings = {
@@ -411,7 +461,9 @@ def test_a_lora_is_trained_on_the_model_without_its_guidance(caplog, estimator):
                 "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False,
             }  # fmt: skip
             torch.manual_seed(0)
-            out = TrainLoraNode.execute([model], latents, [family.conditioning()], **{name: [value] for name, value in settings.items()})
+            out = TrainLoraNode.execute(
+                [model], latents, [family.conditioning()], **{name: [value] for name, value in settings.items()}
+            )
         losses.append(out.result[1]["loss"])
         assert ("guidance is off" in caplog.text) == guided
     assert losses[0] == losses[1]

@@ -9,7 +9,18 @@ from reward_guidance.tests.comfy.test_schema import WIDGETS, inputs_of
 
 SAVED = json.loads(Path(__file__).with_name("saved_prompts.json").read_text(encoding="utf-8"))
 """Name -> prompt: together every node of the pack, with all inputs that it had when the prompt was saved, in the order of the page."""
-SAMPLER = ["model", "seed", "steps", "cfg", "sampler_name", "scheduler", "positive", "negative", "latent_image", "denoise"]
+SAMPLER = [
+    "model",
+    "seed",
+    "steps",
+    "cfg",
+    "sampler_name",
+    "scheduler",
+    "positive",
+    "negative",
+    "latent_image",
+    "denoise",
+]
 NECESSARY = {
     "RewardGuidance": ["model"],
     "RewardGuidanceApplyNetwork": ["model", "network"],
@@ -59,7 +70,10 @@ def minimal(prompt):
         kept = [*NECESSARY[kind], *SET.get(kind, []), "prompt"]
         return {name: value for name, value in given.items() if name in kept or isinstance(value, list)}
 
-    ours = {node: content | {"inputs": inputs(content["class_type"], content["inputs"])} for node, content in of_the_pack(prompt).items()}
+    ours = {
+        node: content | {"inputs": inputs(content["class_type"], content["inputs"])}
+        for node, content in of_the_pack(prompt).items()
+    }
     return prompt | ours
 
 
@@ -69,7 +83,9 @@ def test_every_node_has_a_saved_prompt(nodes):
 
 
 def test_nothing_else_becomes_necessary(nodes):
-    assert {name: sorted(info["input"]["required"]) for name, info in nodes.items()} == {name: sorted(kept) for name, kept in NECESSARY.items()}
+    assert {name: sorted(info["input"]["required"]) for name, info in nodes.items()} == {
+        name: sorted(kept) for name, kept in NECESSARY.items()
+    }
 
 
 def test_widgets_keep_their_order(nodes):

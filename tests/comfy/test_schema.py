@@ -19,7 +19,11 @@ COMFYUIS_OWN = {"sampler_name", "scheduler", "reward_name", "image_tower", "text
 
 
 def inputs_of(info):
-    return [(name, *spec, group == "optional") for group in ("required", "optional") for name, spec in info["input"].get(group, {}).items()]
+    return [
+        (name, *spec, group == "optional")
+        for group in ("required", "optional")
+        for name, spec in info["input"].get(group, {}).items()
+    ]
 
 
 def schema(info):
@@ -48,7 +52,11 @@ def test_nodes_are_what_saved_workflows_know(nodes):
 
 def test_no_node_is_a_wall_of_knobs(nodes):
     for info in nodes.values():
-        widgets = [(name, options) for name, kind, options, _ in inputs_of(info) if kind in WIDGETS and not options.get("forceInput")]
+        widgets = [
+            (name, options)
+            for name, kind, options, _ in inputs_of(info)
+            if kind in WIDGETS and not options.get("forceInput")
+        ]
         shown = [name for name, options in widgets if not options.get("advanced")]
         assert len(shown) <= MOST_WIDGETS, f"{info['display_name']} shows {', '.join(shown)}"
 

@@ -27,7 +27,10 @@ def distance(one, other):
 
 def best_of(family="flux", **options):
     return lambda graph, inputs: graph.add(
-        "sampler", "RewardGuidanceKSamplerBestOfN", **inputs, **with_reward(graph, {"vae": FAMILIES[family].vae} | options)
+        "sampler",
+        "RewardGuidanceKSamplerBestOfN",
+        **inputs,
+        **with_reward(graph, {"vae": FAMILIES[family].vae} | options),
     )
 
 
@@ -63,7 +66,9 @@ def chosen(bench, family="flux", guide=None, **options):
 
 def is_reproduced_alone(bench, family, guide, sampler="euler", steps=2, **options):
     result, kept = chosen(bench, family, guide, seed=next(SEEDS), sampler_name=sampler, steps=steps, **options)
-    alone = [bench.sample(family, stock, seed=seed, sampler_name=sampler, steps=steps) for seed in numbers(result, "seeds")]
+    alone = [
+        bench.sample(family, stock, seed=seed, sampler_name=sampler, steps=steps) for seed in numbers(result, "seeds")
+    ]
     assert len(kept) == len(alone) > 0
     return distance(kept, torch.cat(alone))
 
@@ -73,7 +78,9 @@ def test_every_candidate_is_made_again_by_a_stock_ksampler(bench, family):
     assert is_reproduced_alone(bench, family, best_of(family, n=3, keep=3), "euler_ancestral") == 0
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde", "dpmpp_sde", "lcm", "uni_pc", "res_multistep_ancestral", "dpm_adaptive"])
+@pytest.mark.parametrize(
+    "sampler", ["euler", "dpmpp_2m_sde", "dpmpp_sde", "lcm", "uni_pc", "res_multistep_ancestral", "dpm_adaptive"]
+)
 def test_every_sampler_makes_candidates_again(bench, sampler):
     assert is_reproduced_alone(bench, "flux", best_of(n=2, keep=2), sampler, steps=3) == 0
 
@@ -106,14 +113,19 @@ def test_scores_and_pictures_are_those_of_the_stock_decoder(bench):
     prompt = showing(latents("flux", best_of(n=3, keep=3), seed=next(SEEDS)))
     prompt["decoded"] = {"class_type": "VAEDecode", "inputs": {"samples": ["sampler", 0], "vae": FLUX_VAE}}
     for node, images in {"again": ["decoded", 0], "given": ["sampler", 1]}.items():
-        prompt[node] = {"class_type": "RewardGuidanceScoreImages", "inputs": {"images": images, "reward": ["reward", 0]}}
+        prompt[node] = {
+            "class_type": "RewardGuidanceScoreImages",
+            "inputs": {"images": images, "reward": ["reward", 0]},
+        }
         prompt[f"{node}_scores"] = {"class_type": "PreviewAny", "inputs": {"source": [node, 1]}}
     result = bench.run(prompt)
     assert numbers(result, "scores", "again") == pytest.approx(numbers(result, "scores"), abs=1e-4)
     assert numbers(result, "scores", "given") == pytest.approx(numbers(result, "scores"), abs=1e-4)
 
 
-@pytest.mark.parametrize(("guide", "sampler"), [(best_of, "euler"), (best_of, "dpmpp_2m_sde"), (particles, "euler_ancestral")])
+@pytest.mark.parametrize(
+    ("guide", "sampler"), [(best_of, "euler"), (best_of, "dpmpp_2m_sde"), (particles, "euler_ancestral")]
+)
 @pytest.mark.parametrize("family", ["sd15", "flux", "wan"])
 def test_one_candidate_is_the_stock_ksamplers(bench, family, guide, sampler):
     options = {"family": family, "n": 1} if guide is best_of else {"particles": 1}
@@ -124,7 +136,12 @@ def test_one_candidate_is_the_stock_ksamplers(bench, family, guide, sampler):
 
 def test_one_particle_by_a_sampler_without_noise(bench):
     def by_euler(graph, inputs):
-        return graph.add("sampler", "RewardGuidanceKSamplerParticles", **inputs, **with_reward(graph, {"particles": 1, "decoder": "latent_rgb"}))
+        return graph.add(
+            "sampler",
+            "RewardGuidanceKSamplerParticles",
+            **inputs,
+            **with_reward(graph, {"particles": 1, "decoder": "latent_rgb"}),
+        )
 
     seed = next(SEEDS)
     assert distance(bench.sample("flux", by_euler, seed=seed), bench.sample("flux", stock, seed=seed)) == 0
@@ -175,7 +192,9 @@ def test_interrupt_leaves_a_clean_state(bench, guide):
 
 def guided(guide):
     """A way of sampling, on a model that Reward Guidance has patched."""
-    return lambda graph, inputs: guide(graph, inputs | {"model": guided_model(graph, inputs["model"], decoder="latent_rgb", strength=2.0)})
+    return lambda graph, inputs: guide(
+        graph, inputs | {"model": guided_model(graph, inputs["model"], decoder="latent_rgb", strength=2.0)}
+    )
 
 
 def test_best_of_two_of_a_guided_model(bench):
@@ -197,7 +216,11 @@ def masked(guide):
         left = graph.add("left", "SolidMask", width=32, height=64, value=1.0)
         ground = graph.add("ground", "SolidMask", width=64, height=64, value=0.0)
         mask = graph.add("mask", "MaskComposite", destination=ground, source=left, x=0, y=0, operation="add")
-        return guide(graph, inputs | {"latent_image": graph.add("masked", "SetLatentNoiseMask", samples=cut, mask=mask), "denoise": 0.5})
+        return guide(
+            graph,
+            inputs
+            | {"latent_image": graph.add("masked", "SetLatentNoiseMask", samples=cut, mask=mask), "denoise": 0.5},
+        )
 
     return build
 
@@ -219,8 +242,13 @@ def test_masks_and_batch_indices_stay_with_their_latents(bench):
 
 
 def test_particles_keep_what_the_mask_keeps(bench):
-    prompt = latents("flux", masked(particles(particles=3, every=1, temperature=0.02, keep=3)), batch=3, seed=next(SEEDS), steps=4)
-    prompt["cut_saved"] = {"class_type": "SaveLatent", "inputs": {"samples": ["cut", 0], "filename_prefix": "latents/cut"}}
+    prompt = latents(
+        "flux", masked(particles(particles=3, every=1, temperature=0.02, keep=3)), batch=3, seed=next(SEEDS), steps=4
+    )
+    prompt["cut_saved"] = {
+        "class_type": "SaveLatent",
+        "inputs": {"samples": ["cut", 0], "filename_prefix": "latents/cut"},
+    }
     result = bench.run(prompt)
     made, begun = bench.latent(result), bench.latent(result, "cut_saved").repeat_interleave(3, 0)
     assert made.shape == begun.shape
@@ -250,7 +278,8 @@ def test_one_candidate_keeps_what_a_stock_ksampler_keeps(bench, family, shape, g
     options = {"family": family, "n": 1} if guide is best_of else {"particles": 1}
     seed = next(SEEDS)
     made, expected = (
-        bench.sample(family, with_mask(way, shape), seed=seed, sampler_name="euler_ancestral", steps=3) for way in (guide(**options), stock)
+        bench.sample(family, with_mask(way, shape), seed=seed, sampler_name="euler_ancestral", steps=3)
+        for way in (guide(**options), stock)
     )
     assert distance(made, expected) == 0
 
@@ -262,7 +291,14 @@ def test_conditionings_of_a_batch_stay_with_their_latents(bench):
         def build(graph, inputs):
             control = graph.add("control", "ControlNetLoader", control_net_name="control_v11p_sd15_canny.pth")
             conditions = {name: inputs[name] for name in ("positive", "negative")}
-            graph.add("controlled", "ControlNetApplyAdvanced", control_net=control, image=pictures(graph, colours), strength=1.0, **conditions)
+            graph.add(
+                "controlled",
+                "ControlNetApplyAdvanced",
+                control_net=control,
+                image=pictures(graph, colours),
+                strength=1.0,
+                **conditions,
+            )
             return guide(graph, inputs | {"positive": ["controlled", 0], "negative": ["controlled", 1]})
 
         return build
@@ -272,7 +308,10 @@ def test_conditionings_of_a_batch_stay_with_their_latents(bench):
         guide = best_of("sd15", n=2, keep=2, chunk=chunk)
         result, kept = chosen(bench, "sd15", controlled(guide, red, blue), seed=seed, batch=2)
         hints = [red, red, blue, blue]
-        alone = [bench.sample("sd15", controlled(stock, hint), seed=own) for hint, own in zip(hints, numbers(result, "seeds"), strict=True)]
+        alone = [
+            bench.sample("sd15", controlled(stock, hint), seed=own)
+            for hint, own in zip(hints, numbers(result, "seeds"), strict=True)
+        ]
         assert distance(kept, torch.cat(alone)) < (1e-3 if chunk > 1 else 1e-6)
     assert distance(alone[0], bench.sample("sd15", controlled(stock, blue), seed=numbers(result, "seeds")[0])) > 1e-2
 
@@ -295,7 +334,10 @@ def test_particles_report_every_look(bench, family, decoder):
     shown = result.outputs["sampler"]["reward_guidance"]
     assert result.of("reward_guidance.step") == shown
     assert [(look["step"], look["steps"]) for look in shown] == [(1, 4), (2, 4), (4, 4)]
-    assert all(len(look["series"]["reward"]) == 3 and 1 <= look["series"]["ess"][0] <= 3.001 and 1 <= look["survivors"] <= 3 for look in shown)
+    assert all(
+        len(look["series"]["reward"]) == 3 and 1 <= look["series"]["ess"][0] <= 3.001 and 1 <= look["survivors"] <= 3
+        for look in shown
+    )
     assert {look["decoder"] for look in shown} == {decoder}
     assert result.model_calls == 4
     (report,) = result.outputs["sampler_report"]["text"]
@@ -343,9 +385,14 @@ def test_a_long_prompt_is_said_to_be_cut(bench, clip_reward, guide):
 
     def report(prompt):
         by = guide(reward=clip_reward, held_out=clip_reward, prompt=prompt)
-        return bench.run(showing(latents("flux", by, seed=next(SEEDS)))).outputs["sampler_report"]["text"][0].splitlines()
+        return (
+            bench.run(showing(latents("flux", by, seed=next(SEEDS)))).outputs["sampler_report"]["text"][0].splitlines()
+        )
 
-    short, long = report("a red circle"), report("a large red circle on a blue ground, masterpiece, best quality, and the end")
+    short, long = (
+        report("a red circle"),
+        report("a large red circle on a blue ground, masterpiece, best quality, and the end"),
+    )
     assert len(long) == len(short) + 1
     assert long[-1].startswith("tiny_clip reads only the beginning of the prompt; it does not see: ")
     assert long[-1].endswith("and the end")
@@ -356,7 +403,10 @@ def test_a_long_prompt_is_said_to_be_cut(bench, clip_reward, guide):
 
 def pictures(graph, colours=(0x000000, 0xFFFFFF, 0x808080)):
     """Black, white and grey; white is the brightest."""
-    links = [graph.add(f"image_{i}", "EmptyImage", width=32, height=32, batch_size=1, color=colour) for i, colour in enumerate(colours)]
+    links = [
+        graph.add(f"image_{i}", "EmptyImage", width=32, height=32, batch_size=1, color=colour)
+        for i, colour in enumerate(colours)
+    ]
     batch = links[0]
     for i, link in enumerate(links[1:]):
         batch = graph.add(f"batch_{i}", "ImageBatch", image1=batch, image2=link)
@@ -399,13 +449,19 @@ def test_pictures_are_chosen_by_scores_that_are_given(bench):
     def build(graph):
         images = pictures(graph)
         dark = statistic("brightness", "dark", lower=True)(graph)
-        return {"images": images, "scores": [graph.add("score", "RewardGuidanceScoreImages", images=images, reward=dark)[0], 1], "keep": 2}
+        return {
+            "images": images,
+            "scores": [graph.add("score", "RewardGuidanceScoreImages", images=images, reward=dark)[0], 1],
+            "keep": 2,
+        }
 
     assert numbers(bench.run(selecting(build)), "indices", "select") == [0, 2]
 
 
 def test_one_picture_is_the_best(bench):
-    result = bench.run(selecting(lambda graph: {"images": pictures(graph, [0x404040]), "reward": statistic()(graph), "keep": 4}))
+    result = bench.run(
+        selecting(lambda graph: {"images": pictures(graph, [0x404040]), "reward": statistic()(graph), "keep": 4})
+    )
     assert numbers(result, "indices", "select") == [0]
 
 
@@ -414,10 +470,16 @@ def test_latents_are_chosen_with_their_seeds(bench, connected):
     """Best of 4 by brightness, then the darkest two of them: by the pictures, or through the VAE."""
     prompt = showing(latents("flux", best_of(n=4, keep=4), seed=next(SEEDS)))
     links = {"images": ["sampler", 1], "latents": ["sampler", 0]}
-    prompt["dark"] = {"class_type": "RewardGuidanceImageStatistic", "inputs": {"statistic": "brightness", "lower": True}}
+    prompt["dark"] = {
+        "class_type": "RewardGuidanceImageStatistic",
+        "inputs": {"statistic": "brightness", "lower": True},
+    }
     inputs = {name: links[name] for name in connected} | {"reward": ["dark", 0], "vae": FLUX_VAE, "keep": 2}
     prompt["select"] = {"class_type": "RewardGuidanceSelectBest", "inputs": inputs}
-    prompt["kept"] = {"class_type": "SaveLatent", "inputs": {"samples": ["select", 1], "filename_prefix": "latents/kept"}}
+    prompt["kept"] = {
+        "class_type": "SaveLatent",
+        "inputs": {"samples": ["select", 1], "filename_prefix": "latents/kept"},
+    }
     result = bench.run(showing(prompt, "select"))
     assert numbers(result, "indices", "select") == [3, 2]
     assert numbers(result, "seeds", "select") == numbers(result, "seeds")[:1:-1]
@@ -445,7 +507,9 @@ def test_videos_are_chosen_whole(bench):
     for name, link in (("all", ["decoded", 0]), ("shown", ["select", 0]), ("again", ["expected", 0])):
         prompt[name] = {"class_type": "SaveImage", "inputs": {"images": link, "filename_prefix": "test"}}
     result = bench.run(showing(prompt, "select"))
-    every, shown, again = ([np.asarray(image, float) for image in bench.client.images(result, name)] for name in ("all", "shown", "again"))
+    every, shown, again = (
+        [np.asarray(image, float) for image in bench.client.images(result, name)] for name in ("all", "shown", "again")
+    )
     means = (np.array(every) @ BT601).reshape(3, -1).mean(1)
     assert numbers(result, "indices", "select") == np.argsort(-means)[:2].tolist()
     assert len(shown) == len(every) * 2 // 3
@@ -493,8 +557,13 @@ def test_numbers_of_particles_that_make_no_sense(refused, name):
 
 
 def test_nothing_to_keep(refused):
-    refused(selecting(lambda graph: {"images": pictures(graph), "reward": statistic()(graph), "keep": 0}), "smaller than min")
-    linked = selecting(lambda graph: {"images": pictures(graph), "reward": statistic()(graph), "keep": number(0)(graph)})
+    refused(
+        selecting(lambda graph: {"images": pictures(graph), "reward": statistic()(graph), "keep": 0}),
+        "smaller than min",
+    )
+    linked = selecting(
+        lambda graph: {"images": pictures(graph), "reward": statistic()(graph), "keep": number(0)(graph)}
+    )
     refused(linked, "keep must be a whole number from 1 ")
 
 
@@ -556,8 +625,14 @@ def test_pictures_that_are_not_alike(refused):
     def larger(graph):
         return graph.add("larger", "EmptyImage", width=64, height=32, batch_size=1, color=0)
 
-    for other, found in ((transparent, "32 x 32 with 3 channels, 32 x 32 with 4 channels"), (larger, "32 x 32 with 3 channels, 64 x 32 with 3")):
-        refused(selecting(lambda graph, other=other: build(graph, other)), f"different sizes or channels cannot be chosen among: {found}")
+    for other, found in (
+        (transparent, "32 x 32 with 3 channels, 32 x 32 with 4 channels"),
+        (larger, "32 x 32 with 3 channels, 64 x 32 with 3"),
+    ):
+        refused(
+            selecting(lambda graph, other=other: build(graph, other)),
+            f"different sizes or channels cannot be chosen among: {found}",
+        )
 
 
 @pytest.mark.parametrize("guide", [best_of, particles])
@@ -581,13 +656,20 @@ def empty(graph):
 def test_an_empty_batch(refused):
     refused(selecting(lambda graph: {"images": empty(graph), "reward": statistic()(graph)}), "the batch is empty")
     for guide in (best_of, particles):
-        refused(flux(lambda graph, inputs, guide=guide: guide()(graph, inputs | {"latent_image": [empty(graph)[0], 1]})), "the batch is empty")
+        refused(
+            flux(lambda graph, inputs, guide=guide: guide()(graph, inputs | {"latent_image": [empty(graph)[0], 1]})),
+            "the batch is empty",
+        )
 
 
 def test_counts_that_do_not_match(refused):
     def build(graph, latents=4, scores="1, 2, 3"):
         graph.add("latent", "EmptyLatentImage", width=64, height=64, batch_size=latents)
-        return {"images": pictures(graph), "latents": ["latent", 0], "scores": graph.add("given", "ProbeNumbers", numbers=scores)}
+        return {
+            "images": pictures(graph),
+            "latents": ["latent", 0],
+            "scores": graph.add("given", "ProbeNumbers", numbers=scores),
+        }
 
     refused(selecting(build), "Select Best got 3 scores, 3 pictures, 4 latents; it needs one of each")
     refused(selecting(lambda graph: build(graph, 3, "1, 2")), "Select Best got 2 scores, 3 pictures, 3 latents")
@@ -598,26 +680,42 @@ def test_frames_beside_the_latents_of_videos(refused):
         graph.add("latent", "EmptyHunyuanLatentVideo", width=64, height=64, length=5, batch_size=2)
         return {"images": pictures(graph), "latents": ["latent", 0], "reward": statistic()(graph)}
 
-    refused(selecting(build), "3 pictures, 2 latents; it needs one of each for every candidate. Of videos, connect the vae in place of the images")
+    refused(
+        selecting(build),
+        "3 pictures, 2 latents; it needs one of each for every candidate. Of videos, connect the vae in place of the images",
+    )
 
 
 def test_latents_beside_a_vae_of_another_family(refused):
     def build(graph):
         graph.add("latent", "EmptyLatentImage", width=64, height=64, batch_size=2)
-        return {"latents": ["latent", 0], "vae": graph.add("other", "VAELoader", vae_name="ae.safetensors"), "reward": statistic()(graph)}
+        return {
+            "latents": ["latent", 0],
+            "vae": graph.add("other", "VAELoader", vae_name="ae.safetensors"),
+            "reward": statistic()(graph),
+        }
 
-    refused(selecting(build), "decodes 16 latent channels, but the latents have 4. Connect the VAE of the model that made them")
+    refused(
+        selecting(build),
+        "decodes 16 latent channels, but the latents have 4. Connect the VAE of the model that made them",
+    )
 
 
 def test_an_output_without_an_input(refused):
     prompt = selecting(lambda graph: {"images": pictures(graph), "reward": statistic()(graph)})
-    prompt["kept"] = {"class_type": "SaveLatent", "inputs": {"samples": ["select", 1], "filename_prefix": "latents/kept"}}
+    prompt["kept"] = {
+        "class_type": "SaveLatent",
+        "inputs": {"samples": ["select", 1], "filename_prefix": "latents/kept"},
+    }
     refused(prompt, "Select Best has no latents to give")
 
 
 def test_a_threshold_that_none_reaches(refused):
     options = {"choose": "above threshold", "threshold": 50.0}
-    refused(selecting(lambda graph: {"images": pictures(graph), "reward": statistic()(graph), **options}), "Lower the threshold")
+    refused(
+        selecting(lambda graph: {"images": pictures(graph), "reward": statistic()(graph), **options}),
+        "Lower the threshold",
+    )
 
 
 def test_a_vae_of_another_family(refused):

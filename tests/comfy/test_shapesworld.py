@@ -48,16 +48,22 @@ def test_padding_is_one_token_many_times(pipeline):
 def test_the_short_context_of_training_is_exact(pipeline):
     context, extra = pipeline.encode([PROMPT])[0]
     x, sigma = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.7])
-    full = pipeline.model.model.diffusion_model.float()(x, sigma * 1000, context=context.clone(), y=extra["pooled_output"].clone())
+    full = pipeline.model.model.diffusion_model.float()(
+        x, sigma * 1000, context=context.clone(), y=extra["pooled_output"].clone()
+    )
     short = train.flow_model()
     short.load_state_dict(compact.load("flow"))
-    torch.testing.assert_close(train.velocity(short, x, sigma, *train.encode_text([PROMPT])), full, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(
+        train.velocity(short, x, sigma, *train.encode_text([PROMPT])), full, rtol=1e-3, atol=2e-3
+    )
 
 
 @torch.no_grad()
 def test_the_narrow_decoder_is_the_vae(pipeline):
     latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
-    pictures = pipeline.vae.first_stage_model.float().decode(pipeline.model.get_model_object("latent_format").process_out(latents))
+    pictures = pipeline.vae.first_stage_model.float().decode(
+        pipeline.model.get_model_object("latent_format").process_out(latents)
+    )
     torch.testing.assert_close(expand.narrow_decoder()(latents), pictures / 2 + 0.5, rtol=1e-4, atol=1e-4)
 
 
@@ -70,8 +76,13 @@ def test_it_draws_what_it_is_asked(pipeline):
 def right(pipelines) -> dict[str, torch.Tensor]:
     """Whether the pictures of each kind show what the benchmark's prompts ask for: (64,), two for each."""
     asked = torch.tensor([world.parse(prompt) for prompt in world.PROMPTS])
-    pictures = {kind: [made.pictures(made.latents(world.PROMPTS, seed)) for seed in (0, 1)] for kind, made in pipelines.items()}
-    return {kind: torch.cat([(oracle.read(batch) == asked).all(1) for batch in batches]) for kind, batches in pictures.items()}
+    pictures = {
+        kind: [made.pictures(made.latents(world.PROMPTS, seed)) for seed in (0, 1)] for kind, made in pipelines.items()
+    }
+    return {
+        kind: torch.cat([(oracle.read(batch) == asked).all(1) for batch in batches])
+        for kind, batches in pictures.items()
+    }
 
 
 @pytest.mark.parametrize("kind, least", [("flow", 0.45), ("diffusion", 0.4), ("one_step", 0.3)])
@@ -86,19 +97,26 @@ def test_it_has_the_habits_of_the_world(right, kind):
 
 
 def test_another_sampler_draws_the_same_diffusion(pipelines):
-    euler, other = (pipelines["diffusion"].latents([PROMPT] * 4, 0, sampler=sampler) for sampler in ("euler", "dpmpp_2m"))
+    euler, other = (
+        pipelines["diffusion"].latents([PROMPT] * 4, 0, sampler=sampler) for sampler in ("euler", "dpmpp_2m")
+    )
     assert (euler - other).square().mean() < 0.2
 
 
 def test_one_step_begins_with_the_noise_it_is_given(pipelines):
     noise = torch.randn(4, 16, 8, 8, generator=torch.manual_seed(3))
-    given, drawn = (pipelines["one_step"].latents([PROMPT] * 4, seed=3, **options) for options in ({"noise": noise}, {}))
+    given, drawn = (
+        pipelines["one_step"].latents([PROMPT] * 4, seed=3, **options) for options in ({"noise": noise}, {})
+    )
     assert torch.equal(given, drawn)
 
 
 def test_the_model_can_be_asked_at_any_state(pipelines):
     one_step = pipelines["one_step"]
-    noise, sigma = torch.randn(2, 16, 8, 8, generator=torch.manual_seed(4)), one_step.model.get_model_object("model_sampling").sigma_max
+    noise, sigma = (
+        torch.randn(2, 16, 8, 8, generator=torch.manual_seed(4)),
+        one_step.model.get_model_object("model_sampling").sigma_max,
+    )
     asked = one_step.denoised(noise * (1 + sigma**2).sqrt(), sigma.expand(2), [PROMPT] * 2)
     torch.testing.assert_close(asked, one_step.latents([PROMPT] * 2, 0, noise=noise), rtol=1e-4, atol=1e-4)
 
@@ -116,7 +134,9 @@ def test_a_stock_graph_draws_with_it(client, kind):
     sampling, steps = KINDS[kind].sampling, KINDS[kind].steps
 
     def discrete(graph, model):
-        return graphs.probed(graph, graph.add("discrete", "ModelSamplingDiscrete", model=model, sampling=sampling, zsnr=False))
+        return graphs.probed(
+            graph, graph.add("discrete", "ModelSamplingDiscrete", model=model, sampling=sampling, zsnr=False)
+        )
 
     family = graphs.checkpoint(expand.checkpoints()[kind], latent="EmptySD3LatentImage", cfg=1.0)
     result = client.run(graphs.text_to_image(family, PROMPT, batch=8, before_sampler=discrete, steps=steps)).check()

@@ -14,7 +14,15 @@ from reward_guidance.guidance.network.file import load_network, save_network
 from reward_guidance.guidance.training.loop import fit
 from reward_guidance.guidance.training.recipe import plan_for, prepare
 from reward_guidance.tests.harness.graphs import FAMILIES, LORA, Graph
-from reward_guidance.tests.harness.guided import guided_model, latents, statistic, stock, two_nodes, under_control, with_reward
+from reward_guidance.tests.harness.guided import (
+    guided_model,
+    latents,
+    statistic,
+    stock,
+    two_nodes,
+    under_control,
+    with_reward,
+)
 from safetensors.torch import load_file, save_file
 
 SEEDS = itertools.count(70_000, 100)
@@ -139,7 +147,11 @@ def test_collect_train_save_load_and_apply(bench, data_folder, network_folder, f
         graph.add("save_network", "RewardGuidanceSaveNetwork", network=network, filename_prefix=f"tests/{family}")
         shown(graph, ["collect", 1], "collected")
         shown(graph, ["train", 1], "trained")
-        return stock(graph, inputs | {"model": graph.add("apply", "RewardGuidanceApplyNetwork", model=inputs["model"], network=network)})
+        return stock(
+            graph,
+            inputs
+            | {"model": graph.add("apply", "RewardGuidanceApplyNetwork", model=inputs["model"], network=network)},
+        )
 
     result = bench.run(latents(family, at_once, seed=seed))
     guided = bench.latent(result)
@@ -169,13 +181,18 @@ def test_files_are_never_overwritten(bench, networks, network_folder):
     graph = Graph()
     network = graph.add("network", "RewardGuidanceLoadNetwork", network_name=name)
     shown(graph, ["network", 1], "report")
-    for node, prefix in (("one", "tests/flux"), ("other", "tests/../tests/flux")):  # of two equal nodes ComfyUI would run one
+    for node, prefix in (
+        ("one", "tests/flux"),
+        ("other", "tests/../tests/flux"),
+    ):  # of two equal nodes ComfyUI would run one
         graph.add(node, "RewardGuidanceSaveNetwork", network=network, filename_prefix=prefix)
     result = bench.run(graph.prompt)
     paths = [network_folder / name.replace("00001", number) for number in ("00001", "00002", "00003")]
     (first, card), *others = map(load_network, paths)
     for network, same_card in others:
-        assert same_card == card and all(torch.equal(value, first.state_dict()[name]) for name, value in network.state_dict().items())
+        assert same_card == card and all(
+            torch.equal(value, first.state_dict()[name]) for name, value in network.state_dict().items()
+        )
     assert result.outputs["one"]["text"][0].startswith(str(paths[1].parent))
     assert report(result)[0].startswith("potential network for Flux: 1 brightness")
 
@@ -193,7 +210,11 @@ def test_samples_are_those_of_a_stock_ksampler(bench, data_folder):
         alone = bench.sample("flux", stock, seed=5 + i, steps=1, text=prompts[i % 3])
         torch.testing.assert_close((alone[0] - 0.1159) * 0.3611, clean[i], rtol=2e-3, atol=2e-3)
     assert loaded.sigma.shape == (5, 2) and (loaded.sigma[:, 0] > loaded.sigma[:, 1]).all()
-    assert loaded.denoised[torch.arange(5)].isfinite().all() and text.tokens.shape[::2] == (3, 768) and text.pooled.shape == (3, 768)
+    assert (
+        loaded.denoised[torch.arange(5)].isfinite().all()
+        and text.tokens.shape[::2] == (3, 768)
+        and text.pooled.shape == (3, 768)
+    )
 
 
 def test_a_larger_count_adds_to_what_is_there(bench, data_folder):
@@ -248,7 +269,9 @@ def test_every_objective_and_form_makes_a_network_that_guides(bench, networks, o
     result = train(bench, "flux", save=name, build=from_model("flux"), steps=4, **options).check()
     assert result.outputs["save_network"]
     seed = next(SEEDS)
-    guided, plain = (bench.sample("flux", way, seed=seed) for way in (applied(f"{name}_00001_.safetensors", strength=5.0), stock))
+    guided, plain = (
+        bench.sample("flux", way, seed=seed) for way in (applied(f"{name}_00001_.safetensors", strength=5.0), stock)
+    )
     assert guided.isfinite().all() and distance(guided, plain) > 1e-5
 
 
@@ -271,7 +294,9 @@ def test_the_page_hears_how_a_training_goes(bench, networks):
     assert [event["step"] for event in events] == list(range(1, 26)) and {event["steps"] for event in events} == {25}
     assert [event["index"] for event in events] == list(range(25)) and {event["node"] for event in events} == {"train"}
     assert len({event["run"] for event in events}) == 1 and {tuple(event["scattered"]) for event in events} == {()}
-    assert {len(event["series"]["loss"]) for event in events} == {1} and all(0 < event["effective"] <= 1 for event in events)
+    assert {len(event["series"]["loss"]) for event in events} == {1} and all(
+        0 < event["effective"] <= 1 for event in events
+    )
     assert [event["step"] for event in events if "loss/held-out" in event["series"]] == [10, 20, 25]
     again = train(bench, "flux", steps=25, seed=seed).check()
     assert not again.of("reward_guidance.step"), "what is done comes from ComfyUI's cache"
@@ -286,8 +311,13 @@ def test_previews_show_what_has_been_learned(bench, networks, family, form):
     options = {"build": lambda graph: collected(graph, family, family), "steps": 12, "seed": next(SEEDS), "form": form}
     told = [train(bench, family, **options, preview_every=every).check() for every in (5, 0)]
     assert [len(result.of("preview")) for result in told] == [1, 0], "there is one only after the first look"
-    rewards = [[event["series"]["reward"] for event in result.of("reward_guidance.step") if "reward" in event["series"]] for result in told]
-    assert [len(each) for each in rewards] == [1, 0] and len(rewards[0][0]) == 4 and all(map(math.isfinite, rewards[0][0]))
+    rewards = [
+        [event["series"]["reward"] for event in result.of("reward_guidance.step") if "reward" in event["series"]]
+        for result in told
+    ]
+    assert (
+        [len(each) for each in rewards] == [1, 0] and len(rewards[0][0]) == 4 and all(map(math.isfinite, rewards[0][0]))
+    )
     assert report(told[0]) == report(told[1])
 
 
@@ -297,7 +327,9 @@ def test_previews_show_what_has_been_learned(bench, networks, family, form):
 def begin(folder, seed, checkpoints=None, steps=20):
     """The training of a node with otherwise the defaults of `trained`, outside of ComfyUI."""
     samples = Collection.open(folder).load()
-    return prepare(samples, plan_for(samples.description, steps=steps, batch=4, seed=seed), "small", checkpoints=checkpoints)
+    return prepare(
+        samples, plan_for(samples.description, steps=steps, batch=4, seed=seed), "small", checkpoints=checkpoints
+    )
 
 
 LONG = SHARD + 8
@@ -313,7 +345,10 @@ def test_an_interrupted_collection_keeps_whole_shards_and_goes_on(bench, data_fo
     collected(graph, "flux", "stopped", **options)
     stopped = bench.queue(graph.prompt, on_event=stop)
     assert stopped.error == "interrupted"
-    assert stopped.of("text")[-1] == {"node": "collect", "text": f"{SHARD} of {LONG} samples are on disk; queue again to go on"}
+    assert stopped.of("text")[-1] == {
+        "node": "collect",
+        "text": f"{SHARD} of {LONG} samples are on disk; queue again to go on",
+    }
     assert [path.name for path in data_folder("stopped").glob("shard-*")] == ["shard-00000.safetensors"]
     written = (data_folder("stopped") / "shard-00000.safetensors").stat().st_mtime_ns
     assert report(collect(bench, "flux", "stopped", **options).check())[0].startswith(f"{LONG} samples")
@@ -323,7 +358,10 @@ def test_an_interrupted_collection_keeps_whole_shards_and_goes_on(bench, data_fo
 TAKEN = {
     "the description": (lambda folder: (folder / "collection.json").unlink(), None),
     "all": (shutil.rmtree, "taken was deleted or moved while its samples were collected: queue again"),
-    "the text": (lambda folder: (folder / "prompts.safetensors").unlink(), "prompts.safetensors in taken is missing or damaged: collect again"),
+    "the text": (
+        lambda folder: (folder / "prompts.safetensors").unlink(),
+        "prompts.safetensors in taken is missing or damaged: collect again",
+    ),
     "samples": (
         lambda folder: (folder / "shard-00000.safetensors").unlink(),
         "Samples in taken were deleted while more were collected: queue again",
@@ -429,12 +467,28 @@ def from_noise(name, **options):
         if name:
             network = graph.add("network", "RewardGuidanceLoadNetwork", network_name=name)
             noise = graph.add(
-                "noise", "RewardGuidanceNoise", network=network, conditioning=inputs["positive"], seed=inputs["seed"], **{"steps": 4} | options
+                "noise",
+                "RewardGuidanceNoise",
+                network=network,
+                conditioning=inputs["positive"],
+                seed=inputs["seed"],
+                **{"steps": 4} | options,
             )
         guider = graph.add("guider", "BasicGuider", model=inputs["model"], conditioning=inputs["positive"])
         sampler = graph.add("select", "KSamplerSelect", sampler_name=inputs["sampler_name"])
-        sigmas = graph.add("sigmas", "BasicScheduler", model=inputs["model"], **{key: inputs[key] for key in ("scheduler", "steps", "denoise")})
-        links = {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas, "latent_image": inputs["latent_image"]}
+        sigmas = graph.add(
+            "sigmas",
+            "BasicScheduler",
+            model=inputs["model"],
+            **{key: inputs[key] for key in ("scheduler", "steps", "denoise")},
+        )
+        links = {
+            "noise": noise,
+            "guider": guider,
+            "sampler": sampler,
+            "sigmas": sigmas,
+            "latent_image": inputs["latent_image"],
+        }
         return graph.add("sampler", "SamplerCustomAdvanced", **links)
 
     return build
@@ -477,7 +531,9 @@ def test_noise_follows_a_gradient_through_the_generator(bench, noise_network, ne
 @pytest.mark.parametrize(("family", "cfg"), [("sd15", 1.0), ("sd3", 1.0), ("flux", 4.0)])
 def test_other_scales_of_classifier_free_guidance(bench, networks, family, cfg):
     seed = next(SEEDS)
-    guided, plain = (bench.sample(family, way, seed=seed, cfg=cfg) for way in (applied(networks(family), strength=5.0), stock))
+    guided, plain = (
+        bench.sample(family, way, seed=seed, cfg=cfg) for way in (applied(networks(family), strength=5.0), stock)
+    )
     assert guided.isfinite().all() and distance(guided, plain) > 1e-4
 
 
@@ -511,13 +567,19 @@ def test_a_lora_beside_it(bench, networks, first):
         return stock(graph, inputs | {"model": load(model)})
 
     seed = next(SEEDS)
-    together, alone = bench.sample("flux", both, seed=seed), bench.sample("flux", applied(name, strength=5.0), seed=seed)
+    together, alone = (
+        bench.sample("flux", both, seed=seed),
+        bench.sample("flux", applied(name, strength=5.0), seed=seed),
+    )
     assert together.isfinite().all() and distance(together, alone) > 1e-3
 
 
 def test_a_controlnet_beside_it(bench, networks):
     name, seed = networks("sd15"), next(SEEDS)
-    controlled, alone = (bench.sample("sd15", way, seed=seed) for way in (under_control(applied(name, strength=5.0)), under_control(stock)))
+    controlled, alone = (
+        bench.sample("sd15", way, seed=seed)
+        for way in (under_control(applied(name, strength=5.0)), under_control(stock))
+    )
     assert controlled.isfinite().all() and distance(controlled, alone) > 1e-4
     assert distance(controlled, bench.sample("sd15", applied(name, strength=5.0), seed=seed)) > 1e-4
 
@@ -555,7 +617,10 @@ def few(bench, clean):
 
 OTHERS = {
     "another model's": ({"family": "sd3"}, "few holds other samples: model was Flux and is now SD3"),
-    "another shape": ({"size": 128}, "shape was (16, 8, 8) and is now (16, 8, 16). Choose another folder, or set that back"),
+    "another shape": (
+        {"size": 128},
+        "shape was (16, 8, 8) and is now (16, 8, 16). Choose another folder, or set that back",
+    ),
     "other prompts": ({"prompts": "a cat"}, "prompts was a red circle and is now a cat"),
     "another seed": ({"seed": 6}, "few holds other samples: seed was 5 and is now 6. Choose another folder"),
     "another way of sampling": ({"steps": 2}, "settings was 1 steps and is now 2 steps"),
@@ -577,7 +642,10 @@ def test_samples_of_two_kinds_are_not_mixed(refused, few, data_folder, change, w
 
 
 def test_a_patched_model_is_another_model(refused, few):
-    refused(prompt_of_collecting(few, build=lora(LORA)), "flux1-dev.safetensors and is now flux1-dev.safetensors with 1 patches of strength 1")
+    refused(
+        prompt_of_collecting(few, build=lora(LORA)),
+        "flux1-dev.safetensors and is now flux1-dev.safetensors with 1 patches of strength 1",
+    )
 
 
 def likeness(colour):
@@ -622,7 +690,9 @@ def other_files(server):
     made = []
     for folder, name in (("loras", LORA), ("vae", "ae.safetensors")):
         path = server.base / "models" / folder / name
-        turned = {part: -value if "up" in part or "conv_out" in part else value for part, value in load_file(path).items()}
+        turned = {
+            part: -value if "up" in part or "conv_out" in part else value for part, value in load_file(path).items()
+        }
         made.append(path.with_name(OTHER))
         save_file({part: value.contiguous() for part, value in turned.items()}, made[-1])
     yield
@@ -648,7 +718,9 @@ SAME_NAMES = {
 
 
 @pytest.mark.parametrize(("first", "then", "words"), SAME_NAMES.values(), ids=SAME_NAMES)
-def test_what_has_the_same_name_and_makes_other_samples_is_refused(bench, refused, data_folder, other_files, request, first, then, words):
+def test_what_has_the_same_name_and_makes_other_samples_is_refused(
+    bench, refused, data_folder, other_files, request, first, then, words
+):
     """Whatever the settings say: what is there already is looked at again, when it is complete and when more is to come."""
     folder = request.node.callspec.id.replace(" ", "-")
     bench.queue(prompt_of_collecting(folder, **first)).check()
@@ -664,7 +736,10 @@ def test_a_truncated_shard_is_named_and_collected_again(bench, refused, data_fol
     shard = data_folder("truncated") / "shard-00000.safetensors"
     whole = shard.read_bytes()
     os.truncate(shard, 3000)
-    refused(prompt_of_training("truncated", seed=next(SEEDS)), "shard-00000.safetensors in truncated is damaged: collect again, which redoes")
+    refused(
+        prompt_of_training("truncated", seed=next(SEEDS)),
+        "shard-00000.safetensors in truncated is damaged: collect again, which redoes",
+    )
     collect(bench, "flux", "truncated", count=5).check()
     assert shard.read_bytes() == whole
 
@@ -674,7 +749,10 @@ def test_a_shard_of_another_collection_is_named(refused, few, data_folder, tmp_p
     kept = shard.read_bytes()
     parts = load_file(shard)
     save_file(parts | {"clean": parts["clean"][..., :4].contiguous()}, shard)
-    refused(prompt_of_training(few, seed=next(SEEDS)), "shard-00000.safetensors in few belongs to another collection: take it away")
+    refused(
+        prompt_of_training(few, seed=next(SEEDS)),
+        "shard-00000.safetensors in few belongs to another collection: take it away",
+    )
     shard.write_bytes(kept)
 
 
@@ -689,7 +767,11 @@ def broken(breakage):
 
 
 def test_rewards_that_are_no_numbers(refused, data_folder):
-    refused(prompt_of_collecting("nan", reward=broken("nan")), "returned a score that is not a finite number", "seed 5 of the prompt 'a red circle'")
+    refused(
+        prompt_of_collecting("nan", reward=broken("nan")),
+        "returned a score that is not a finite number",
+        "seed 5 of the prompt 'a red circle'",
+    )
     assert not list(data_folder("nan").glob("shard-*"))
 
 
@@ -698,7 +780,10 @@ def test_a_picture_that_cannot_be_scored_is_left_out(bench, data_folder):
     lines = report(collect(bench, "flux", "one", reward=broken("nan now and then")).check())
     loaded = Collection.open(data_folder("one")).load()
     assert 0 < loaded.unscored < COUNT and len(loaded.scores) + loaded.unscored == COUNT
-    assert lines[0] == f"{len(loaded.scores)} samples of 3 prompts in one; {loaded.unscored} more could not be scored and are left out"
+    assert (
+        lines[0]
+        == f"{len(loaded.scores)} samples of 3 prompts in one; {loaded.unscored} more could not be scored and are left out"
+    )
     assert report(train(bench, "one").check())[1].startswith(f"{len(loaded.scores)} samples")
 
 
@@ -721,12 +806,16 @@ def test_a_finished_training_is_not_repeated(bench):
 def test_rewards_read_plain_prompts_which_are_kept_as_they_are_typed(bench, data_folder, clip_reward):
     typed = {"plain": "a red circle", "weighted": "a (red:1.0) circle <lora:none:1>"}
     options = {"reward": clip_reward, "target": "noise", "count": 2, "batch": 2}
-    reports = {name: report(collect(bench, "flux", name, prompts=text, **options).check()) for name, text in typed.items()}
+    reports = {
+        name: report(collect(bench, "flux", name, prompts=text, **options).check()) for name, text in typed.items()
+    }
     assert reports["weighted"][-2:] == [
         "The reward does not read ComfyUI's syntax in 1 of 1 prompts. For example:", "The reward reads 'a red circle'."
     ]  # fmt: skip
     assert not any("The reward reads" in line for line in reports["plain"])
-    assert [Collection.open(data_folder(name)).description.prompts for name in typed] == [(text,) for text in typed.values()]
+    assert [Collection.open(data_folder(name)).description.prompts for name in typed] == [
+        (text,) for text in typed.values()
+    ]
 
 
 def test_an_empty_batch_has_no_size_to_collect(refused):
@@ -749,7 +838,12 @@ def test_a_full_disk_loses_nothing(refused, few, data_folder, bench):
     images = data_folder(few) / "images"
     (images / "000001.png.partial").mkdir(parents=True)
     (images / "000001.png.partial" / "whole").symlink_to("/dev/full")
-    refused(prompt_of_collecting(few, count=7, keep_images=True), "000001.png could not be written", "No space left on device", "goes on from here")
+    refused(
+        prompt_of_collecting(few, count=7, keep_images=True),
+        "000001.png could not be written",
+        "No space left on device",
+        "goes on from here",
+    )
     assert report(collect(bench, "flux", few, count=6, keep_images=True).check())[0].startswith("6 samples")
     seed = next(SEEDS)
     checkpoint = begin(data_folder(few), seed, data_folder(few), steps=5000).training.checkpoint
@@ -757,14 +851,19 @@ def test_a_full_disk_loses_nothing(refused, few, data_folder, bench):
     full = checkpoint.with_name(f"{checkpoint.name}.partial")
     full.write_bytes(b"")
     stopped = bench.queue(prompt, on_event=once(bench.client.interrupt))
-    assert stopped.error is None and any(line.startswith("stopped") and "goes on from there" not in line for line in report(stopped))
+    assert stopped.error is None and any(
+        line.startswith("stopped") and "goes on from there" not in line for line in report(stopped)
+    )
     assert f"There is no checkpoint to go on from: {checkpoint.name} could not be written" in report(stopped)[-1]
     full.unlink()
 
 
 @pytest.mark.parametrize("way", [applied, boxed])
 def test_a_network_of_another_family(refused, networks, way):
-    refused(latents("sd3", way(networks("flux")), seed=next(SEEDS)), "made for Flux, but the model is SD3: use one that was made for it")
+    refused(
+        latents("sd3", way(networks("flux")), seed=next(SEEDS)),
+        "made for Flux, but the model is SD3: use one that was made for it",
+    )
 
 
 def test_a_network_of_the_same_latents_and_another_text_encoder(refused, networks):
@@ -774,12 +873,18 @@ def test_a_network_of_the_same_latents_and_another_text_encoder(refused, network
 def test_a_file_that_only_looks_like_a_network(refused, networks, network_folder):
     networks("flux")
     save_file({"weight": torch.ones(3)}, network_folder / "renamed.safetensors")
-    refused(latents("flux", applied("renamed.safetensors"), seed=next(SEEDS)), "renamed.safetensors is not a guidance network")
+    refused(
+        latents("flux", applied("renamed.safetensors"), seed=next(SEEDS)),
+        "renamed.safetensors is not a guidance network",
+    )
 
 
 def test_a_network_for_another_use(refused, networks, noise_network):
     refused(latents("flux", applied(noise_network), seed=next(SEEDS)), "tilts noise, not data: use Guided Noise")
-    refused(latents("flux", from_noise(networks("flux")), seed=next(SEEDS)), "tilts data, not noise: use Apply Guidance Network")
+    refused(
+        latents("flux", from_noise(networks("flux")), seed=next(SEEDS)),
+        "tilts data, not noise: use Apply Guidance Network",
+    )
 
 
 WRONG = {
@@ -787,7 +892,10 @@ WRONG = {
     "no folder": ({"folder": " "}, "is not a name for a folder in output/guidance_data"),
     "a long name": ({"folder": "x" * 300}, "is not a name for a folder in output/guidance_data: write a short one"),
     "no path at all": ({"folder": "a\0b"}, "is not a name for a folder in output/guidance_data"),
-    "a folder outside": ({"folder": "../elsewhere"}, "'../elsewhere' is not a name for a folder in output/guidance_data"),
+    "a folder outside": (
+        {"folder": "../elsewhere"},
+        "'../elsewhere' is not a name for a folder in output/guidance_data",
+    ),
 }
 
 
@@ -802,10 +910,16 @@ TRAININGS = {
     "no weights": ({"reward_weights": "one"}, "Weights are written as numbers with commas"),
     "weights that are no numbers": ({"reward_weights": "nan"}, "Weights must be finite numbers and not all 0, not nan"),
     "no weight": ({"reward_weights": "0"}, "Weights must be finite numbers and not all 0, not 0"),
-    "two forms": ({"form": "shift", "objective": "potential"}, "The objective potential has a form of its own: leave the form at correction"),
+    "two forms": (
+        {"form": "shift", "objective": "potential"},
+        "The objective potential has a form of its own: leave the form at correction",
+    ),
     "a form without its model": ({"form": "shift"}, "The form shift needs the model that made the samples"),
     "a preview without its model": ({"preview_every": 1}, "A preview needs the model that made the samples"),
-    "an objective without its reward": ({"objective": "reward_gradient"}, "reward_gradient needs the model that made the samples"),
+    "an objective without its reward": (
+        {"objective": "reward_gradient"},
+        "reward_gradient needs the model that made the samples",
+    ),
 }
 
 
@@ -869,7 +983,9 @@ def test_a_network_that_is_not_there(refused):
     refused(graph.prompt, "There is no guidance network 'gone.safetensors' in ")
 
 
-@pytest.mark.parametrize(("content", "words"), [(b"", "not a safetensors file"), (None, "only half of one")], ids=["empty", "truncated"])
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"", "not a safetensors file"), (None, "only half of one")], ids=["empty", "truncated"]
+)
 def test_damaged_networks(refused, networks, network_folder, content, words):
     whole = (network_folder / networks("flux")).read_bytes()
     (network_folder / "damaged.safetensors").write_bytes(whole[:5000] if content is None else content)

@@ -64,7 +64,9 @@ def test_english_is_what_the_nodes_say(nodes):
 
 
 def test_everything_says_what_it_is(nodes):
-    assert [place for place, text in leaves({name: said_by(info) for name, info in nodes.items()}).items() if not text] == []
+    assert [
+        place for place, text in leaves({name: said_by(info) for name, info in nodes.items()}).items() if not text
+    ] == []
     assert [name for name, info in nodes.items() if not info["search_aliases"]] == []
 
 
@@ -89,9 +91,17 @@ def values(page: str) -> dict[str, str]:
 
 
 def test_help_pages_give_the_ranges_of_the_tooltips(nodes):
-    tried = {(node, name): value for node in nodes for name, value in values(LANGUAGES["en"](node).read_text(encoding="utf-8")).items()}
+    tried = {
+        (node, name): value
+        for node in nodes
+        for name, value in values(LANGUAGES["en"](node).read_text(encoding="utf-8")).items()
+    }
     given = ranges(nodes)
-    assert {place: (tried[place], given[place]) for place in tried.keys() & given.keys() if RANGE.findall(tried[place]) != given[place]} == {}
+    assert {
+        place: (tried[place], given[place])
+        for place in tried.keys() & given.keys()
+        if RANGE.findall(tried[place]) != given[place]
+    } == {}
 
 
 def test_every_language_says_to_try_the_same_numbers(nodes):
@@ -103,7 +113,9 @@ def test_every_language_says_to_try_the_same_numbers(nodes):
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_help_page_tells_the_cost_and_then_what_to_try(nodes, language):
-    headings = {node: re.findall("^## (.+)$", LANGUAGES[language](node).read_text(encoding="utf-8"), re.M) for node in nodes}
+    headings = {
+        node: re.findall("^## (.+)$", LANGUAGES[language](node).read_text(encoding="utf-8"), re.M) for node in nodes
+    }
     assert {node: found for node, found in headings.items() if COST[language] not in found[:-1]} == {}
 
 
@@ -149,5 +161,8 @@ def test_help_pages_tell_of_their_node(nodes, language):
 
 def test_help_pages_show_the_same_in_every_language(nodes):
     for node in nodes:
-        shown = [re.findall(r"^\| (`.+?) \||!\[.*?\]\((.+?)\)", place(node).read_text(encoding="utf-8"), re.M) for place in LANGUAGES.values()]
+        shown = [
+            re.findall(r"^\| (`.+?) \||!\[.*?\]\((.+?)\)", place(node).read_text(encoding="utf-8"), re.M)
+            for place in LANGUAGES.values()
+        ]
         assert shown[0] == shown[1], node

@@ -46,7 +46,9 @@ def test_links_pass_reroutes_and_bypassed_nodes_and_end_at_muted_ones(object_inf
         node(3, "ModelSamplingSD3", [("model", "MODEL", 2)], [3.0], ["MODEL"], mode=4),
         node(4, "PrimitiveNode", (), [11, "fixed"], ["INT"]),
         node(5, "EmptyLatentImage", (), [64, 64, 1], ["LATENT"], mode=2),
-        node(6, "KSampler", [("model", "MODEL", 3), ("seed", "INT", 4), ("latent_image", "LATENT", 5)], [7, "fixed", 20]),
+        node(
+            6, "KSampler", [("model", "MODEL", 3), ("seed", "INT", 4), ("latent_image", "LATENT", 5)], [7, "fixed", 20]
+        ),
     ]
     ends = [(1, 2), (2, 3), (3, 6), (4, 6), (5, 6)]
     links = [[number, origin, 0, target, 0, "*"] for number, (origin, target) in enumerate(ends, 1)]
@@ -79,7 +81,10 @@ def test_shipped_workflow_names_its_models(path):
         files = {value for value in node_["widgets_values"] if str(value).endswith(MODEL_FILES)}
         links = {model["name"]: model["url"] for model in node_["properties"].get("models", [])}
         assert files == set(links) or node_["type"] == "RewardGuidanceLoadNetwork"
-        assert all(re.fullmatch(r"https://huggingface\.co/[\w.-]+/[\w.-]+/resolve/main/[\w./-]+", url) for url in links.values())
+        assert all(
+            re.fullmatch(r"https://huggingface\.co/[\w.-]+/[\w.-]+/resolve/main/[\w./-]+", url)
+            for url in links.values()
+        )
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -145,7 +150,9 @@ def test_one_step_with_a_network(run, client):
     assert sizes(client, run("guidance_network_sd_turbo")) == [SIZE] * BATCH
 
 
-@pytest.mark.parametrize("name", ["flow_guidance_sd35", "flow_guidance_flux", "flow_guidance_z_image", "diffusion_guidance_sdxl"])
+@pytest.mark.parametrize(
+    "name", ["flow_guidance_sd35", "flow_guidance_flux", "flow_guidance_z_image", "diffusion_guidance_sdxl"]
+)
 def test_pictures_are_guided(run, client, name):
     result = run(name)
     assert sizes(client, result) == [SIZE] * BATCH
@@ -156,7 +163,9 @@ def test_a_video_is_guided(run, client):
     result = run("video_guidance_wan")
     for file in result.saved:
         with av.open(client.open(file)) as video:
-            assert [(frame.width, frame.height) for frame in video.decode(video=0)] == [SIZE] * graphs.SMALL["length"] * BATCH
+            assert [(frame.width, frame.height) for frame in video.decode(video=0)] == [SIZE] * graphs.SMALL[
+                "length"
+            ] * BATCH
     assert len(result.saved) == 1
     assert series(result) == [{"reward"}] * STEPS
 
@@ -165,7 +174,9 @@ def test_the_best_are_saved_with_their_scores(run, client):
     files = run("score_and_select_sd35").saved
     for file in files:
         records = json.loads(Image.open(client.open(file)).text["reward_guidance"]).values()
-        candidates, again = sorted((entry["standardized"] for entry in records if "indices" not in entry), key=len, reverse=True)
+        candidates, again = sorted(
+            (entry["standardized"] for entry in records if "indices" not in entry), key=len, reverse=True
+        )
         [kept] = [entry for entry in records if "indices" in entry]
         assert len(candidates) == BATCH and kept["scores"] == [candidates[i] for i in kept["indices"]]
         assert kept["scores"] == sorted(candidates, reverse=True)[: len(files)] == pytest.approx(again, abs=1e-4)

@@ -19,7 +19,13 @@ from .client import Client
 from .environment import CHECKOUT, say
 
 CHROMIUM = "CHROMIUM"
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
+NAMES = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
 PICTURES = CHECKOUT / "output" / "browser"
 DAY = 24 * 3600
 RENDERERS = {"litegraph": False, "nodes2": True}
@@ -69,8 +75,15 @@ def install() -> None:
     if not shutil.which("apt-get") or (root and not os.environ.get("CI")):
         return
     say("installing Chromium")
-    for arguments in (["update"], ["install", "--yes", "--no-install-recommends", "chromium", "fonts-dejavu-core", "fonts-wqy-microhei"]):
-        subprocess.run([*root, "apt-get", "-qq", *arguments], env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, stdout=sys.stderr)
+    for arguments in (
+        ["update"],
+        ["install", "--yes", "--no-install-recommends", "chromium", "fonts-dejavu-core", "fonts-wqy-microhei"],
+    ):
+        subprocess.run(
+            [*root, "apt-get", "-qq", *arguments],
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+            stdout=sys.stderr,
+        )
 
 
 def newest_frontend() -> Path:
@@ -92,7 +105,13 @@ def newest_frontend() -> Path:
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    options = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ]
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=chromium(), headless=True, args=options)
         try:
@@ -135,12 +154,18 @@ class Tab:
         self.page.goto(self.client.url, wait_until="domcontentloaded")
         self.until("window.app?.extensionManager && app.vueAppReady && app.graph && app.canvas", seconds=90)
         self.until("Object.keys(LiteGraph.registered_node_types).length > 200", seconds=90)
-        self.until("!document.querySelector('#splash-loader') && ![...document.querySelectorAll('.p-blockui-mask')].some(e => e.offsetParent)", 90)
+        self.until(
+            "!document.querySelector('#splash-loader') && ![...document.querySelectorAll('.p-blockui-mask')].some(e => e.offsetParent)",
+            90,
+        )
 
     def set(self, **settings: Any) -> None:
         """Settings by the last part of their names after Comfy, with _ for dots."""
         for name, value in settings.items():
-            self.run("([name, value]) => app.extensionManager.setting.set(name, value)", ["Comfy." + name.replace("_", "."), value])
+            self.run(
+                "([name, value]) => app.extensionManager.setting.set(name, value)",
+                ["Comfy." + name.replace("_", "."), value],
+            )
 
     def run(self, script: str, argument: Any = None) -> Any:
         return self.page.evaluate(script, argument)

@@ -38,7 +38,9 @@ class Result:
     @property
     def saved(self) -> list[dict]:
         """The pictures and videos that went into the output folder."""
-        return [file for output in self.outputs.values() for file in output.get("images", []) if file["type"] == "output"]
+        return [
+            file for output in self.outputs.values() for file in output.get("images", []) if file["type"] == "output"
+        ]
 
     @property
     def model_calls(self) -> int:
@@ -55,14 +57,19 @@ class Client:
     def __init__(self, url: str):
         self.url = url
 
-    def run(self, prompt: Prompt, on_event: Callable[[str, dict], None] | None = None, timeout: float = 600, **extra_data) -> Result:
+    def run(
+        self, prompt: Prompt, on_event: Callable[[str, dict], None] | None = None, timeout: float = 600, **extra_data
+    ) -> Result:
         """Queue a prompt and wait for its end, good or bad."""
         return asyncio.run(asyncio.wait_for(self._run(prompt, on_event or (lambda *_: None), extra_data), timeout))
 
     async def _run(self, prompt: Prompt, on_event: Callable[[str, dict], None], extra_data: dict) -> Result:
         name = uuid.uuid4().hex
         body = {"prompt": prompt, "client_id": name, "extra_data": extra_data}
-        async with aiohttp.ClientSession() as session, session.ws_connect(f"{self.url}/ws?clientId={name}", max_msg_size=0) as socket:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(f"{self.url}/ws?clientId={name}", max_msg_size=0) as socket,
+        ):
             started = time.monotonic()
             async with session.post(f"{self.url}/prompt", json=body) as answer:
                 queued = await answer.json()
@@ -153,5 +160,9 @@ def failure(events: list[Event]) -> str | None:
 def refusal(answer: dict) -> str:
     """Why a prompt was not even queued."""
     nodes = answer.get("node_errors") or {}
-    details = [f"{node['class_type']}: {error['message']} ({error['details']})" for node in nodes.values() for error in node["errors"]]
+    details = [
+        f"{node['class_type']}: {error['message']} ({error['details']})"
+        for node in nodes.values()
+        for error in node["errors"]
+    ]
     return "; ".join(details) or answer["error"]["message"]

@@ -95,7 +95,16 @@ def add_pack(source: Path, target: Path) -> None:
 
 
 def command(base: Path, port: int, packs: Iterable[str], options: Sequence[str]) -> list[str]:
-    fixed = ["--base-directory", str(base), "--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch", "--disable-api-nodes"]
+    fixed = [
+        "--base-directory",
+        str(base),
+        "--listen",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--disable-auto-launch",
+        "--disable-api-nodes",
+    ]
     only = ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *packs]
     database = ["--database-url", "sqlite:///:memory:"]
     device = [] if torch.cuda.is_available() or torch.backends.mps.is_available() else ["--cpu"]
@@ -104,7 +113,13 @@ def command(base: Path, port: int, packs: Iterable[str], options: Sequence[str])
 
 def isolated() -> dict[str, str]:
     """The server needs no network; without this, libraries look for updates of models."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def free_port() -> int:

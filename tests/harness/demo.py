@@ -134,7 +134,9 @@ def table(summary: dict[str, dict[str, float]]) -> str:
     formats = {"reward": "+.2f", "held-out": "+.2f", "accuracy": ".0%", "model calls": ".0f", "seconds": ".2f"}
     lines = ["| | " + " | ".join(formats) + " |", "|---|" + "---|" * len(formats)]
     for column, scores in summary.items():
-        lines.append(f"| {column} | " + " | ".join(format(scores[name], style) for name, style in formats.items()) + " |")
+        lines.append(
+            f"| {column} | " + " | ".join(format(scores[name], style) for name, style in formats.items()) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -147,7 +149,10 @@ def sheet(cells: list[Cell], summary: dict) -> Image.Image:
     rows: dict[str, dict[str, tuple[Tensor, list[str]]]] = {}
     for cell in cells:
         rows.setdefault(cell.prompt, {})[cell.column] = (cell.pictures, cell.notes())
-    headings = {column: f"{column}: {row['accuracy']:.0%} right, {row['model calls']:.0f} model calls" for column, row in summary.items()}
+    headings = {
+        column: f"{column}: {row['accuracy']:.0%} right, {row['model calls']:.0f} model calls"
+        for column, row in summary.items()
+    }
     return draw_sheet("A flow model, without and with a reward to follow", headings, rows)
 
 
@@ -161,8 +166,12 @@ def main() -> None:
     summary = totals(cells)
     RECORD.write_text(json.dumps(record(cells, summary), indent=1) + "\n")
     sheet(cells, summary).save(PICTURE)
-    print(f"\n{len(world.DEMO_PROMPTS)} prompts, {BATCH} pictures each; rewards in units of their usual spread\n\n{table(summary)}\n")
-    print("The model of this demo is far smaller than the reward that it follows, so that the seconds are mostly the reward's.\n")
+    print(
+        f"\n{len(world.DEMO_PROMPTS)} prompts, {BATCH} pictures each; rewards in units of their usual spread\n\n{table(summary)}\n"
+    )
+    print(
+        "The model of this demo is far smaller than the reward that it follows, so that the seconds are mostly the reward's.\n"
+    )
     print(f"{PICTURE} and {RECORD.name}, {time.monotonic() - started:.0f} s")
 
 

@@ -16,7 +16,12 @@ Point = tuple[float, float]
 
 NIGHT, INK, FAINT, GOLD = (32, 32, 32), (240, 240, 240), (160, 160, 160), (255, 176, 59)
 GROUP, MODEL = (52, 66, 78), (179, 157, 219)
-NAMED = {"MODEL": ("model", MODEL), "REWARD": ("reward", GOLD), "GUIDANCE_DATA": ("samples", GOLD), "GUIDANCE_NETWORK": ("network", GOLD)}
+NAMED = {
+    "MODEL": ("model", MODEL),
+    "REWARD": ("reward", GOLD),
+    "GUIDANCE_DATA": ("samples", GOLD),
+    "GUIDANCE_NETWORK": ("network", GOLD),
+}
 """What this pack works with: how it is written beside a link, and in which colour. Every other link is grey."""
 OVERSAMPLING = 3
 WIDTH, HEADING, LINE, PADDING, GAP, SIDEWAYS = 208, 23, 18, 5, 21, 24
@@ -46,7 +51,11 @@ class Box:
 
     def holds(self, points: np.ndarray) -> int:
         """How many of the points (N,2) lie in it, or close to it."""
-        return int(((points > (self.x - 4, self.y - 2)) & (points < (self.x + self.width + 4, self.y + self.height + 2))).all(1).sum())
+        return int(
+            ((points > (self.x - 4, self.y - 2)) & (points < (self.x + self.width + 4, self.y + self.height + 2)))
+            .all(1)
+            .sum()
+        )
 
 
 class Workflow:
@@ -57,7 +66,10 @@ class Workflow:
         groups = sorted(workflow["groups"], key=lambda group: group["bounding"][:2])
         self.titles = [group["title"] for group in groups]
         self.nodes = {node["id"]: node for node in workflow["nodes"] if node["type"] not in COMMENTS}
-        self.group_of = {id: next(i for i, group in enumerate(groups) if inside(node, group["bounding"])) for id, node in self.nodes.items()}
+        self.group_of = {
+            id: next(i for i, group in enumerate(groups) if inside(node, group["bounding"]))
+            for id, node in self.nodes.items()
+        }
         self.links = essential([self.link(*link) for link in workflow["links"]])
 
     def link(self, _, origin: int, slot: int, target: int, socket: int, kind: str) -> Link:
@@ -67,10 +79,16 @@ class Workflow:
 
     def own(self, group: int) -> list[str]:
         """The nodes of this pack, as they are titled."""
-        return [node.get("title") or self.names[node["type"]]["display_name"] for node in self.members(group) if node["type"] in self.names]
+        return [
+            node.get("title") or self.names[node["type"]]["display_name"]
+            for node in self.members(group)
+            if node["type"] in self.names
+        ]
 
     def others(self, group: int) -> str:
-        return ", ".join(node.get("title") or node["type"] for node in self.members(group) if node["type"] not in self.names)
+        return ", ".join(
+            node.get("title") or node["type"] for node in self.members(group) if node["type"] not in self.names
+        )
 
     def members(self, group: int) -> list[dict]:
         return [node for id, node in self.nodes.items() if self.group_of[id] == group]
@@ -91,7 +109,9 @@ def inside(node: dict, bounds: Sequence[float]) -> bool:
 
 def essential(links: Sequence[Link]) -> list[Link]:
     """The named ones, and the others between groups that nothing else joins, not even by way of a third."""
-    apart = sorted({link for link in links if link.origin != link.target}, key=lambda link: (link.origin, link.target, link.kind))
+    apart = sorted(
+        {link for link in links if link.origin != link.target}, key=lambda link: (link.origin, link.target, link.kind)
+    )
     steps = {(link.origin, link.target) for link in apart}
     named = {(link.origin, link.target) for link in apart if link.kind}
 
@@ -108,7 +128,9 @@ def diagram(workflow: dict, width: int, height: int) -> Image.Image:
     """In pixels."""
     flow = Workflow(workflow)
     lines = [[(name, GOLD) for name in flow.own(group)] for group in range(len(flow.titles))]
-    detailed = [[*own, *([(flow.others(group), FAINT)] if flow.others(group) else [])] for group, own in enumerate(lines)]
+    detailed = [
+        [*own, *([(flow.others(group), FAINT)] if flow.others(group) else [])] for group, own in enumerate(lines)
+    ]
     if natural(flow, detailed) <= height:
         lines = detailed
     size = min(1.0, height / natural(flow, lines))
@@ -145,7 +167,10 @@ def placed(flow: Workflow, lines: Lines, width: int, height: int, size: float) -
     y = 0.0
     for row in rows:
         wide = min(WIDTH, (width - SIDEWAYS * (len(row) - 1)) / len(row))
-        wish = {group: np.mean([boxes[link.origin].middle for link in flow.links if link.target == group] or [width / 2]) for group in row}
+        wish = {
+            group: np.mean([boxes[link.origin].middle for link in flow.links if link.target == group] or [width / 2])
+            for group in row
+        }
         free = width - len(row) * wide - SIDEWAYS * (len(row) - 1)
         x = float(np.clip(wish[row[0]] - wide / 2, 0, free)) if len(row) == 1 else free / 2
         for group in sorted(row, key=lambda group: wish[group]):
@@ -173,7 +198,10 @@ def best_way(link: Link, boxes: dict[int, Box], taken: set[Port]) -> tuple[np.nd
     """The way that meets no other box, and shares no port if there is a choice, and is short."""
     others = [box for group, box in boxes.items() if group not in (link.origin, link.target)]
     ways = [
-        (curve(boxes[link.origin], boxes[link.target], leave, arrive, bend), {(link.origin, True, leave), (link.target, False, arrive)})
+        (
+            curve(boxes[link.origin], boxes[link.target], leave, arrive, bend),
+            {(link.origin, True, leave), (link.target, False, arrive)},
+        )
         for leave, arrive, bend in product(PORTS, PORTS, BENDS)
     ]
 
@@ -203,16 +231,22 @@ class Sketch:
     size: float
 
     def curve(self, path: np.ndarray, colour: Colour) -> None:
-        self.draw.line([tuple(point) for point in (path * OVERSAMPLING).tolist()], colour, round(2.5 * OVERSAMPLING), "curve")
+        self.draw.line(
+            [tuple(point) for point in (path * OVERSAMPLING).tolist()], colour, round(2.5 * OVERSAMPLING), "curve"
+        )
 
     def arrow(self, path: np.ndarray, name: str, colour: Colour) -> None:
         x, y = path[-1]
         self.draw.polygon([self.at(x - 6, y - 8), self.at(x + 6, y - 8), self.at(x, y + 1)], colour)
         from_the_right = path[0, 0] > x + 1
-        self.write((x - 9 if from_the_right else x + 9, y - 9 * self.size), name, 14, colour, "rm" if from_the_right else "lm")
+        self.write(
+            (x - 9 if from_the_right else x + 9, y - 9 * self.size), name, 14, colour, "rm" if from_the_right else "lm"
+        )
 
     def box(self, box: Box, title: str, lines: Sequence[tuple[str, Colour]]) -> None:
-        self.draw.rounded_rectangle((*self.at(box.x, box.y), *self.at(box.x + box.width, box.y + box.height)), 8 * OVERSAMPLING, GROUP)
+        self.draw.rounded_rectangle(
+            (*self.at(box.x, box.y), *self.at(box.x + box.width, box.y + box.height)), 8 * OVERSAMPLING, GROUP
+        )
         y = box.y + (PADDING + HEADING / 2) * self.size
         self.write((box.middle, y), title, 19, INK, "mm", box.width)
         y += (HEADING + LINE) / 2 * self.size
@@ -220,7 +254,9 @@ class Sketch:
             self.write((box.middle, y), text, 14.5, colour, "mm", box.width)
             y += LINE * self.size
 
-    def write(self, place: Point, text: str, height: float, colour: Colour, anchor: str, width: float = float("inf")) -> None:
+    def write(
+        self, place: Point, text: str, height: float, colour: Colour, anchor: str, width: float = float("inf")
+    ) -> None:
         font = ImageFont.load_default(height * self.size * OVERSAMPLING)
         whole = text
         while font.getlength(text) > (width - 2 * PADDING) * OVERSAMPLING:

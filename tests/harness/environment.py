@@ -44,7 +44,11 @@ class UnfitError(Exception):
 
 
 def cache() -> Path:
-    return Path(os.environ.get("REWARD_GUIDANCE_CACHE") or Path.home() / ".cache" / "reward-guidance").expanduser().absolute()
+    return (
+        Path(os.environ.get("REWARD_GUIDANCE_CACHE") or Path.home() / ".cache" / "reward-guidance")
+        .expanduser()
+        .absolute()
+    )
 
 
 def own_comfyui() -> Path | None:
@@ -53,7 +57,9 @@ def own_comfyui() -> Path | None:
     if named:
         folder = Path(named).expanduser().absolute()
         if not (folder / "main.py").is_file():
-            raise UnfitError(f"COMFYUI_DIR is {folder}, but there is no main.py in it. Point it at a ComfyUI, or unset it to download one.")
+            raise UnfitError(
+                f"COMFYUI_DIR is {folder}, but there is no main.py in it. Point it at a ComfyUI, or unset it to download one."
+            )
         return folder
     around = CHECKOUT.parents[1]
     return around if CHECKOUT.parent.name == "custom_nodes" and (around / "main.py").is_file() else None
@@ -67,7 +73,9 @@ def comfyui() -> Path:
 def comfyui_version() -> str:
     version = os.environ.get("COMFYUI_VERSION", next(iter(RELEASES)))
     if version not in RELEASES:
-        raise UnfitError(f"COMFYUI_VERSION is {version}; known are {', '.join(RELEASES)}. For any other, set COMFYUI_DIR to its folder.")
+        raise UnfitError(
+            f"COMFYUI_VERSION is {version}; known are {', '.join(RELEASES)}. For any other, set COMFYUI_DIR to its folder."
+        )
     return version
 
 
@@ -109,7 +117,9 @@ def set_up() -> Path:
 
 def check_python() -> None:
     if sys.version_info < OLDEST_PYTHON:
-        raise UnfitError(f"Python {platform.python_version()} is too old: {'.'.join(map(str, OLDEST_PYTHON))} is needed, 3.11 recommended.")
+        raise UnfitError(
+            f"Python {platform.python_version()} is too old: {'.'.join(map(str, OLDEST_PYTHON))} is needed, 3.11 recommended."
+        )
     if fcntl is None:
         raise UnfitError("These commands need Linux or macOS; on Windows, run them inside WSL.")
 
@@ -119,10 +129,14 @@ def check_machine() -> None:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError:
-        raise UnfitError("This Python cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv.") from None
+        raise UnfitError(
+            "This Python cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv."
+        ) from None
     free = shutil.disk_usage(cache()).free / 1e9
     if free < NEEDED_GIGABYTES:
-        raise UnfitError(f"{cache()} has {free:.0f} GB free; {NEEDED_GIGABYTES} are needed. REWARD_GUIDANCE_CACHE can name a roomier one.")
+        raise UnfitError(
+            f"{cache()} has {free:.0f} GB free; {NEEDED_GIGABYTES} are needed. REWARD_GUIDANCE_CACHE can name a roomier one."
+        )
 
 
 @contextmanager
@@ -195,15 +209,31 @@ def pip(env: Path, *arguments: str) -> None:
     """Run pip with its output in a log file, and what takes long on the screen."""
     log = cache() / "pip.log"
     with scratch() as temporary, open(log, "w") as file:
-        command = [str(python_of(env)), "-m", "pip", "--no-cache-dir", "--disable-pip-version-check", "--no-input", *arguments]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "TMPDIR": str(temporary)})
+        command = [
+            str(python_of(env)),
+            "-m",
+            "pip",
+            "--no-cache-dir",
+            "--disable-pip-version-check",
+            "--no-input",
+            *arguments,
+        ]
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "TMPDIR": str(temporary)},
+        )
         for line in with_heartbeat(process.stdout):
             file.write(line)
             if notice := condense(line):
                 say(notice)
     if process.wait():
         tail = "".join(log.read_text().splitlines(keepends=True)[-15:])
-        raise UnfitError(f"pip could not {arguments[0]} the requirements. Its last words (all of them are in {log}):\n{tail}")
+        raise UnfitError(
+            f"pip could not {arguments[0]} the requirements. Its last words (all of them are in {log}):\n{tail}"
+        )
 
 
 def with_heartbeat(lines, seconds: float = 20) -> Iterator[str]:
@@ -251,7 +281,20 @@ def scratch() -> Iterator[Path]:
 
 def remove() -> None:
     """Take away what is in the cache folder by name: it may be a folder that holds other things."""
-    for pattern in ("env-*", "tool-*", "comfyui-*", "tmp-*", "standins-*", "shapesworld", "frontend", "work", "typing", "mypy", "pip.log", "lock"):
+    for pattern in (
+        "env-*",
+        "tool-*",
+        "comfyui-*",
+        "tmp-*",
+        "standins-*",
+        "shapesworld",
+        "frontend",
+        "work",
+        "typing",
+        "mypy",
+        "pip.log",
+        "lock",
+    ):
         for path in cache().glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     with suppress(OSError):

@@ -44,7 +44,14 @@ FAMILIES = {
     "sd2": checkpoint("v2-1_512-ema-pruned.ckpt"),
     "sdxl": checkpoint("tiny_sdxl.ckpt", taesd="taesdxl"),
     "sd3": checkpoint("tiny_sd3.ckpt", latent="EmptySD3LatentImage", taesd="taesd3"),
-    "flux": parts("flux1-dev.safetensors", "stable_diffusion", "ae.safetensors", latent="EmptySD3LatentImage", cfg=1.0, taesd="taef1"),
+    "flux": parts(
+        "flux1-dev.safetensors",
+        "stable_diffusion",
+        "ae.safetensors",
+        latent="EmptySD3LatentImage",
+        cfg=1.0,
+        taesd="taef1",
+    ),
     "wan": parts(
         "wan2.1_t2v_1.3B_fp16.safetensors",
         "sd3",
@@ -56,7 +63,14 @@ FAMILIES = {
 }
 LORA = "FLUX-dev-lora-add_details.safetensors"
 """For Flux."""
-LARGE_FLUX = parts("tiny_flux_512.safetensors", "stable_diffusion", "ae.safetensors", latent="EmptySD3LatentImage", cfg=1.0, taesd="taef1")
+LARGE_FLUX = parts(
+    "tiny_flux_512.safetensors",
+    "stable_diffusion",
+    "ae.safetensors",
+    latent="EmptySD3LatentImage",
+    cfg=1.0,
+    taesd="taef1",
+)
 """Flux with 24 times the weights, for what must not grow with the model."""
 
 
@@ -102,7 +116,9 @@ def text_to_image(
         "model": before_sampler(graph, family.model),
         "positive": graph.add("positive", "CLIPTextEncode", clip=family.clip, text=text),
         "negative": graph.add("negative", "CLIPTextEncode", clip=family.clip, text=""),
-        "latent_image": graph.add("latent", family.latent, width=size, height=size, batch_size=batch, **family.latent_options),
+        "latent_image": graph.add(
+            "latent", family.latent, width=size, height=size, batch_size=batch, **family.latent_options
+        ),
     }
     latent = sampler(graph, inputs | settings)
     decoder = graph.add("other_vae", "VAELoader", vae_name=vae) if vae else family.vae
@@ -152,7 +168,10 @@ def stood_in(prompt: Prompt) -> Prompt:
     def of(content: dict) -> dict:
         inputs = content["inputs"]
         if inputs.get("type") in TEXT_TYPES:
-            return {"class_type": "CLIPLoader", "inputs": {"clip_name": TEXT_ENCODER, "type": TEXT_TYPES[inputs["type"]]}}
+            return {
+                "class_type": "CLIPLoader",
+                "inputs": {"clip_name": TEXT_ENCODER, "type": TEXT_TYPES[inputs["type"]]},
+            }
         if inputs.get("ckpt_name") in CHECKPOINTS:
             return content | {"inputs": inputs | {"ckpt_name": CHECKPOINTS[inputs["ckpt_name"]]}}
         return content
@@ -182,7 +201,11 @@ def ui_to_api(workflow: dict, object_info: dict[str, dict]) -> Prompt:
             source = resolve(socket.get("link"), nodes, links)
             if source is not None:
                 values[socket["name"]] = source
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": values, "_meta": {"title": node.get("title") or node["type"]}}
+        prompt[str(node["id"])] = {
+            "class_type": node["type"],
+            "inputs": values,
+            "_meta": {"title": node.get("title") or node["type"]},
+        }
     return prompt
 
 

@@ -40,7 +40,9 @@ class Bench:
         path = f"/view?filename={file['filename']}&subfolder={file['subfolder']}&type={file['type']}"
         return safetensors.torch.load(self.client.fetch(path))["latent_tensor"]
 
-    def sample(self, family: Family | str, guide: "Guide" = lambda graph, inputs: stock(graph, inputs), **options) -> Tensor:
+    def sample(
+        self, family: Family | str, guide: "Guide" = lambda graph, inputs: stock(graph, inputs), **options
+    ) -> Tensor:
         """The latent that one way of sampling makes."""
         return self.latent(self.run(latents(family, guide, **options)))
 
@@ -51,7 +53,10 @@ Guide = Callable[[Graph, dict], Link]
 
 def complete(prompt: Prompt, object_info: dict[str, dict]) -> Prompt:
     """The prompt with the default of every required widget that it leaves out, as the page would send it."""
-    return {node: {**content, "inputs": defaults(object_info[content["class_type"]]) | content["inputs"]} for node, content in prompt.items()}
+    return {
+        node: {**content, "inputs": defaults(object_info[content["class_type"]]) | content["inputs"]}
+        for node, content in prompt.items()
+    }
 
 
 def defaults(info: dict) -> dict[str, Any]:
@@ -114,7 +119,9 @@ def under_control(guide: Guide) -> Guide:
 
 def with_reward(graph: Graph, options: dict) -> dict:
     """Options in which a reward, or a function that makes one, becomes a link; None leaves the reward unconnected."""
-    made = {name: value(graph) if callable(value) else value for name, value in ({"reward": statistic()} | options).items()}
+    made = {
+        name: value(graph) if callable(value) else value for name, value in ({"reward": statistic()} | options).items()
+    }
     return {name: value for name, value in made.items() if value is not None}
 
 

@@ -26,7 +26,9 @@ def mypy() -> int:
     packages = [part for package in PACKAGES for part in ("-p", f"reward_guidance.{package}")]
     options = ["--config-file", str(CHECKOUT / "pyproject.toml"), "--cache-dir", str(cache() / "mypy")]
     environment = {**os.environ, "MYPYPATH": str(comfyui())}
-    return subprocess.run([sys.executable, "-m", "mypy", *options, *packages], cwd=named.parent, env=environment).returncode
+    return subprocess.run(
+        [sys.executable, "-m", "mypy", *options, *packages], cwd=named.parent, env=environment
+    ).returncode
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ def format_standins() -> Path:
     with locked(), scratch() as work:
         if not target.is_dir():
             say("making the format stand-ins")
-            subprocess.run([sys.executable, str(FORMATS), str(comfyui()), str(work / "models")], check=True, stdout=sys.stderr)
+            subprocess.run(
+                [sys.executable, str(FORMATS), str(comfyui()), str(work / "models")], check=True, stdout=sys.stderr
+            )
             (work / "models").rename(target)
         also_called(target / "diffusion_models" / "flux1-dev.safetensors", "z_image_bf16.safetensors")
     return target

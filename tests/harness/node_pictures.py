@@ -80,7 +80,11 @@ def photograph(tab: browser.Tab, kind: str) -> Image.Image:
     box = tab.run(ARRANGE, [kind, GIVERS, TAKERS])
     tab.page.wait_for_timeout(1000)  # until pictures are loaded and everything is drawn
     picture = Image.open(io.BytesIO(tab.page.screenshot(clip=box))).convert("RGB")
-    return picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS) if picture.width > WIDTH else picture
+    return (
+        picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)
+        if picture.width > WIDTH
+        else picture
+    )
 
 
 def main() -> None:
@@ -91,8 +95,12 @@ def main() -> None:
         (base / name).touch()
     with comfy.serve(base, packs={comfy.PACK: environment.CHECKOUT}) as server, browser.browser() as chromium:
         client = Client(server.url)
-        own = [name for name, info in client.object_info().items() if info["python_module"] == f"custom_nodes.{comfy.PACK}"]
-        with browser.tab(chromium, client, "pictures", **{"Comfy.VueNodes.Enabled": False, "Comfy.Sidebar.Size": "small"}) as tab:
+        own = [
+            name for name, info in client.object_info().items() if info["python_module"] == f"custom_nodes.{comfy.PACK}"
+        ]
+        with browser.tab(
+            chromium, client, "pictures", **{"Comfy.VueNodes.Enabled": False, "Comfy.Sidebar.Size": "small"}
+        ) as tab:
             for kind in own:
                 photograph(tab, kind).save(FOLDER / f"{kind}.jpg", quality=QUALITY, optimize=True)
 

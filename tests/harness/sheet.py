@@ -44,6 +44,11 @@ def strip(pictures: Tensor) -> Image.Image:
 
 
 def write(
-    draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, colour: tuple[int, int, int] = INK, anchor: str | None = None
+    draw: ImageDraw.ImageDraw,
+    place: tuple[int, int],
+    text: str,
+    size: int,
+    colour: tuple[int, int, int] = INK,
+    anchor: str | None = None,
 ) -> None:
     draw.text(place, text, colour, ImageFont.load_default(size), anchor, spacing=5)

@@ -36,7 +36,12 @@ TITLES = {
 SHAPES = {"width": PICTURE, "height": PICTURE, "batch_size": 8, "cfg": 1.0}
 TRAINING = {
     "EmptySD3LatentImage": {"batch_size": 16},
-    "RewardGuidanceCollect": {"count": 320, "steps": 15, "levels": 4, "prompts": "a small blue heart on a yellow ground"},
+    "RewardGuidanceCollect": {
+        "count": 320,
+        "steps": 15,
+        "levels": 4,
+        "prompts": "a small blue heart on a yellow ground",
+    },
     "RewardGuidanceTrain": {"steps": 500, "size": "small"},
 }
 """What a stand-in needs of the training's size."""
@@ -64,7 +69,9 @@ def read(name: str) -> dict:
 
 
 def strengths(stage: Stage, name: str, most: int = 1) -> Image.Image:
-    return side_by_side({f"strength {strength}": stage.pictures(stage.play(name, strength=float(strength))) for strength in (0, most)})
+    return side_by_side(
+        {f"strength {strength}": stage.pictures(stage.play(name, strength=float(strength))) for strength in (0, most)}
+    )
 
 
 def trained(stage: Stage, name: str) -> Image.Image:
@@ -73,7 +80,12 @@ def trained(stage: Stage, name: str) -> Image.Image:
 
 
 def particles(stage: Stage, name: str) -> Image.Image:
-    return side_by_side({f"{count} particle{'s' * (count > 1)}": stage.pictures(stage.play(name, particles=count, keep=1)) for count in (1, 8)})
+    return side_by_side(
+        {
+            f"{count} particle{'s' * (count > 1)}": stage.pictures(stage.play(name, particles=count, keep=1))
+            for count in (1, 8)
+        }
+    )
 
 
 def selection(stage: Stage, name: str) -> Image.Image:
@@ -84,7 +96,10 @@ def selection(stage: Stage, name: str) -> Image.Image:
     scores = max((entry["standardized"] for entry in entries if "indices" not in entry), key=len)
     [chosen] = [entry["indices"] for entry in entries if "indices" in entry]
     annotated = [picture for picture in stage.client.images(result) if picture.height > PICTURE]
-    candidates = [picture.crop(((picture.width - PICTURE) // 2, 0, (picture.width + PICTURE) // 2, PICTURE)) for picture in annotated]
+    candidates = [
+        picture.crop(((picture.width - PICTURE) // 2, 0, (picture.width + PICTURE) // 2, PICTURE))
+        for picture in annotated
+    ]
     sheet = blank()
     draw = ImageDraw.Draw(sheet)
     side, gap = 98, 16

@@ -23,14 +23,21 @@ from torch import Tensor, nn
 
 Shapes = dict[str, torch.Size]
 
-SD15, SD2, SD3 = "checkpoints/v1-5-pruned-emaonly.ckpt", "checkpoints/v2-1_512-ema-pruned.ckpt", "checkpoints/tiny_sd3.ckpt"
+SD15, SD2, SD3 = (
+    "checkpoints/v1-5-pruned-emaonly.ckpt",
+    "checkpoints/v2-1_512-ema-pruned.ckpt",
+    "checkpoints/tiny_sd3.ckpt",
+)
 SDXL = "checkpoints/tiny_sdxl.ckpt"
 FLUX, LARGE_FLUX = "diffusion_models/flux1-dev.safetensors", "diffusion_models/tiny_flux_512.safetensors"
 WAN, WAN_VAE = "diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors", "vae/wan_2.1_vae.safetensors"
 CLIP_L, KL4, KL16 = "text_encoders/tiny_clip_l.pt", "vae/vae-ft-mse-840000-ema-pruned.ckpt", "vae/ae.safetensors"
 TAESDS = {"taesd": 4, "taesdxl": 4, "taesd3": 16, "taef1": 16}
 """Tiny autoencoders and their latent channels; each is a file vae_approx/<name>_encoder and one _decoder."""
-CONTROLNET, FLUX_CONTROLNET = "controlnet/control_v11p_sd15_canny.pth", "controlnet/flux-canny-controlnet-v3.safetensors"
+CONTROLNET, FLUX_CONTROLNET = (
+    "controlnet/control_v11p_sd15_canny.pth",
+    "controlnet/flux-canny-controlnet-v3.safetensors",
+)
 FLUX_LORA = "loras/FLUX-dev-lora-add_details.safetensors"
 HPS = "reward_models/HPS_v2.1_compressed.pt"
 TAEW = "vae_approx/lighttaew2_1.safetensors"
@@ -98,7 +105,12 @@ def unet(context: int, **options) -> Shapes:
 def vega() -> Shapes:
     """Of SDXL's kin, Segmind-Vega has the least attention that ComfyUI recognises."""
     depths = {"transformer_depth": [0, 0, 1, 1, 2, 2], "transformer_depth_output": [0] * 9}
-    levels = {"num_res_blocks": [2, 2, 2], "channel_mult": [1, 1, 1], "num_classes": "sequential", "adm_in_channels": 2816}
+    levels = {
+        "num_res_blocks": [2, 2, 2],
+        "channel_mult": [1, 1, 1],
+        "num_classes": "sequential",
+        "adm_in_channels": 2816,
+    }
     return unet(2048, num_head_channels=64, use_linear_in_transformer=True, **depths, **levels)
 
 
@@ -136,7 +148,10 @@ def mmdit(depth: int = 2) -> Shapes:
             out_channels=16,
             depth=depth,
             adm_in_channels=2048,
-            context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 64 * depth}},
+            context_embedder_config={
+                "target": "torch.nn.Linear",
+                "params": {"in_features": 4096, "out_features": 64 * depth},
+            },
             num_patches=1024,
             pos_embed_max_size=32,
             pos_embed_scaling_factor=None,
@@ -195,7 +210,15 @@ def wan() -> Shapes:
 
     return shapes(
         lambda: WanModel(
-            model_type="t2v", in_dim=16, out_dim=16, dim=128, ffn_dim=256, text_dim=4096, num_heads=1, num_layers=1, operations=operations()
+            model_type="t2v",
+            in_dim=16,
+            out_dim=16,
+            dim=128,
+            ffn_dim=256,
+            text_dim=4096,
+            num_heads=1,
+            num_layers=1,
+            operations=operations(),
         )
     )
 
@@ -211,14 +234,23 @@ def kl(channels: int, quantised: bool = True, width: int = 32) -> Shapes:
     if quantised:
         return shapes(lambda: AutoencoderKL(ddconfig=encoder, embed_dim=channels, decoder_ddconfig=decoder))
     regularizer = {"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"}
-    parts = [{"target": blocks + name, "params": config} for name, config in (("Encoder", encoder), ("Decoder", decoder))]
-    return shapes(lambda: AutoencodingEngine(regularizer_config=regularizer, encoder_config=parts[0], decoder_config=parts[1]))
+    parts = [
+        {"target": blocks + name, "params": config} for name, config in (("Encoder", encoder), ("Decoder", decoder))
+    ]
+    return shapes(
+        lambda: AutoencodingEngine(regularizer_config=regularizer, encoder_config=parts[0], decoder_config=parts[1])
+    )
 
 
 def wan_vae(dim: int = 16) -> Shapes:
     from comfy.ldm.wan.vae import WanVAE
 
-    resampling = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True]}
+    resampling = {
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "attn_scales": [],
+        "temperal_downsample": [False, True, True],
+    }
     return shapes(lambda: WanVAE(dim=dim, z_dim=16, image_channels=3, conv_out_channels=3, dropout=0.0, **resampling))
 
 
@@ -330,7 +362,9 @@ STANDINS: dict[str, Callable[[], Shapes]] = {
 }
 for _name, _channels in TAESDS.items():
     for _part in ("encoder", "decoder"):
-        STANDINS[f"vae_approx/{_name}_{_part}.safetensors"] = lambda part=_part, channels=_channels: taesd(part, channels)
+        STANDINS[f"vae_approx/{_name}_{_part}.safetensors"] = lambda part=_part, channels=_channels: taesd(
+            part, channels
+        )
 """File under the models folder -> the shapes of its tensors."""
 
 

@@ -19,7 +19,10 @@ class Published:
     def state(self) -> dict[str, Tensor]:
         """On the meta device, but for what is one number."""
         dtype = torch.float16 if self.element_size == 2 else torch.float32
-        return {key: torch.ones(shape, dtype=dtype, device="meta" if len(shape) else "cpu") for key, shape in self.shapes.items()}
+        return {
+            key: torch.ones(shape, dtype=dtype, device="meta" if len(shape) else "cpu")
+            for key, shape in self.shapes.items()
+        }
 
 
 def read_published() -> dict[str, Published]:

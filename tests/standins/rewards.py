@@ -22,7 +22,9 @@ CONTEXT, SIZE, WIDTH = 12, 24, 32
 
 def open_clip_model(quick_gelu: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    vision = open_clip.model.CLIPVisionCfg(layers=2, width=WIDTH, head_width=16, patch_size=8, image_size=SIZE, mlp_ratio=2.0)
+    vision = open_clip.model.CLIPVisionCfg(
+        layers=2, width=WIDTH, head_width=16, patch_size=8, image_size=SIZE, mlp_ratio=2.0
+    )
     text = open_clip.model.CLIPTextCfg(context_length=CONTEXT, width=24, heads=3, layers=2)
     model = open_clip.model.CLIP(16, vision, text, quick_gelu=quick_gelu).eval()
     with torch.no_grad():
@@ -35,7 +37,9 @@ def transformers_model(hidden_act: str = "gelu", **vision) -> transformers.CLIPM
     shared = {"num_hidden_layers": 2, "intermediate_size": 40, "hidden_act": hidden_act}
     vision = {"hidden_size": WIDTH, "num_attention_heads": 2, "image_size": SIZE, "patch_size": 8, **shared, **vision}
     text = {"hidden_size": 24, "num_attention_heads": 3, "max_position_embeddings": CONTEXT, **shared}
-    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    ).eval()
 
 
 def tokens(prompts: Sequence[str]) -> Tensor:
@@ -67,7 +71,10 @@ def save_towers(vision: Path, text: Path) -> Reference:
     """One CLIP in two files, as in models/clip_vision and models/text_encoders. Its scale is 100, which neither file states."""
     model = transformers_model("quick_gelu").requires_grad_(False)
     model.logit_scale.fill_(math.log(100))
-    for path, prefixes in ((vision, ("vision_model.", "visual_projection.")), (text, ("text_model.", "text_projection."))):
+    for path, prefixes in (
+        (vision, ("vision_model.", "visual_projection.")),
+        (text, ("text_model.", "text_projection.")),
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({key: tensor for key, tensor in model.state_dict().items() if key.startswith(prefixes)}, path, HEADS)
     return transformers_scores(model)
@@ -112,7 +119,19 @@ def save_aesthetic(path: Path, tower: Path) -> Reference:
     return scores
 
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789,.!?'-()", "red", "circle", "cat", "large", "ground"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *"abcdefghijklmnopqrstuvwxyz0123456789,.!?'-()",
+    "red",
+    "circle",
+    "cat",
+    "large",
+    "ground",
+]
 WORDS += [f"##{word}" for word in "abcdefghijklmnopqrstuvwxyz0123456789"] + ["猫", "##ing"]
 """A vocabulary as BERT's, but small."""
 
@@ -123,21 +142,39 @@ class BlipReward(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(3)
-        vision = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
-        text = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3, "encoder_hidden_size": WIDTH}
+        vision = {
+            "hidden_size": WIDTH,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "patch_size": 8,
+        }
+        text = {
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "encoder_hidden_size": WIDTH,
+        }
         self.visual_encoder = transformers.BlipVisionModel(
             transformers.BlipVisionConfig(image_size=SIZE, layer_norm_eps=1e-6, initializer_range=0.1, **vision)
         )
         blip_text = transformers.models.blip.modeling_blip_text.BlipTextModel
         self.text_encoder = blip_text(
-            transformers.BlipTextConfig(vocab_size=len(WORDS) + 2, max_position_embeddings=40, initializer_range=0.3, **text), add_pooling_layer=False
+            transformers.BlipTextConfig(
+                vocab_size=len(WORDS) + 2, max_position_embeddings=40, initializer_range=0.3, **text
+            ),
+            add_pooling_layer=False,
         )
         self.mlp = head(24)
 
     def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         picture = self.visual_encoder(pixels).last_hidden_state
         read = self.text_encoder(
-            tokens, attention_mask=mask, encoder_hidden_states=picture, encoder_attention_mask=torch.ones(picture.shape[:2], dtype=torch.long)
+            tokens,
+            attention_mask=mask,
+            encoder_hidden_states=picture,
+            encoder_attention_mask=torch.ones(picture.shape[:2], dtype=torch.long),
         )
         return (self.mlp["layers"](read.last_hidden_state[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
 

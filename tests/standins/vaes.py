@@ -26,17 +26,62 @@ import comfy.taesd.taesd
 import torch
 from torch import Tensor, nn
 
-KL = {"double_z": True, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2,
-      "attn_resolutions": [], "dropout": 0.0}
-HUNYUAN = {"in_channels": 3, "out_channels": 3, "num_res_blocks": 1, "downsample_match_channel": True, "upsample_match_channel": True}
-WAN = {"dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True], "dropout": 0.0}
-COSMOS = {"z_channels": 16, "latent_channels": 16, "z_factor": 1, "resolution": 1024, "in_channels": 3, "out_channels": 3, "channels": 16,
-          "channels_mult": [2, 4, 4], "num_res_blocks": 1, "attn_resolutions": [32], "dropout": 0.0, "patch_size": 4, "num_groups": 1,
-          "temporal_compression": 8, "spacial_compression": 8}
+KL = {
+    "double_z": True,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 32,
+    "ch_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+HUNYUAN = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "num_res_blocks": 1,
+    "downsample_match_channel": True,
+    "upsample_match_channel": True,
+}
+WAN = {
+    "dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "dropout": 0.0,
+}
+COSMOS = {
+    "z_channels": 16,
+    "latent_channels": 16,
+    "z_factor": 1,
+    "resolution": 1024,
+    "in_channels": 3,
+    "out_channels": 3,
+    "channels": 16,
+    "channels_mult": [2, 4, 4],
+    "num_res_blocks": 1,
+    "attn_resolutions": [32],
+    "dropout": 0.0,
+    "patch_size": 4,
+    "num_groups": 1,
+    "temporal_compression": 8,
+    "spacial_compression": 8,
+}
 UP = ["compress_all", {"multiplier": 1, "residual": True}]
-LTXV = {"dims": 3, "latent_channels": 128, "norm_layer": "pixel_norm", "patch_size": 4, "latent_log_var": "uniform", "timestep_conditioning": True,
-        "encoder_base_channels": 8, "encoder_blocks": [["res_x", 1], ["compress_all", 1], ["compress_all", 1], ["compress_all", 1]],
-        "decoder_base_channels": 8, "decoder_blocks": [["res_x", {"num_layers": 1, "inject_noise": True}], UP, UP, UP, ["res_x", 1]]}
+LTXV = {
+    "dims": 3,
+    "latent_channels": 128,
+    "norm_layer": "pixel_norm",
+    "patch_size": 4,
+    "latent_log_var": "uniform",
+    "timestep_conditioning": True,
+    "encoder_base_channels": 8,
+    "encoder_blocks": [["res_x", 1], ["compress_all", 1], ["compress_all", 1], ["compress_all", 1]],
+    "decoder_base_channels": 8,
+    "decoder_blocks": [["res_x", {"num_layers": 1, "inject_noise": True}], UP, UP, UP, ["res_x", 1]],
+}
 MODELS = "comfy.ldm.modules."
 
 
@@ -47,14 +92,22 @@ def narrow(change: Callable[[dict], dict]) -> Callable:
 
 def parts(change: dict) -> Callable[[dict], dict]:
     """The configuration of an AutoencodingEngine with a change to the parameters of its encoder and decoder."""
-    return lambda config: config | {key: config[key] | {"params": config[key]["params"] | change} for key in ("encoder_config", "decoder_config")}
+    return lambda config: (
+        config
+        | {
+            key: config[key] | {"params": config[key]["params"] | change}
+            for key in ("encoder_config", "decoder_config")
+        }
+    )
 
 
 def hunyuan_width(config: dict) -> dict:
     params = config["decoder_config"]["params"]
     if "block_out_channels" not in params:
         return parts({"ch": 32})(config)
-    return parts({"block_out_channels": [32, 32, *[64] * (len(params["block_out_channels"]) - 2)], "num_res_blocks": 1})(config)
+    return parts(
+        {"block_out_channels": [32, 32, *[64] * (len(params["block_out_channels"]) - 2)], "num_res_blocks": 1}
+    )(config)
 
 
 NARROWER: list[tuple[object, str, Callable]] = [
@@ -63,7 +116,11 @@ NARROWER: list[tuple[object, str, Callable]] = [
     (comfy.sd, "StageA", narrow(lambda config: config | {"c_hidden": 16, "bottleneck_blocks": 1, "codebook_size": 8})),
     (comfy.ldm.cascade.stage_c_coder, "Previewer", narrow(lambda config: config | {"c_hidden": 32})),
     (comfy.ldm.cascade.stage_c_coder, "EfficientNetEncoder", lambda _: nn.Identity),
-    (comfy.ldm.cogvideo.vae, "AutoencoderKLCogVideoX", narrow(lambda config: config | {"block_out_channels": (32,) * 4, "layers_per_block": 1})),
+    (
+        comfy.ldm.cogvideo.vae,
+        "AutoencoderKLCogVideoX",
+        narrow(lambda config: config | {"block_out_channels": (32,) * 4, "layers_per_block": 1}),
+    ),
     (comfy.ldm.cosmos.vae, "CausalContinuousVideoTokenizer", narrow(lambda config: config | COSMOS)),
     (comfy.ldm.genmo.vae.model, "Encoder", lambda _: lambda **config: nn.Identity()),
     (comfy.ldm.genmo.vae.model, "Decoder", narrow(lambda config: config | {"base_channels": 32})),
@@ -91,7 +148,9 @@ def kl(channels: int, **change) -> nn.Module:
 def engine(path: str, **params) -> nn.Module:
     halves = [{"target": f"{path}.{name}", "params": params} for name in ("Encoder", "Decoder")]
     regularizer = {"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"}
-    return comfy.sd.AutoencodingEngine(regularizer_config=regularizer, encoder_config=halves[0], decoder_config=halves[1])
+    return comfy.sd.AutoencodingEngine(
+        regularizer_config=regularizer, encoder_config=halves[0], decoder_config=halves[1]
+    )
 
 
 def svd() -> nn.Module:
@@ -99,13 +158,23 @@ def svd() -> nn.Module:
     return comfy.sd.AutoencodingEngine(
         regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
         encoder_config={"target": MODELS + "diffusionmodules.model.Encoder", "params": params},
-        decoder_config={"target": MODELS + "temporal_ae.VideoDecoder", "params": params | {"video_kernel_size": [3, 1, 1], "alpha": 0.0}},
+        decoder_config={
+            "target": MODELS + "temporal_ae.VideoDecoder",
+            "params": params | {"video_kernel_size": [3, 1, 1], "alpha": 0.0},
+        },
     )
 
 
 def hunyuan(path: str, channels: int, spatial: int, **change) -> nn.Module:
     widths = [64] * (int(math.log2(spatial)) + 1)
-    return engine(f"comfy.ldm.hunyuan_video.{path}", z_channels=channels, block_out_channels=widths, ffactor_spatial=spatial, **HUNYUAN, **change)
+    return engine(
+        f"comfy.ldm.hunyuan_video.{path}",
+        z_channels=channels,
+        block_out_channels=widths,
+        ffactor_spatial=spatial,
+        **HUNYUAN,
+        **change,
+    )
 
 
 VAES: dict[str, Callable[[], nn.Module]] = {

@@ -42,7 +42,9 @@ def curves() -> dict[str, list[tuple[float, float]]]:
     """Held-out reward against model calls, of the benchmarks' table of selection."""
     table = TABLES.read_text(encoding="utf-8").split("tests/bench/selection.py")[1]
     found: dict[str, list[tuple[float, float]]] = {}
-    for method, calls, heldout in re.findall(r"^\| ([a-z ]+)(?:, [a-z ]*\d+)? \| (\d+) \|[^|]+\| ([-\d.]+)", table, re.M):
+    for method, calls, heldout in re.findall(
+        r"^\| ([a-z ]+)(?:, [a-z ]*\d+)? \| (\d+) \|[^|]+\| ([-\d.]+)", table, re.M
+    ):
         found.setdefault(method, []).append((float(calls), float(heldout)))
     return found
 

@@ -96,7 +96,10 @@ def of_others(path: Path) -> None:
 
 
 FIRST, SECOND, PROMPTS = "shard-00000.safetensors", "shard-00001.safetensors", "prompts.safetensors"
-REDONE, ELSEWHERE = "is damaged: collect again, which redoes only that shard, or delete it", "belongs to another collection: take it away"
+REDONE, ELSEWHERE = (
+    "is damaged: collect again, which redoes only that shard, or delete it",
+    "belongs to another collection: take it away",
+)
 ANEW = "is missing or damaged: collect again, which writes it anew"
 INFINITE = "has values that are not finite numbers: delete that file and collect again"
 DAMAGES = {
@@ -155,7 +158,9 @@ def test_what_a_message_says_helps(folder, name, damage, said, advice):
     assert torch.equal(all_of(folder), whole)
 
 
-@pytest.mark.parametrize("name", [name for name, (file, *_, advice) in DAMAGES.items() if file == FIRST and advice is again])
+@pytest.mark.parametrize(
+    "name", [name for name, (file, *_, advice) in DAMAGES.items() if file == FIRST and advice is again]
+)
 def test_a_damaged_shard_is_missing_and_the_others_are_not(folder, name):
     DAMAGES[name][1](folder / FIRST)
     collection = Collection.open(folder)
@@ -176,7 +181,12 @@ def test_what_is_somebody_elses_is_not_written_over(folder, name):
 
 
 def test_a_file_by_another_name_for_a_number_is_no_shard(folder):
-    for name in ("shard-000000.safetensors", "shard-0.safetensors", f"shard-{'9' * 30}.safetensors", "shard-٠٠٠٠٠.safetensors"):
+    for name in (
+        "shard-000000.safetensors",
+        "shard-0.safetensors",
+        f"shard-{'9' * 30}.safetensors",
+        "shard-٠٠٠٠٠.safetensors",
+    ):
         shutil.copy(folder / FIRST, folder / name)
     assert len(all_of(folder)) == COUNT
 
@@ -258,7 +268,12 @@ def refusal(folder: Path) -> str:
     with pytest.raises(GuidanceError):
         collect(folder)
     told = str(refused.value)
-    assert "collection.json in likes" in told and "collect into another folder" in told and "\n" not in told and len(told) < 400
+    assert (
+        "collection.json in likes" in told
+        and "collect into another folder" in told
+        and "\n" not in told
+        and len(told) < 400
+    )
     assert len(all_of(collect(folder.with_name("another")).folder)) == COUNT
     return told
 
@@ -352,14 +367,18 @@ def test_a_collection_whose_description_is_gone_is_not_success(folder):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda path: os.truncate(path, 900), lambda path: path.unlink(), instead(b"other")], ids=["shrunk", "gone", "other"]
+    "damage",
+    [lambda path: os.truncate(path, 900), lambda path: path.unlink(), instead(b"other")],
+    ids=["shrunk", "gone", "other"],
 )
 @pytest.mark.parametrize("name", [FIRST, PROMPTS])
 def test_files_that_are_taken_away_while_they_are_read(folder, name, damage):
     """A shard that was mapped would end the process where it shrinks."""
     samples = Collection.open(folder).load()
     damage(folder / name)
-    with pytest.raises(GuidanceError, match=f"{name} in likes was changed, moved or deleted while it was read: run again"):
+    with pytest.raises(
+        GuidanceError, match=f"{name} in likes was changed, moved or deleted while it was read: run again"
+    ):
         StoredPairs(samples, torch.ones(len(samples)), Flow()).batch(64, (1,))
 
 
@@ -393,7 +412,9 @@ def test_a_server_that_wants_fewer_samples_keeps_those_of_another(tmp_path):
 
 def begun(folder: Path, **options):
     samples = Collection.open(folder).load()
-    plan = plan_for(samples.description, **{"steps": 4, "batch": 4, "check_every": 1, "objective": "weighted"} | options)
+    plan = plan_for(
+        samples.description, **{"steps": 4, "batch": 4, "check_every": 1, "objective": "weighted"} | options
+    )
     return prepare(samples, plan, "small", checkpoints=folder).training
 
 
@@ -503,14 +524,19 @@ def test_a_checkpoint_by_a_newer_version(stopped, tmp_path):
     def add(path: Path) -> None:
         torch.save(torch.load(path, weights_only=True) | {"momentum": 1}, path)
 
-    assert "'momentum', which this version of the pack does not know: update the pack, or delete it" in damaged_training(stopped, tmp_path, add)
+    assert (
+        "'momentum', which this version of the pack does not know: update the pack, or delete it"
+        in damaged_training(stopped, tmp_path, add)
+    )
 
 
 def test_a_checkpoint_that_is_a_folder(stopped, tmp_path):
     shutil.copytree(stopped, copy := tmp_path / "likes")
     (path,) = copy.glob("*.checkpoint")
     a_folder(path)
-    with pytest.raises(GuidanceError, match=r"cannot be read \(Is a directory\): mend that, or take it away to train from the start"):
+    with pytest.raises(
+        GuidanceError, match=r"cannot be read \(Is a directory\): mend that, or take it away to train from the start"
+    ):
         begun(copy)
     path.rmdir()
     assert fit(begun(copy)) is not None

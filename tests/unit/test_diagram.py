@@ -39,8 +39,14 @@ def test_boxes_lie_apart_and_links_lead_down(path):
     ("name", "shown"),
     [
         ("flow_guidance_flux", {("Flux", "Guidance", "MODEL"), ("Prompt and reward", "Guidance", "REWARD")}),
-        ("guidance_network_train_sd35", {("SD3.5 and reward", "Collect samples", "REWARD"), ("Collect samples", "Train", "GUIDANCE_DATA")}),
-        ("guidance_network_sd_turbo", {("SD-Turbo and reward", "One step", "MODEL"), ("Train", "One step", "GUIDANCE_NETWORK")}),
+        (
+            "guidance_network_train_sd35",
+            {("SD3.5 and reward", "Collect samples", "REWARD"), ("Collect samples", "Train", "GUIDANCE_DATA")},
+        ),
+        (
+            "guidance_network_sd_turbo",
+            {("SD-Turbo and reward", "One step", "MODEL"), ("Train", "One step", "GUIDANCE_NETWORK")},
+        ),
     ],
 )
 def test_what_the_pack_works_with_is_shown_on_its_way(name, shown):

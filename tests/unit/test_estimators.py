@@ -26,7 +26,12 @@ def setup(dims, process, sigma, seed=0):
 
 
 def estimator(name, process, reward, **settings):
-    return ESTIMATORS[name](process, reward, Settings(**{"smoothing": PLAIN, "cap": 1e9, "momentum": 0.0, "variance": 1.0, **settings}), generator(1))
+    return ESTIMATORS[name](
+        process,
+        reward,
+        Settings(**{"smoothing": PLAIN, "cap": 1e9, "momentum": 0.0, "variance": 1.0, **settings}),
+        generator(1),
+    )
 
 
 @pytest.mark.parametrize(("dims", "process", "sigma"), CASES)
@@ -61,7 +66,8 @@ def test_one_jacobian_within_another_adds_both_tilts(dims, process, sigma):
     _, denoise, x, direction = setup(dims, process, sigma)
     other = torch.randn(dims, generator=generator(7), dtype=torch.float64)
     inner, outer, both = (
-        estimator("jacobian", process, lambda point, slope=slope: point @ slope) for slope in (direction, other, direction + other)
+        estimator("jacobian", process, lambda point, slope=slope: point @ slope)
+        for slope in (direction, other, direction + other)
     )
     guided = outer(lambda point: inner(denoise, point, sigma), x, sigma)
     assert not guided.requires_grad
@@ -133,7 +139,9 @@ LEVELS = (0.9, 0.8, 0.6, 0.5, 0.2, 0.1)
 def shifts(rewards, levels=LEVELS, name="shift", dtype=torch.float64, **settings):
     """What x is moved by in units of the noise (levels,B), for constant slopes of 1 and rewards (B,) whatever the estimate; as long as the cap."""
     moved, level = [], torch.tensor(rewards, dtype=dtype)
-    one = estimator(name, Flow(), lambda point: level + (point - point.detach()).sum(1), strength=100.0, cap=0.5, **settings)
+    one = estimator(
+        name, Flow(), lambda point: level + (point - point.detach()).sum(1), strength=100.0, cap=0.5, **settings
+    )
     x = torch.zeros(len(rewards), 3, dtype=torch.float64)
     for sigma in (levels[0], *levels):
         one(lambda point, sigma=sigma: moved.append((point - x)[:, 0] / sigma) or point, x, sigma)
@@ -236,7 +244,9 @@ def test_settings_refuse_what_makes_no_sense(broken):
         Settings(**broken)
 
 
-@pytest.mark.parametrize("broken", [{"samples": -1}, {"radius": -0.1}, {"radius": NAN}, {"radius": INFINITY}, {"grid": -1}], ids=str)
+@pytest.mark.parametrize(
+    "broken", [{"samples": -1}, {"radius": -0.1}, {"radius": NAN}, {"radius": INFINITY}, {"grid": -1}], ids=str
+)
 def test_smoothing_refuses_what_makes_no_sense(broken):
     with pytest.raises(GuidanceError):
         Smoothing(**broken)
@@ -285,7 +295,14 @@ def test_guidance_samples_the_reward_weighted_ring(seed):
 def test_a_step_waits_for_the_device_only_at_its_end(name, samples):
     """Of tensors on the meta device no number can be read, as none is from a GPU without waiting for it."""
     pending = []
-    watching = estimator(name, Flow(), lambda point: point.square().flatten(1).mean(1), smoothing=Smoothing(samples), momentum=0.5, cap=1.0)
+    watching = estimator(
+        name,
+        Flow(),
+        lambda point: point.square().flatten(1).mean(1),
+        smoothing=Smoothing(samples),
+        momentum=0.5,
+        cap=1.0,
+    )
     watching.tilt.check_pending = lambda: pending.append(watching.tilt.pending)
     for sigma in (0.9, 0.6):
         assert watching(lambda point: 0.5 * point, torch.empty(2, 4, 8, 8, device="meta"), sigma).shape == (2, 4, 8, 8)
@@ -309,12 +326,20 @@ def test_a_gradient_that_is_not_finite_is_refused_within_its_step(name, slope):
 def test_what_is_made_block_by_block_is_guided_as_each_block_alone(name, settings):
     """As samplers of long videos do: a block goes all the way from noise, then the next, the last of which may be shorter."""
     mixture, draw = Mixture.random(6, 8, generator()), generator(1)
-    blocks = [torch.randn(4, 8, generator=draw, dtype=torch.float64), torch.randn(4, 8, generator=draw, dtype=torch.float64)]
+    blocks = [
+        torch.randn(4, 8, generator=draw, dtype=torch.float64),
+        torch.randn(4, 8, generator=draw, dtype=torch.float64),
+    ]
     blocks.append(torch.randn(2, 8, generator=draw, dtype=torch.float64))
 
     def run(one, x):
         for sigma, following in zip((*LEVELS, 0.0), (*LEVELS[1:], 0.0), strict=False):
-            x = x + (following - sigma) * (x - one(lambda point, s=sigma: mixture.denoised(point, Flow(), s), x, sigma)) / sigma
+            x = (
+                x
+                + (following - sigma)
+                * (x - one(lambda point, s=sigma: mixture.denoised(point, Flow(), s), x, sigma))
+                / sigma
+            )
         return x
 
     make = lambda: estimator(name, Flow(), lambda point: point.sin().sum(1), **settings)  # noqa: E731

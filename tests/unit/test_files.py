@@ -25,14 +25,20 @@ def mappings(path) -> int:
 
 
 def test_tensors_come_back_as_they_were_saved(tmp_path):
-    tensors = {str(kind): (torch.rand(3, 5) * 100).to(kind) for kind in TYPES} | {"none": torch.empty(0, 3), "one": torch.tensor(3.5)}
+    tensors = {str(kind): (torch.rand(3, 5) * 100).to(kind) for kind in TYPES} | {
+        "none": torch.empty(0, 3),
+        "one": torch.tensor(3.5),
+    }
     save_file(tensors, tmp_path / "x.safetensors", {"said": "so"})
     read = read_tensors(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
         assert torch.equal(read[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
-    assert read_header(tmp_path / "x.safetensors") == ({name: tuple(tensor.shape) for name, tensor in tensors.items()}, {"said": "so"})
+    assert read_header(tmp_path / "x.safetensors") == (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        {"said": "so"},
+    )
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="only Linux says what is mapped")
@@ -68,7 +74,12 @@ NO_MEMORY = {
     "safetensors on Windows": SafetensorError("I/O error: The paging file is too small for this operation to complete. (os error 1455)"),
     "Metal": RuntimeError("MPS backend out of memory (MPS allocated: 18.1 GB)"),
 }  # fmt: skip
-OTHERS = [RuntimeError("shape '[3]' is invalid"), OSError(errno.ENOSPC, "No space left"), SafetensorError("I/O error (os error 121)"), ValueError()]
+OTHERS = [
+    RuntimeError("shape '[3]' is invalid"),
+    OSError(errno.ENOSPC, "No space left"),
+    SafetensorError("I/O error (os error 121)"),
+    ValueError(),
+]
 
 
 @pytest.mark.parametrize("error", NO_MEMORY.values(), ids=NO_MEMORY)
@@ -116,8 +127,33 @@ def test_records_come_back_from_json():
     assert record(Outer, {"inner": {"count": 1, "share": 1}, "names": [], "curve": []}) == Outer(Inner(1, 1.0), (), ())
 
 
-WRONG = (None, "x", 3, 1.5, [], [[]], {"count": "x"}, [1], ["x", 1], [["x", 1]], [1, 2, 3], True, float("nan"), float("inf"), 10**400, "x" * 10**6)
-FITTING = {"inner": (), "names": ([],), "curve": ([],), "best": (None,), "loud": (True,), "count": (3,), "share": (3, 1.5)}
+WRONG = (
+    None,
+    "x",
+    3,
+    1.5,
+    [],
+    [[]],
+    {"count": "x"},
+    [1],
+    ["x", 1],
+    [["x", 1]],
+    [1, 2, 3],
+    True,
+    float("nan"),
+    float("inf"),
+    10**400,
+    "x" * 10**6,
+)
+FITTING = {
+    "inner": (),
+    "names": ([],),
+    "curve": ([],),
+    "best": (None,),
+    "loud": (True,),
+    "count": (3,),
+    "share": (3, 1.5),
+}
 
 
 @pytest.mark.parametrize("name", FITTING)

@@ -67,7 +67,10 @@ def quick(description: Description = DESCRIPTION, **options) -> Plan:
 
 
 def test_sizes_are_of_one_to_ten_million():
-    sizes = [sum(p.numel() for p in GuidanceNetwork(Architecture(4, tokens=768, pooled=768, width=w)).parameters()) for w in WIDTHS.values()]
+    sizes = [
+        sum(p.numel() for p in GuidanceNetwork(Architecture(4, tokens=768, pooled=768, width=w)).parameters())
+        for w in WIDTHS.values()
+    ]
     assert 1e6 < sizes[0] < sizes[1] < sizes[2] < 10e6
 
 
@@ -100,7 +103,9 @@ def test_weights_are_numbers_with_commas():
         weights_from("1; 2")
 
 
-@pytest.mark.parametrize(("description", "objective"), [(DESCRIPTION, "weighted"), (DESCRIPTION, "potential"), (NOISE, "weighted")])
+@pytest.mark.parametrize(
+    ("description", "objective"), [(DESCRIPTION, "weighted"), (DESCRIPTION, "potential"), (NOISE, "weighted")]
+)
 def test_a_network_says_what_it_was_trained_on(tmp_path, description, objective):
     samples = collect(tmp_path, description).load()
     fitting = prepare(samples, quick(description, objective=objective, temperature=0.5), "small")
@@ -124,7 +129,9 @@ def test_weights_can_be_changed_without_sampling_again(tmp_path):
     again = Collection.create(tmp_path, DESCRIPTION, lambda: pytest.fail("the text is on disk"))
     samples = again.load()
     scores = samples.scores
-    assert torch.equal(samples.rewards(), scores[:, 0]) and torch.equal(Collection.open(tmp_path).load().rewards(), scores[:, 0])
+    assert torch.equal(samples.rewards(), scores[:, 0]) and torch.equal(
+        Collection.open(tmp_path).load().rewards(), scores[:, 0]
+    )
     torch.testing.assert_close(samples.rewards((1.0, 2.0)), (scores[:, 0] + 2 * scores[:, 1]) / 5**0.5)
 
 
@@ -151,7 +158,9 @@ def test_trainings_of_other_settings_or_samples_have_checkpoints_of_their_own(tm
         prepare(more, quick(), "small", checkpoints=tmp_path),
     ]
     assert len({fitting.training.checkpoint for fitting in prepared}) == len(prepared)
-    assert prepare(samples, quick(), "small", checkpoints=tmp_path).training.checkpoint == prepared[0].training.checkpoint
+    assert (
+        prepare(samples, quick(), "small", checkpoints=tmp_path).training.checkpoint == prepared[0].training.checkpoint
+    )
 
 
 def test_many_held_out_samples_are_looked_at_and_models_and_rewards_are_spared(tmp_path):
@@ -160,7 +169,12 @@ def test_many_held_out_samples_are_looked_at_and_models_and_rewards_are_spared(t
     assert held_out // 2 > Training.batches
     assert prepare(samples, quick(batch=2), "small").training.batches == held_out // 2
     assert prepare(samples, quick(batch=64), "small").training.batches == Training.batches
-    asked = prepare(samples, quick(batch=2, objective="reward_gradient"), "small", reward=lambda latents, batch: latents.flatten(1).mean(1))
+    asked = prepare(
+        samples,
+        quick(batch=2, objective="reward_gradient"),
+        "small",
+        reward=lambda latents, batch: latents.flatten(1).mean(1),
+    )
     assert asked.training.batches == Training.batches
 
 
@@ -313,7 +327,9 @@ def command(folder: Path, out: Path, *options: str, processes: int = 0) -> list[
 
 
 def trained(folder: Path, out: Path, *options: str, processes: int = 0) -> dict[str, torch.Tensor]:
-    done = subprocess.run(command(folder, out, *options, processes=processes), cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command(folder, out, *options, processes=processes), cwd=CHECKOUT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "likes" in done.stdout and "best" in done.stdout
     return load_network(out)[0].state_dict()
@@ -378,7 +394,8 @@ def test_what_goes_wrong_is_said_in_a_sentence(tmp_path, folder, capsys, caplog,
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "said"), [("--device", "nonsense", "PyTorch knows no device 'nonsense'"), ("--seed", "9" * 20, "is not between 0 and 2^64")]
+    ("option", "value", "said"),
+    [("--device", "nonsense", "PyTorch knows no device 'nonsense'"), ("--seed", "9" * 20, "is not between 0 and 2^64")],
 )
 def test_an_option_that_cannot_be_is_refused(tmp_path, folder, capsys, option, value, said):
     with pytest.raises(SystemExit):
@@ -390,7 +407,17 @@ def test_processes_on_machines_of_their_own_go_on_from_the_checkpoint_of_the_fir
     (tmp_path / "0").mkdir()
     killed(folder, tmp_path / "0" / "net.safetensors")
     here_each = " ".join(command(folder, tmp_path / "$RANK" / "net.safetensors", *MORE_STEPS))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", "bash", "-c", here_each]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--no-python",
+        "bash",
+        "-c",
+        here_each,
+    ]
     done = subprocess.run(launch, cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "going on at step" in done.stdout, done.stdout + done.stderr[-2000:]
     resumed = load_network(tmp_path / "0" / "net.safetensors")[0].state_dict()

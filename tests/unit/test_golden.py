@@ -38,7 +38,9 @@ def collection(request, tmp_path) -> Collection:
 def test_a_saved_network_guides_as_it_did(form):
     network, card = load_network(make.FOLDER / f"{form}.safetensors")
     assert card == make.card(form) and form in card.describe()
-    torch.testing.assert_close(torch.tensor(make.applied(form, network)), torch.tensor(OUTPUTS[form]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        torch.tensor(make.applied(form, network)), torch.tensor(OUTPUTS[form]), rtol=0, atol=1e-6
+    )
 
 
 def test_a_collection_holds_what_it_did(collection):
@@ -71,8 +73,14 @@ def test_a_training_takes_the_steps_it_did(trained):
         "potential": FreshPairs(samples, weights, Flow()),
         "noise": one_step.NoisePairs(samples.clean, weights, samples.text, samples.prompts),
     }[trained]
-    options = {"potential": {"objective": "potential", "form": "potential", "fresh": True}, "noise": {"form": "noise"}}.get(trained, {})
-    plan, process = Plan(steps=5, batch=8, learning_rate=0.01, **options), one_step.PROCESS if trained == "noise" else Flow()
+    options = {
+        "potential": {"objective": "potential", "form": "potential", "fresh": True},
+        "noise": {"form": "noise"},
+    }.get(trained, {})
+    plan, process = (
+        Plan(steps=5, batch=8, learning_rate=0.01, **options),
+        one_step.PROCESS if trained == "noise" else Flow(),
+    )
     sizes = Architecture(4, FORMS[plan.form].inputs, 6, 7, width=8, levels=2, blocks=1, scalar=trained == "potential")
     training = Training(pairs, Task(process, plan), sizes, pooled=samples.text.pooled)
     batch = pairs.batch(8, (plan.seed, 0))

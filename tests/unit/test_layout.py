@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "latent_preview", "nodes", "server"}
+COMFYUI = {
+    "comfy",
+    "comfy_api",
+    "comfy_execution",
+    "comfy_extras",
+    "execution",
+    "folder_paths",
+    "latent_preview",
+    "nodes",
+    "server",
+}
 BLOCKED = """
 import sys, types
 class Blocker:
@@ -48,7 +58,9 @@ def imports(path: Path) -> list[tuple[str, int]]:
 
 
 def test_guidance_imports_without_comfyui():
-    modules = [name_of(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in sources("guidance")]
+    modules = [
+        name_of(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in sources("guidance")
+    ]
     modules = [module for module in modules if not module.endswith("__main__")]
     code = BLOCKED.format(names=COMFYUI, checkout=str(CHECKOUT), modules=modules)
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CHECKOUT / "tests")
@@ -70,7 +82,11 @@ def test_guidance_stays_within_itself(path):
 @pytest.mark.parametrize("path", SHIPPED_SOURCES, ids=name_of)
 def test_own_modules_are_imported_relatively(path):
     """`nodes` alone is ComfyUI's nodes.py."""
-    assert not {module.split(".")[0] for module, level in imports(path) if level == 0} & {"guidance", "reward_guidance", "tests"}
+    assert not {module.split(".")[0] for module, level in imports(path) if level == 0} & {
+        "guidance",
+        "reward_guidance",
+        "tests",
+    }
 
 
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
@@ -106,12 +122,16 @@ def test_trespasses_are_found():
 
 def test_dependencies_are_written_alike():
     required = (CHECKOUT / "requirements.txt").read_text().split()
-    line = next(line for line in (CHECKOUT / "pyproject.toml").read_text().splitlines() if line.startswith("dependencies"))
+    line = next(
+        line for line in (CHECKOUT / "pyproject.toml").read_text().splitlines() if line.startswith("dependencies")
+    )
     assert ast.literal_eval(line.split("=", 1)[1].strip()) == required
     assert not any(name.startswith(("torch", "Pillow", "aiohttp")) for name in required)
 
 
 def test_the_documented_reward_is_the_tested_one():
-    shown = (CHECKOUT / "nodes" / "web" / "docs" / "your_own_reward.md").read_text().split("```python\n")[1].split("```")[0]
+    shown = (
+        (CHECKOUT / "nodes" / "web" / "docs" / "your_own_reward.md").read_text().split("```python\n")[1].split("```")[0]
+    )
     tested = (CHECKOUT / "tests" / "packs" / "redness" / "__init__.py").read_text()
     assert tested.endswith(shown)

@@ -57,7 +57,10 @@ def test_an_untrained_network_is_exactly_no_guidance(form, process):
 def test_strength_multiplies_and_zero_is_exactly_no_guidance(form):
     architecture = dataclasses.replace(SMALL, inputs=FORMS[form].inputs, scalar=form == "potential")
     x, sigma = randn(2, 4, 8, 8), torch.tensor([0.3, 0.9])
-    guided = [FORMS[form](network(architecture), Flow(), lambda point: 0.7 * point, x, sigma, text(2), s) for s in (0.0, 1.0, 2.0)]
+    guided = [
+        FORMS[form](network(architecture), Flow(), lambda point: 0.7 * point, x, sigma, text(2), s)
+        for s in (0.0, 1.0, 2.0)
+    ]
     assert torch.equal(guided[0], 0.7 * x) and not torch.allclose(guided[1], 0.7 * x)
     torch.testing.assert_close(guided[2] - guided[0], 2 * (guided[1] - guided[0]), rtol=1e-4, atol=1e-5)
 
@@ -97,9 +100,13 @@ def test_architectures_shrink_to_small_latents():
     assert Architecture(channels=2).fitted((2, 1, 1)) == Architecture(channels=2, levels=1, kernel=1)
 
 
-@pytest.mark.parametrize("options", [{"width": 12}, {"levels": 0}, {"channels": 0}, {"kernel": 2}, {"width": 2048}, {"blocks": 10**9}])
+@pytest.mark.parametrize(
+    "options", [{"width": 12}, {"levels": 0}, {"channels": 0}, {"kernel": 2}, {"width": 2048}, {"blocks": 10**9}]
+)
 def test_impossible_architectures_are_refused(options):
-    with pytest.raises(GuidanceError, match=f"A guidance network has .*{next(iter(options))}.* not {next(iter(options.values()))}"):
+    with pytest.raises(
+        GuidanceError, match=f"A guidance network has .*{next(iter(options))}.* not {next(iter(options.values()))}"
+    ):
         Architecture(**{"channels": 4} | options)
 
 
@@ -108,7 +115,9 @@ def test_samples_of_a_batch_do_not_see_each_other():
     whole = network()((x, x), angle, words)
     for i in range(3):
         row = slice(i, i + 1)
-        torch.testing.assert_close(network()((x[row], x[row]), angle[row], words[row]), whole[row], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            network()((x[row], x[row]), angle[row], words[row]), whole[row], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_frames_see_each_other():
@@ -160,13 +169,29 @@ def test_other_models_are_refused_by_name(other, said):
 def test_a_card_says_all_that_it_holds():
     lines = CARD.describe().splitlines()
     assert lines[0] == "correction network for SD15: 1 PickScore + 0.5 aesthetic at temperature 0.5"
-    for fact in ("640 samples", "30.0%", "ab12", "+0.100", "0.900", "4000 steps", "weighted", "step 400", "-0.2000", "at the end it was 0.7000"):
+    for fact in (
+        "640 samples",
+        "30.0%",
+        "ab12",
+        "+0.100",
+        "0.900",
+        "4000 steps",
+        "weighted",
+        "step 400",
+        "-0.2000",
+        "at the end it was 0.7000",
+    ):
         assert any(fact in line for line in lines), fact
     assert "best" not in dataclasses.replace(CARD, curve=(), best=None).describe()
 
 
 def damaged(path, kind: str):
-    metadata = {"format": "reward-guidance-network", "version": "1", "architecture": json.dumps(dataclasses.asdict(SMALL)), "card": "{}"}
+    metadata = {
+        "format": "reward-guidance-network",
+        "version": "1",
+        "architecture": json.dumps(dataclasses.asdict(SMALL)),
+        "card": "{}",
+    }
     tensors = {name: value.clone() for name, value in load_file(path).items()}
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
@@ -220,7 +245,11 @@ ABSURD = (
 def rewritten(path, **parts) -> None:
     """The same tensors with other metadata."""
     _, metadata = read_header(path)
-    save_file(load_file(path), path, metadata | {name: part if isinstance(part, str) else json.dumps(part) for name, part in parts.items()})
+    save_file(
+        load_file(path),
+        path,
+        metadata | {name: part if isinstance(part, str) else json.dumps(part) for name, part in parts.items()},
+    )
 
 
 @pytest.mark.parametrize("absurd", ABSURD, ids=lambda absurd: str(absurd)[:30])
@@ -305,9 +334,15 @@ def test_too_little_memory_is_no_damage(tmp_path):
     path, large = tmp_path / "likes.safetensors", dataclasses.replace(SMALL, width=512)
     save_network(path, network(), CARD)
     _, metadata = read_header(path)
-    sparse(path, GuidanceNetwork.described(large).state_dict(), metadata | {"architecture": json.dumps(dataclasses.asdict(large))})
+    sparse(
+        path,
+        GuidanceNetwork.described(large).state_dict(),
+        metadata | {"architecture": json.dumps(dataclasses.asdict(large))},
+    )
     words = "Memory ran out while likes.safetensors was"
-    assert run_with_little_memory("from reward_guidance.guidance.network.file import load_network as load", path) == words
+    assert (
+        run_with_little_memory("from reward_guidance.guidance.network.file import load_network as load", path) == words
+    )
 
 
 def test_networks_that_are_saved_at_once_are_all_kept(tmp_path):

@@ -84,12 +84,20 @@ class OneStepForm(torch.nn.Module):
 def test_the_reward_gradient_is_least_at_the_leap_of_a_linear_reward():
     """|Δ|²/2 - t·(z + Δ)/β is least at Δ = t/β, which makes of N(0, I) the tilt N(t/β, I)."""
     network, texts = OneStepForm(TILT / 0.5), Texts([torch.empty(0, 0)], torch.empty(1, 0))
-    task = Task(one_step.PROCESS, Plan(objective="reward_gradient", form="leap", temperature=0.5), lambda noise, _: (noise * TILT).sum((1, 2, 3)))
+    task = Task(
+        one_step.PROCESS,
+        Plan(objective="reward_gradient", form="leap", temperature=0.5),
+        lambda noise, _: (noise * TILT).sum((1, 2, 3)),
+    )
     batch = one_step.FreshNoise((2, 1, 1), texts).batch(64, (0,))
     OBJECTIVES["reward_gradient"](network, task, batch).backward()
     assert network.move.grad.abs().max() < 1e-5
-    torch.testing.assert_close(one_step.tilted_noise(network, randn(5), Text.none(5), form="leap"), randn(5) + TILT / 0.5)
-    torch.testing.assert_close(one_step.tilted_noise(network, randn(5), Text.none(5), strength=0.5, form="leap"), randn(5) + TILT)
+    torch.testing.assert_close(
+        one_step.tilted_noise(network, randn(5), Text.none(5), form="leap"), randn(5) + TILT / 0.5
+    )
+    torch.testing.assert_close(
+        one_step.tilted_noise(network, randn(5), Text.none(5), strength=0.5, form="leap"), randn(5) + TILT
+    )
 
 
 def test_fresh_noise_takes_turns_with_prompts():

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 from reward_guidance.guidance.errors import GuidanceError
-from reward_guidance.guidance.particles import Population, at_least, best, effective_size, normalized, ranked, settled, systematic
+from reward_guidance.guidance.particles import (
+    Population,
+    at_least,
+    best,
+    effective_size,
+    normalized,
+    ranked,
+    settled,
+    systematic,
+)
 
 INF = math.inf
 
@@ -94,7 +103,9 @@ def test_potentials_multiply_to_the_last_reward():
     prompt = population(2, threshold=1.0)
     rows = prompt.resample(first).rows
     difference = last[rows] - first[rows]
-    assert prompt.resample(last[rows], final=True).effective.item() == pytest.approx(float(effective_size(difference.double().softmax(0))))
+    assert prompt.resample(last[rows], final=True).effective.item() == pytest.approx(
+        float(effective_size(difference.double().softmax(0)))
+    )
 
 
 def test_a_forbidden_estimate_may_recover_if_it_lives_on():
@@ -217,6 +228,10 @@ def test_best_and_at_least():
         at_least(scores, 4)
     with pytest.raises(GuidanceError, match="Lower the threshold to -inf"):
         at_least(torch.tensor([-INF]), 0)
-    for broken, keep, words in ((scores, 0, "At least 1"), (torch.empty(0), 1, "empty"), (torch.tensor([0.0, math.nan]), 1, "Score 1 is not")):
+    for broken, keep, words in (
+        (scores, 0, "At least 1"),
+        (torch.empty(0), 1, "empty"),
+        (torch.tensor([0.0, math.nan]), 1, "Score 1 is not"),
+    ):
         with pytest.raises(GuidanceError, match=words):
             best(broken, keep)

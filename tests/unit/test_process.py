@@ -22,7 +22,15 @@ from reward_guidance.guidance.process import (
 
 PROCESSES = [Diffusion(), Flow(), Flow(noise_scale=0.5), Spherical()]
 PARAMETERIZATIONS = [NoisePrediction(), VPrediction(), VPrediction(0.5), EDMPrediction(), EDMPrediction(0.5)]
-SCHEDULES = [ShiftedFlow(), ShiftedFlow(3.0), ShiftedFlow(8.0), flux_schedule(1.15), Discrete(), LogLinear(), LogLinear(0.03, 14.6)]
+SCHEDULES = [
+    ShiftedFlow(),
+    ShiftedFlow(3.0),
+    ShiftedFlow(8.0),
+    flux_schedule(1.15),
+    Discrete(),
+    LogLinear(),
+    LogLinear(0.03, 14.6),
+]
 
 levels = st.floats(0.02, 0.98)
 values = st.floats(-3, 3)
@@ -101,7 +109,9 @@ def test_schedules_invert_and_rise(schedule, time, later):
 
 def test_schedules_of_published_models():
     assert [ShiftedFlow(3.0).percent_to_sigma(p) for p in (0.25, 0.5, 0.75)] == pytest.approx([0.9, 0.75, 0.5])
-    assert [flux_schedule(1.15).percent_to_sigma(p) for p in (0.25, 0.5, 0.75)] == pytest.approx([0.9045, 0.7595, 0.5128], abs=2e-4)
+    assert [flux_schedule(1.15).percent_to_sigma(p) for p in (0.25, 0.5, 0.75)] == pytest.approx(
+        [0.9045, 0.7595, 0.5128], abs=2e-4
+    )
     sigmas = scaled_linear_sigmas()
     assert (sigmas[0], sigmas[-1]) == pytest.approx((0.0292, 14.6146), abs=1e-4)
     assert [Discrete().percent_to_sigma(p) for p in (0.25, 0.5, 0.75)] == pytest.approx([4.086, 1.616, 0.695], abs=2e-3)

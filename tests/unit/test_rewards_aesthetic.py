@@ -87,7 +87,10 @@ def test_other_towers_are_passed_over(files):
 def test_a_missing_tower_is_asked_for(files, tmp_path):
     head_file, tower = files
     words = "it needs the image tower of OpenAI's CLIP ViT-L/14; put model.safetensors of openai/clip-vit-large-patch14 (Hugging Face) into"
-    for options, folder in ((LoadOptions(), head_file.parent), (LoadOptions(image_folders=(tmp_path / "none",)), tmp_path / "none")):
+    for options, folder in (
+        (LoadOptions(), head_file.parent),
+        (LoadOptions(image_folders=(tmp_path / "none",)), tmp_path / "none"),
+    ):
         with pytest.raises(RewardError) as caught:
             load_reward(head_file, options)
         assert str(caught.value) == f"{HEAD}: {words} {folder}."
@@ -96,16 +99,27 @@ def test_a_missing_tower_is_asked_for(files, tmp_path):
 def test_a_tower_that_does_not_fit_is_refused(files, tmp_path):
     head_file, _ = files
     save_file({"a": torch.zeros(1)}, tmp_path / "none.safetensors")
-    with pytest.raises(RewardError, match="none.safetensors has no image tower that ends in 16 numbers; it needs that of OpenAI's"):
+    with pytest.raises(
+        RewardError, match="none.safetensors has no image tower that ends in 16 numbers; it needs that of OpenAI's"
+    ):
         load_reward(head_file, LoadOptions(image_tower=tmp_path / "none.safetensors"))
 
 
 GOOD = head(16).state_dict()
 HEADS_THAT_ARE_NONE = {
-    "with activations between": ({f"layers.{i}.{part}": torch.zeros(1) for i in (0, 3, 6, 9, 11) for part in ("weight", "bias")}, "is not a reward"),
-    "of five numbers": (GOOD | {"layers.7.weight": torch.zeros(5, 4), "layers.7.bias": torch.zeros(5)}, "its head ends in 5 numbers"),
+    "with activations between": (
+        {f"layers.{i}.{part}": torch.zeros(1) for i in (0, 3, 6, 9, 11) for part in ("weight", "bias")},
+        "is not a reward",
+    ),
+    "of five numbers": (
+        GOOD | {"layers.7.weight": torch.zeros(5, 4), "layers.7.bias": torch.zeros(5)},
+        "its head ends in 5 numbers",
+    ),
     "that does not chain": (GOOD | {"layers.4.weight": torch.zeros(8, 99)}, "do not follow each other"),
-    "of one dimension": (GOOD | {"layers.0.weight": torch.zeros(20)}, "the layers of its head do not follow each other"),
+    "of one dimension": (
+        GOOD | {"layers.0.weight": torch.zeros(20)},
+        "the layers of its head do not follow each other",
+    ),
     "of no dimension": (GOOD | {"layers.7.weight": torch.zeros(())}, "do not follow each other"),
 }
 

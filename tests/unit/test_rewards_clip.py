@@ -6,7 +6,14 @@ import open_clip
 import pytest
 import torch
 import transformers
-from reward_guidance.guidance.rewards import CLIP_KINDS, ClipImageSimilarity, LoadOptions, RewardError, evaluate, load_reward
+from reward_guidance.guidance.rewards import (
+    CLIP_KINDS,
+    ClipImageSimilarity,
+    LoadOptions,
+    RewardError,
+    evaluate,
+    load_reward,
+)
 from reward_guidance.guidance.rewards.clip import preprocess, recognise_kind
 from reward_guidance.guidance.rewards.clip_checkpoint import build, infer_text, infer_vision, to_open_clip_layout
 from reward_guidance.guidance.rewards.files import Weights
@@ -78,10 +85,14 @@ def test_transformers_layout_without_config_follows_the_published_models(tmp_pat
         "patch_size": 14,
     }
     text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8, logit_scale_init_value=4.6052))
+    model = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8, logit_scale_init_value=4.6052)
+    )
     save_file(model.state_dict(), tmp_path / "a.safetensors")
     reward = load_reward(tmp_path / "a.safetensors")
-    assert isinstance(reward.model.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU) == quick_gelu
+    assert (
+        isinstance(reward.model.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU) == quick_gelu
+    )
     assert reward.model.visual.transformer.resblocks[0].attn.num_heads == 16
     assert (reward.reference_mean, reward.reference_std) == pytest.approx((mean, std), rel=1e-3)
 
@@ -125,7 +136,9 @@ def test_kind_can_be_chosen_and_misspelt(tmp_path):
     square = torch.rand(2, 3, 24, 24)
     assert torch.allclose(clip(square, PROMPTS), clip.scale * hps(square, PROMPTS), atol=1e-5)
     save_file(open_clip_model().state_dict(), tmp_path / "b.safetensors", HEADS | {"kind": "HPSv9"})
-    with pytest.raises(RewardError, match=r"b\.safetensors: there is no kind of CLIP reward called 'HPSv9'; choose one of CLIP score"):
+    with pytest.raises(
+        RewardError, match=r"b\.safetensors: there is no kind of CLIP reward called 'HPSv9'; choose one of CLIP score"
+    ):
         load_reward(tmp_path / "b.safetensors")
 
 
@@ -146,7 +159,9 @@ def test_every_kind_has_a_reference():
 def test_openai_archive_means_quick_gelu(tmp_path):
     sizes = {name: torch.tensor(12) for name in ("input_resolution", "context_length", "vocab_size")}
     torch.save(open_clip_model().state_dict() | sizes, tmp_path / "a.pt")
-    assert isinstance(load_reward(tmp_path / "a.pt").model.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
+    assert isinstance(
+        load_reward(tmp_path / "a.pt").model.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,7 +207,11 @@ def test_open_clip_folder(tmp_path):
 
 
 def test_metadata_states_the_reference(tmp_path):
-    save_file(open_clip_model().state_dict(), tmp_path / "a.safetensors", HEADS | {"reference_mean": "-1.5", "reference_std": "0.25"})
+    save_file(
+        open_clip_model().state_dict(),
+        tmp_path / "a.safetensors",
+        HEADS | {"reference_mean": "-1.5", "reference_std": "0.25"},
+    )
     reward = load_reward(tmp_path / "a.safetensors")
     assert (reward.reference_mean, reward.reference_std) == (-1.5, 0.25)
     assert (reward.name, reward.needs_prompt, reward.differentiable) == ("a", True, True)
@@ -250,7 +269,9 @@ def test_long_prompts_are_cut_and_say_so(reward, caplog):
     assert [record.getMessage().endswith(f"does not see: {end}") for record in caplog.records] == [True]
 
 
-@pytest.mark.parametrize("prompt", ["日本語の猫 🐈", "<end_of_text> a <start_of_text>", "\x00\ud800", "a" * 5000, "\n\t . "])
+@pytest.mark.parametrize(
+    "prompt", ["日本語の猫 🐈", "<end_of_text> a <start_of_text>", "\x00\ud800", "a" * 5000, "\n\t . "]
+)
 def test_any_text_is_a_prompt(reward, prompt):
     assert evaluate(reward, torch.rand(1, 3, 24, 24), prompt).shape == (1,)
 
@@ -285,19 +306,29 @@ def test_a_text_tower_is_found_named_or_asked_for(tmp_path):
     pixels = torch.rand(2, 3, 24, 24)
     assert torch.equal(found(pixels, PROMPTS), named(pixels, PROMPTS))
     text.unlink()
-    with pytest.raises(RewardError, match=f"clip_vision_g.safetensors: it is an image tower alone; .* text_projection to 16 into {text.parent}, or"):
+    with pytest.raises(
+        RewardError,
+        match=f"clip_vision_g.safetensors: it is an image tower alone; .* text_projection to 16 into {text.parent}, or",
+    ):
         load_reward(vision, options)
 
 
 def test_a_text_tower_that_does_not_fit_is_refused(tmp_path):
     vision, text, _ = towers(tmp_path)
     state = load_file(text)
-    save_file({key: value for key, value in state.items() if key != "text_projection.weight"}, tmp_path / "clip_l.safetensors")
+    save_file(
+        {key: value for key, value in state.items() if key != "text_projection.weight"}, tmp_path / "clip_l.safetensors"
+    )
     save_file(state | {"text_projection.weight": torch.zeros(99, 24)}, tmp_path / "other.safetensors")
     for name, ends in (("clip_l", "no text_projection"), ("other", "a text_projection to 99")):
-        with pytest.raises(RewardError, match=f"the text tower {name}.safetensors has {ends}, but the image tower ends in 16 numbers; use a whole"):
+        with pytest.raises(
+            RewardError,
+            match=f"the text tower {name}.safetensors has {ends}, but the image tower ends in 16 numbers; use a whole",
+        ):
             load_reward(vision, LoadOptions(text_tower=tmp_path / f"{name}.safetensors"))
-    with pytest.raises(RewardError, match="clip_g.safetensors is a text tower alone; choose the image tower that belongs to it"):
+    with pytest.raises(
+        RewardError, match="clip_g.safetensors is a text tower alone; choose the image tower that belongs to it"
+    ):
         load_reward(text)
 
 

@@ -23,9 +23,12 @@ def pixels(batch=2):
 
 def test_parts_are_standardised_and_weighted():
     combined = CombinedReward(
-        [Constant(torch.tensor([20.0, 23.0]), mean=20, std=1.5), Constant(torch.tensor([0.3, 0.2]), mean=0.1, std=0.1)], [3, -4]
+        [Constant(torch.tensor([20.0, 23.0]), mean=20, std=1.5), Constant(torch.tensor([0.3, 0.2]), mean=0.1, std=0.1)],
+        [3, -4],
     )
-    assert torch.allclose(evaluate(combined, pixels(), ""), torch.tensor([(3 * 0 - 4 * 2) / 5, (3 * 2 - 4 * 1) / 5]), atol=1e-5)
+    assert torch.allclose(
+        evaluate(combined, pixels(), ""), torch.tensor([(3 * 0 - 4 * 2) / 5, (3 * 2 - 4 * 1) / 5]), atol=1e-5
+    )
 
 
 def test_independent_parts_combine_to_unit_spread():
@@ -41,12 +44,16 @@ def test_independent_parts_combine_to_unit_spread():
 def test_only_the_ratio_of_weights_matters():
     parts = [ImageStatistic("brightness"), ColourReward((1, 0, 0))]
     batch = pixels()
-    assert torch.allclose(CombinedReward(parts, [1, 2])(batch, ["", ""]), CombinedReward(parts, [10, 20])(batch, ["", ""]))
+    assert torch.allclose(
+        CombinedReward(parts, [1, 2])(batch, ["", ""]), CombinedReward(parts, [10, 20])(batch, ["", ""])
+    )
 
 
 def test_a_single_part_is_its_standardised_score():
     reward, batch = ImageStatistic("contrast"), pixels()
-    assert torch.allclose(evaluate(CombinedReward([reward], [0.3]), batch, ""), reward.standardize(evaluate(reward, batch, "")))
+    assert torch.allclose(
+        evaluate(CombinedReward([reward], [0.3]), batch, ""), reward.standardize(evaluate(reward, batch, ""))
+    )
 
 
 def test_a_combination_of_combinations_shows_every_reward():
@@ -70,7 +77,9 @@ def test_parts_show_raw_scores():
 def test_gradient_is_the_weighted_sum_of_gradients():
     rewards, batch = [ImageStatistic("brightness"), ImageStatistic("saturation")], pixels().requires_grad_()
     (combined,) = torch.autograd.grad(CombinedReward(rewards, [0.6, 0.8])(batch, ["", ""]).sum(), batch)
-    brightness, saturation = (torch.autograd.grad(reward.standardize(reward(batch, ["", ""])).sum(), batch)[0] for reward in rewards)
+    brightness, saturation = (
+        torch.autograd.grad(reward.standardize(reward(batch, ["", ""])).sum(), batch)[0] for reward in rewards
+    )
     assert torch.allclose(combined, 0.6 * brightness + 0.8 * saturation, atol=1e-6)
 
 

@@ -72,15 +72,29 @@ def test_any_size_is_scored(reward, size):
 
 
 def test_needs_a_prompt(reward):
-    assert (reward.needs_prompt, reward.differentiable, reward.reference_mean, reward.reference_std) == (True, True, 0, 1)
+    assert (reward.needs_prompt, reward.differentiable, reward.reference_mean, reward.reference_std) == (
+        True,
+        True,
+        0,
+        1,
+    )
     with pytest.raises(RewardError, match="the prompt is empty"):
         evaluate(reward, torch.rand(1, 3, 24, 24), " ")
 
 
 VOCABULARIES = {
-    "missing": (None, "ImageReward.safetensors: it reads prompts with BERT's vocabulary; put vocab.txt of google-bert/bert-base-uncased .* into "),
-    "of another model": ("\n".join(WORDS * 2), f"vocab.txt beside it has {2 * len(WORDS)} words and the weights {len(WORDS)}; take"),
-    "too short": ("\n".join(WORDS[:-7]), f"has {len(WORDS) - 7} words and the weights {len(WORDS)}; take vocab.txt of google-bert"),
+    "missing": (
+        None,
+        "ImageReward.safetensors: it reads prompts with BERT's vocabulary; put vocab.txt of google-bert/bert-base-uncased .* into ",
+    ),
+    "of another model": (
+        "\n".join(WORDS * 2),
+        f"vocab.txt beside it has {2 * len(WORDS)} words and the weights {len(WORDS)}; take",
+    ),
+    "too short": (
+        "\n".join(WORDS[:-7]),
+        f"has {len(WORDS) - 7} words and the weights {len(WORDS)}; take vocab.txt of google-bert",
+    ),
     "without [SEP]": ("\n".join(["x" if word == "[SEP]" else word for word in WORDS]), "take vocab.txt of google-bert"),
     "empty": ("", "vocab.txt beside it has 0 words"),
     "not text": (b"\xff\xfe\x00", "vocab.txt beside it is damaged; download it again"),
@@ -97,7 +111,9 @@ def test_vocabularies_that_do_not_fit(folder, tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": {"type": "WordPiece"}}', json.dumps({"version": "1.0", "model": None})])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", '{"model": {"type": "WordPiece"}}', json.dumps({"version": "1.0", "model": None})]
+)
 def test_damaged_tokenizer_json(folder, tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes((folder / "ImageReward.safetensors").read_bytes())
     (tmp_path / "tokenizer.json").write_text(content)
@@ -110,16 +126,31 @@ def state(folder):
 
 
 STATES = {
-    "a missing weight": (lambda s: s.pop("blip.text_encoder.encoder.layer.1.output.dense.bias"), "do not fit together .*Missing key"),
+    "a missing weight": (
+        lambda s: s.pop("blip.text_encoder.encoder.layer.1.output.dense.bias"),
+        "do not fit together .*Missing key",
+    ),
     "a missing head": (lambda s: s.pop("mlp.layers.4.weight"), "do not fit together .*layers.4.weight"),
     "a head of two numbers": (
         lambda s: s.update({"mlp.layers.7.weight": torch.zeros(2, 4), "mlp.layers.7.bias": torch.zeros(2)}),
         "its head ends in 2 numbers",
     ),
-    "a wrong shape": (lambda s: s.update({"blip.visual_encoder.norm.bias": torch.zeros(3)}), "do not fit together .*size mismatch"),
-    "more of BLIP": (lambda s: s.update({"blip.itm_head.weight": torch.zeros(2, 24)}), "it holds blip.itm_head.weight, which ImageReward has no"),
-    "integers": (lambda s: s.update({key: value.to(torch.int8) for key, value in s.items()}), "stored as torch.int8; save them as float16"),
-    "one that is no weight": (lambda s: s.update({"blip.visual_encoder.cls_token": torch.zeros(())}), "do not fit together"),
+    "a wrong shape": (
+        lambda s: s.update({"blip.visual_encoder.norm.bias": torch.zeros(3)}),
+        "do not fit together .*size mismatch",
+    ),
+    "more of BLIP": (
+        lambda s: s.update({"blip.itm_head.weight": torch.zeros(2, 24)}),
+        "it holds blip.itm_head.weight, which ImageReward has no",
+    ),
+    "integers": (
+        lambda s: s.update({key: value.to(torch.int8) for key, value in s.items()}),
+        "stored as torch.int8; save them as float16",
+    ),
+    "one that is no weight": (
+        lambda s: s.update({"blip.visual_encoder.cls_token": torch.zeros(())}),
+        "do not fit together",
+    ),
 }
 
 
@@ -136,7 +167,9 @@ def test_weights_that_do_not_fit(folder, tmp_path, change, message):
 
 @pytest.mark.parametrize("tower", ["vision", "text"])
 def test_impossible_heads_are_refused(folder, tmp_path, tower):
-    save_file(state(folder), tmp_path / "a.safetensors", {"vision_heads": "2", "text_heads": "3"} | {f"{tower}_heads": "5"})
+    save_file(
+        state(folder), tmp_path / "a.safetensors", {"vision_heads": "2", "text_heads": "3"} | {f"{tower}_heads": "5"}
+    )
     save_vocabulary(tmp_path)
     with pytest.raises(RewardError, match=f"a {tower} tower .* wide cannot have 5 heads"):
         load_reward(tmp_path / "a.safetensors")

@@ -87,18 +87,36 @@ STATES = {
         {"a": torch.zeros(1), "model.diffusion_model.x": torch.zeros(1)},
         r"is not a reward that can be read \(it holds a, model\.diffusion_model\.x\); supported are PickScore, HPS v2",
     ),
-    "only the image tower": ({k: v for k, v in STATE.items() if k.startswith("visual")}, "it is an image tower alone; put a text tower"),
-    "only the text tower": ({k: v for k, v in STATE.items() if not k.startswith("visual")}, "is a text tower alone; choose the image tower"),
+    "only the image tower": (
+        {k: v for k, v in STATE.items() if k.startswith("visual")},
+        "it is an image tower alone; put a text tower",
+    ),
+    "only the text tower": (
+        {k: v for k, v in STATE.items() if not k.startswith("visual")},
+        "is a text tower alone; choose the image tower",
+    ),
     "no tensors": ({}, "it holds no tensors"),
     "a missing weight": (without("ln_final.bias"), "do not fit together .*Missing key.*ln_final.bias"),
     "a needed shape": (without("visual.positional_embedding"), "do not fit together .*visual.positional_embedding"),
-    "an unknown weight": (STATE | {"visual.other.x": torch.zeros(1)}, "do not fit together .*Unexpected key.*visual.other.x"),
+    "an unknown weight": (
+        STATE | {"visual.other.x": torch.zeros(1)},
+        "do not fit together .*Unexpected key.*visual.other.x",
+    ),
     "a wrong shape": (STATE | {"ln_final.bias": torch.zeros(9)}, "do not fit together .*size mismatch"),
-    "another vocabulary": (STATE | {"token_embedding.weight": torch.zeros(32000, 8)}, "vocabulary has 32000 tokens; only CLIP's own"),
+    "another vocabulary": (
+        STATE | {"token_embedding.weight": torch.zeros(32000, 8)},
+        "vocabulary has 32000 tokens; only CLIP's own",
+    ),
     "integers": ({k: v.to(torch.int8) for k, v in STATE.items()}, "stored as torch.int8; save them as float16"),
-    "float8": (STATE | {"text_projection": STATE["text_projection"].to(torch.float8_e4m3fn)}, "stored as torch.float8_e4m3fn"),
+    "float8": (
+        STATE | {"text_projection": STATE["text_projection"].to(torch.float8_e4m3fn)},
+        "stored as torch.float8_e4m3fn",
+    ),
     "no width": (STATE | {"visual.conv1.weight": torch.zeros(0, 3, 8, 8)}, "do not fit together"),
-    "a small first layer": (STATE | {"visual.conv1.weight": torch.zeros(64, 3, 3, 3)}, "or use the published file where"),
+    "a small first layer": (
+        STATE | {"visual.conv1.weight": torch.zeros(64, 3, 3, 3)},
+        "or use the published file where",
+    ),
 }
 
 
@@ -111,9 +129,18 @@ def other_clips():
     siglip_towers = {"text_config": siglip, "vision_config": siglip | {"image_size": 32, "patch_size": 8}}
     model = open_clip.model
     return {
-        "a CLIP with a ResNet for its image tower": model.CLIP(8, model.CLIPVisionCfg(**resnet), model.CLIPTextCfg(**text)),
-        "a CLIP with a text tower of another make": model.CustomTextCLIP(8, model.CLIPVisionCfg(**vision), model.CLIPTextCfg(**text)),
-        "a CoCa": open_clip.CoCa(8, open_clip.coca_model.MultimodalCfg(**text, dim_head=8), model.CLIPTextCfg(**text), model.CLIPVisionCfg(**vision)),
+        "a CLIP with a ResNet for its image tower": model.CLIP(
+            8, model.CLIPVisionCfg(**resnet), model.CLIPTextCfg(**text)
+        ),
+        "a CLIP with a text tower of another make": model.CustomTextCLIP(
+            8, model.CLIPVisionCfg(**vision), model.CLIPTextCfg(**text)
+        ),
+        "a CoCa": open_clip.CoCa(
+            8,
+            open_clip.coca_model.MultimodalCfg(**text, dim_head=8),
+            model.CLIPTextCfg(**text),
+            model.CLIPVisionCfg(**vision),
+        ),
         "a CLIP with an image tower of timm's": model.CustomTextCLIP(
             8, model.CLIPVisionCfg(timm_model_name="test_vit", image_size=160), model.CLIPTextCfg(**text)
         ),
@@ -124,7 +151,9 @@ def other_clips():
 def test_clips_that_are_built_otherwise(tmp_path):
     for kind, model in other_clips().items():
         torch.save(model.state_dict(), tmp_path / "reward.pt")
-        assert_refused(tmp_path / "reward.pt", f"reward.pt is {kind}, which cannot be read; of CLIPs only those with ViT towers")
+        assert_refused(
+            tmp_path / "reward.pt", f"reward.pt is {kind}, which cannot be read; of CLIPs only those with ViT towers"
+        )
 
 
 @pytest.mark.parametrize("save", [save_file, torch.save], ids=["safetensors", "checkpoint"])
@@ -164,7 +193,10 @@ def test_other_objects_and_programs(tmp_path):
 
 def test_missing_files_and_folders(tmp_path):
     where = f"of yuvalkirstain/PickScore_v1 .Hugging Face. into {tmp_path}, saved as PickScore.safetensors"
-    assert_refused(tmp_path / "PickScore.safetensors", f"There is no reward file PickScore.safetensors; put model.safetensors {where}")
+    assert_refused(
+        tmp_path / "PickScore.safetensors",
+        f"There is no reward file PickScore.safetensors; put model.safetensors {where}",
+    )
     assert_refused(tmp_path / "mine.safetensors", f"There is no reward file mine.safetensors; put it into {tmp_path}.")
     assert_refused(tmp_path, "holds no weights; it needs one of model.safetensors")
 
@@ -172,7 +204,10 @@ def test_missing_files_and_folders(tmp_path):
 DEEP = "[" * 10**5
 
 
-@pytest.mark.parametrize("config", ["", "[]", '"text"', '{"vision_config": []}', '{"model_cfg": {"vision_cfg": {"head_width": 0}}}', DEEP, "\xff"])
+@pytest.mark.parametrize(
+    "config",
+    ["", "[]", '"text"', '{"vision_config": []}', '{"model_cfg": {"vision_cfg": {"head_width": 0}}}', DEEP, "\xff"],
+)
 def test_damaged_config(good, tmp_path, config):
     (tmp_path / "model.safetensors").write_bytes((good / "tiny.safetensors").read_bytes())
     (tmp_path / "config.json").write_text(config, encoding="latin-1")
@@ -224,14 +259,19 @@ def test_too_little_memory_is_no_damage(tmp_path):
     """Weights of 400 MB, none of which are on the disk, in a process that may take little more than it has."""
     sparse(tmp_path / "likes.safetensors", STATE | {"more": torch.empty(100, 2**20, device="meta")})
     imported = "from reward_guidance.guidance.rewards import load_reward as load"
-    assert run_with_little_memory(imported, tmp_path / "likes.safetensors") == "Memory ran out while likes.safetensors was"
+    assert (
+        run_with_little_memory(imported, tmp_path / "likes.safetensors") == "Memory ran out while likes.safetensors was"
+    )
 
 
 CONFIGURATIONS = ("config.json", "open_clip_config.json")
 READ = {
     "clip.safetensors": ["clip.safetensors"],
     "clip.pt": ["clip.pt"],
-    "sharded": [*(f"sharded/model-0000{i}-of-00002.safetensors" for i in (1, 2)), *(f"sharded/{name}" for name in CONFIGURATIONS)],
+    "sharded": [
+        *(f"sharded/model-0000{i}-of-00002.safetensors" for i in (1, 2)),
+        *(f"sharded/{name}" for name in CONFIGURATIONS),
+    ],
     "folder": ["folder/model.safetensors", *(f"folder/{name}" for name in CONFIGURATIONS)],
     "head.pth": ["head.pth", "towers/l14.safetensors"],
     "towers/vision.safetensors": ["towers/vision.safetensors", "texts/text.safetensors"],
@@ -269,7 +309,9 @@ def test_a_damaged_scale(tmp_path, value):
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-@pytest.mark.parametrize(("state", "key"), [(STATE, "visual.proj"), (standins.head(8).state_dict(), "layers.0.weight")], ids=["CLIP", "head"])
+@pytest.mark.parametrize(
+    ("state", "key"), [(STATE, "visual.proj"), (standins.head(8).state_dict(), "layers.0.weight")], ids=["CLIP", "head"]
+)
 def test_a_sparse_tensor(tmp_path, state, key):
     torch.save(state | {key: state[key].to_sparse()}, tmp_path / "reward.pt")
     assert_refused(tmp_path / "reward.pt", f"{key} is stored as a sparse tensor; save it as a dense one")
@@ -287,7 +329,9 @@ def test_shards_are_read_together(tmp_path):
     keys = sorted(STATE)
     for name, part in zip(names, (keys[::2], keys[1::2]), strict=True):
         save_file({key: STATE[key] for key in part}, tmp_path / name)
-    (tmp_path / "config.json").write_text('{"vision_config": {"num_attention_heads": 2}, "text_config": {"num_attention_heads": 1}}')
+    (tmp_path / "config.json").write_text(
+        '{"vision_config": {"num_attention_heads": 2}, "text_config": {"num_attention_heads": 1}}'
+    )
     for path in (tmp_path, *(tmp_path / name for name in names)):
         reward = load_reward(path)
         assert reward.name == tmp_path.name
@@ -328,7 +372,9 @@ LOADS = {
     HOSTILE: HOSTILE,
 }
 """A file to damage -> what to load then, which reads it."""
-NUMBERS = [name for name in LOADS if name.endswith((".safetensors", ".pt", ".pth")) and name not in ("clip_legacy.pt", HOSTILE)]
+NUMBERS = [
+    name for name in LOADS if name.endswith((".safetensors", ".pt", ".pth")) and name not in ("clip_legacy.pt", HOSTILE)
+]
 
 
 def tiny_transformers():
@@ -353,11 +399,17 @@ def save_targets(folder):
     model = tiny_transformers()
     model.save_pretrained(folder / "transformers")
     state = model.state_dict()
-    save_file({key: value for key, value in state.items() if key.startswith("vis")}, folder / "towers" / "vision.safetensors")
-    save_file({key: value for key, value in state.items() if key.startswith("text")}, folder / "texts" / "text.safetensors")
+    save_file(
+        {key: value for key, value in state.items() if key.startswith("vis")}, folder / "towers" / "vision.safetensors"
+    )
+    save_file(
+        {key: value for key, value in state.items() if key.startswith("text")}, folder / "texts" / "text.safetensors"
+    )
     save_file(STATE, folder / "folder" / "model.safetensors")
     heads = {"num_attention_heads": 1}
-    (folder / "folder" / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu", **heads}, "text_config": heads}))
+    (folder / "folder" / "config.json").write_text(
+        json.dumps({"vision_config": {"hidden_act": "gelu", **heads}, "text_config": heads})
+    )
     for i, keys in enumerate((sorted(STATE)[::2], sorted(STATE)[1::2]), 1):
         save_file({key: STATE[key] for key in keys}, folder / "sharded" / f"model-{i:05}-of-00002.safetensors")
     torch.save({"a": RunsCode(), **STATE}, folder / HOSTILE)
@@ -405,7 +457,16 @@ def with_other_numbers(file, random):
 class Watch:
     """Notes what code in a file could do to the machine. An audit hook stays for good, so this one can be told to look away."""
 
-    forbidden = ("os.system", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "subprocess.Popen", "socket.connect", "shutil.rmtree")
+    forbidden = (
+        "os.system",
+        "os.mkdir",
+        "os.rename",
+        "os.remove",
+        "os.rmdir",
+        "subprocess.Popen",
+        "socket.connect",
+        "shutil.rmtree",
+    )
 
     def __init__(self):
         self.watching, self.seen = False, []
@@ -422,7 +483,12 @@ def watch():
 
 
 KEYS = (*STATE, "state_dict", "vision_config", "layers.2.weight", "blip.visual_encoder.norm.bias", "[SEP]", "cat")
-KEYS += ("visual_projection.weight", "text_projection.weight", "text_model.final_layer_norm.bias", "vision_model.post_layernorm.weight")
+KEYS += (
+    "visual_projection.weight",
+    "text_projection.weight",
+    "text_model.final_layer_norm.bias",
+    "vision_model.post_layernorm.weight",
+)
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,11 @@ def test_image_reward(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     reward = load("ImageReward", tmp_path / "ImageReward.pt")
     assert isinstance(reward, ImageReward)
-    encoders = {key.removeprefix("blip."): shape for key, shape in PUBLISHED["ImageReward"].shapes.items() if re.match(r"blip\.\w+_encoder\.", key)}
+    encoders = {
+        key.removeprefix("blip."): shape
+        for key, shape in PUBLISHED["ImageReward"].shapes.items()
+        if re.match(r"blip\.\w+_encoder\.", key)
+    }
     del encoders["text_encoder.embeddings.position_ids"]
     assert {key: shape for key, shape in shapes_of(reward).items() if key not in ("weight", "bias")} == encoders
     assert reward.visual_encoder.image_size == 224
@@ -81,7 +85,9 @@ def test_no_score_waits_for_the_device(tmp_path, monkeypatch, name):
     reward = load(name, tmp_path / f"{name}.pt", wrapper=("state_dict",) if name == "HPS" else ())
     monkeypatch.setattr(ClipReward, "text_features", lambda self, prompts: torch.zeros(len(prompts), 1024))
     pixels = torch.empty(2, 3, 96, 64, device="meta", requires_grad=True)
-    scores = judge(CombinedReward([reward, ImageStatistic("sharpness"), ImageStatistic("saturation")], [1, 1, 1]), pixels, PROMPTS)
+    scores = judge(
+        CombinedReward([reward, ImageStatistic("sharpness"), ImageStatistic("saturation")], [1, 1, 1]), pixels, PROMPTS
+    )
     (gradient,) = torch.autograd.grad(scores.sum(), pixels)
     assert gradient.shape == pixels.shape
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
@@ -90,10 +96,18 @@ def test_no_score_waits_for_the_device(tmp_path, monkeypatch, name):
 
 def test_aesthetic_head_on_openais_tower(monkeypatch):
     """openai/clip-vit-large-patch14, whose sizes are transformers' defaults but for the two towers' widths and depths."""
-    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14}
+    vision = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+    }
     text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
     with torch.device("meta"):
-        clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=768)).state_dict()
+        clip = transformers.CLIPModel(
+            transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=768)
+        ).state_dict()
     tower = Weights(Path("model.safetensors"), clip)
     monkeypatch.setattr(aesthetic, "read", lambda file: tower)
     monkeypatch.setattr(aesthetic, "find", lambda folders, fits: tower.path if fits(tower.path, tower.shapes) else None)
@@ -106,17 +120,28 @@ def test_aesthetic_head_on_openais_tower(monkeypatch):
 def thin_h14():
     """As wide as H/14, by which it is told, but with one layer."""
     torch.manual_seed(0)
-    vision = open_clip.model.CLIPVisionCfg(layers=1, width=1280, head_width=80, patch_size=14, image_size=28, mlp_ratio=0.05)
-    return open_clip.model.CLIP(16, vision, open_clip.model.CLIPTextCfg(context_length=12, width=64, heads=1, layers=1)).eval().requires_grad_(False)
+    vision = open_clip.model.CLIPVisionCfg(
+        layers=1, width=1280, head_width=80, patch_size=14, image_size=28, mlp_ratio=0.05
+    )
+    return (
+        open_clip.model.CLIP(16, vision, open_clip.model.CLIPTextCfg(context_length=12, width=64, heads=1, layers=1))
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 @pytest.mark.parametrize("name", ["HPS_v2.1_compressed.pt", "renamed.pt"])
 def test_hps_as_its_authors_pack_it(tmp_path, name):
     model = thin_h14()
-    torch.save({"state_dict": OrderedDict((key, tensor.half()) for key, tensor in model.state_dict().items())}, tmp_path / name)
+    torch.save(
+        {"state_dict": OrderedDict((key, tensor.half()) for key, tensor in model.state_dict().items())}, tmp_path / name
+    )
     reward = loading.load_reward(tmp_path / name, LoadOptions(precision=lambda stored: torch.float32))
     pixels = torch.rand(2, 3, 40, 31)
-    features = model.encode_image(preprocess(pixels, 28, whole=True), normalize=True), model.encode_text(tokens(PROMPTS), normalize=True)
+    features = (
+        model.encode_image(preprocess(pixels, 28, whole=True), normalize=True),
+        model.encode_text(tokens(PROMPTS), normalize=True),
+    )
     assert reward(pixels, PROMPTS) == pytest.approx((features[0] * features[1]).sum(1), abs=2e-3)
     assert reward.reference_std == 0.03
 
@@ -138,6 +163,8 @@ def test_image_reward_as_its_authors_pack_it(tmp_path):
     torch.save(OrderedDict(load_file(tmp_path / "tiny.safetensors")), tmp_path / "ImageReward.pt")
     (tmp_path / "tiny.safetensors").unlink()
     state = torch.load(tmp_path / "ImageReward.pt", weights_only=True)
-    reward = loading._build(Weights(tmp_path / "ImageReward.pt", state, {"vision_heads": "2", "text_heads": "3"}), LoadOptions())
+    reward = loading._build(
+        Weights(tmp_path / "ImageReward.pt", state, {"vision_heads": "2", "text_heads": "3"}), LoadOptions()
+    )
     pixels = torch.rand(2, 3, 24, 24)
     assert reward(pixels, PROMPTS) == pytest.approx(reference(preprocess(pixels, 24), PROMPTS), abs=1e-4)

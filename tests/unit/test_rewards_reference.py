@@ -61,7 +61,10 @@ def two_towers(folder, precision=as_stored):
 
 
 def aesthetic(folder, precision=as_stored):
-    head, tower = folder / "sac+logos+ava1-l14-linearMSE.pth", folder / "clip_vision" / "clip-vit-large-patch14.safetensors"
+    head, tower = (
+        folder / "sac+logos+ava1-l14-linearMSE.pth",
+        folder / "clip_vision" / "clip-vit-large-patch14.safetensors",
+    )
     reference = standins.save_aesthetic(head, tower)
     return Case(load_reward(head, LoadOptions(image_folders=(tower.parent,), precision=precision)), reference, size=32)
 
@@ -70,7 +73,9 @@ CASES = {
     "open_clip": partial(one_file, "clip.safetensors", standins.save_open_clip),
     "open_clip, QuickGELU": partial(one_file, "clip.safetensors", partial(standins.save_open_clip, quick_gelu=True)),
     "transformers folder": partial(one_file, "clip", standins.save_transformers),
-    "transformers folder, QuickGELU": partial(one_file, "clip", partial(standins.save_transformers, hidden_act="quick_gelu")),
+    "transformers folder, QuickGELU": partial(
+        one_file, "clip", partial(standins.save_transformers, hidden_act="quick_gelu")
+    ),
     "two towers": two_towers,
     "HPS": partial(one_file, "hps.safetensors", standins.save_hps, whole=True),
     "aesthetic": aesthetic,
@@ -114,7 +119,9 @@ def test_each_picture_is_scored_for_itself(case):
     assert together == pytest.approx(alone, abs=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.25), (torch.float16, 0.03)], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 0.25), (torch.float16, 0.03)], ids=["bfloat16", "float16"]
+)
 def test_half_precision_towers_score_in_float32(make, case, tmp_path, dtype, tolerance):
     """Tolerances are in units of the reward's spread."""
     half = make(tmp_path, precision=lambda stored: dtype).reward
@@ -154,7 +161,9 @@ def peak(function):
 
 
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events")
-@pytest.mark.parametrize("make", [lambda folder: proportioned_clip(), proportioned_image_reward], ids=["CLIP", "ImageReward"])
+@pytest.mark.parametrize(
+    "make", [lambda folder: proportioned_clip(), proportioned_image_reward], ids=["CLIP", "ImageReward"]
+)
 def test_declared_memory_is_what_scoring_with_a_graph_takes(make, tmp_path):
     reward, pixels = make(tmp_path), torch.rand(1, 3, 224, 224, requires_grad=True)
 
@@ -168,7 +177,9 @@ def test_declared_memory_is_what_scoring_with_a_graph_takes(make, tmp_path):
 def photograph(name):
     """As PIL reads it, and as pixels (1,3,H,W)."""
     path = Path(skimage.__file__).parent / "data" / name
-    return Image.open(path).convert("RGB"), torch.from_numpy(skimage.io.imread(path)[..., :3].copy()).permute(2, 0, 1)[None] / 255
+    return Image.open(path).convert("RGB"), torch.from_numpy(skimage.io.imread(path)[..., :3].copy()).permute(2, 0, 1)[
+        None
+    ] / 255
 
 
 def of_open_clip(resize_mode):
@@ -182,7 +193,11 @@ def of_transformers(photo):
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 @pytest.mark.parametrize(
     ("theirs", "options"),
-    [(of_open_clip("shortest"), {}), (of_open_clip("longest"), {"whole": True}), (of_transformers, {"rounded": math.floor})],
+    [
+        (of_open_clip("shortest"), {}),
+        (of_open_clip("longest"), {"whole": True}),
+        (of_transformers, {"rounded": math.floor}),
+    ],
     ids=["open_clip", "open_clip, whole", "transformers"],
 )
 def test_preprocessing_equals_pil_on_photographs(name, theirs, options):
@@ -227,7 +242,9 @@ ports to other libraries, which is how far ours may. Of CLIP there is no such nu
 
 
 @pytest.mark.parametrize(("make", "theirs", "tolerance"), ON_PHOTOGRAPHS.values(), ids=ON_PHOTOGRAPHS)
-def test_scores_of_photographs_equal_those_of_the_published_preprocessing(tmp_path, monkeypatch, make, theirs, tolerance):
+def test_scores_of_photographs_equal_those_of_the_published_preprocessing(
+    tmp_path, monkeypatch, make, theirs, tolerance
+):
     """Only where photographs are told apart about as far as published rewards tell pictures apart do the tolerances mean something."""
     reward = make(tmp_path)
     photos, pixels = zip(*map(photograph, PHOTOGRAPHS), strict=True)

@@ -33,7 +33,9 @@ def photographs():
 
 def quarters(picture):
     height, width = picture.shape[-2] // 2, picture.shape[-1] // 2
-    return [picture[..., i * height :, j * width :][..., :height, :width] for i, j in itertools.product((0, 1), repeat=2)]
+    return [
+        picture[..., i * height :, j * width :][..., :height, :width] for i, j in itertools.product((0, 1), repeat=2)
+    ]
 
 
 def picture(*shape, seed=0):
@@ -56,7 +58,9 @@ def test_gradient_equals_finite_differences(make):
     (gradient,) = torch.autograd.grad(reward(pixels, ["", ""]).sum(), pixels)
     h = 1e-5
     with torch.no_grad():
-        difference = (reward(pixels + h * direction, ["", ""]) - reward(pixels - h * direction, ["", ""])).sum() / (2 * h)
+        difference = (reward(pixels + h * direction, ["", ""]) - reward(pixels - h * direction, ["", ""])).sum() / (
+            2 * h
+        )
     assert (gradient * direction).sum().item() == pytest.approx(difference.item(), rel=1e-5)
     assert (gradient.flatten(1).norm(dim=1) > 0).all()
 
@@ -107,8 +111,12 @@ def test_statistics_mean_what_they_say(photographs):
     }
     for name, pixels in worse.items():
         assert ImageStatistic(name)(pixels, [""]) < ImageStatistic(name)(photo, [""])
-    assert ImageStatistic("brightness")(photo + 0.1, [""]).item() == pytest.approx(ImageStatistic("brightness")(photo, [""]).item() + 0.1, abs=1e-5)
-    assert ImageStatistic("contrast")(photo + 0.1, [""]).item() == pytest.approx(ImageStatistic("contrast")(photo, [""]).item(), abs=1e-5)
+    assert ImageStatistic("brightness")(photo + 0.1, [""]).item() == pytest.approx(
+        ImageStatistic("brightness")(photo, [""]).item() + 0.1, abs=1e-5
+    )
+    assert ImageStatistic("contrast")(photo + 0.1, [""]).item() == pytest.approx(
+        ImageStatistic("contrast")(photo, [""]).item(), abs=1e-5
+    )
 
 
 def test_colour_reward_is_highest_at_its_colour():
@@ -141,7 +149,9 @@ def assert_reference(scores, reward):
 @pytest.mark.parametrize("name", STATISTICS)
 def test_reference_values_are_those_of_photographs(name, photographs):
     reward = ImageStatistic(name)
-    pieces = photographs if name == "sharpness" else [piece for photo in photographs for piece in (photo, *quarters(photo))]
+    pieces = (
+        photographs if name == "sharpness" else [piece for photo in photographs for piece in (photo, *quarters(photo))]
+    )
     assert_reference([reward(piece, [""]).item() for piece in pieces], reward)
 
 
@@ -158,7 +168,9 @@ def test_colour_reference_values_are_those_of_photographs(every_pixel, photograp
 def test_likeness_reference_values_are_those_of_photographs(likeness, photographs):
     pieces = [[piece[..., ::2, ::2] for piece in (photo, *quarters(photo))] for photo in photographs]
     pairs = [(a, b) for first, second in itertools.permutations(pieces, 2) for a in first[::2] for b in second[::2]]
-    assert_reference([ImageSimilarity(a, likeness)(b, [""]).item() for a, b in pairs], ImageSimilarity(photographs[0], likeness))
+    assert_reference(
+        [ImageSimilarity(a, likeness)(b, [""]).item() for a, b in pairs], ImageSimilarity(photographs[0], likeness)
+    )
 
 
 def test_made_inside_inference_mode_still_has_gradients():

@@ -20,7 +20,10 @@ def test_the_quadrature_is_the_reward_weighted_mean(sigma, temperature):
 
 
 def test_states_of_several_noise_levels_are_denoised_at_once():
-    x, sigma = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.tensor([0.2, 0.5, 1.0])
+    x, sigma = (
+        torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        torch.tensor([0.2, 0.5, 1.0]),
+    )
     for mixture in (RING, TiltedRing.at(1.0)):
         alone = torch.cat([mixture.denoised(x[i : i + 1], Flow(), float(sigma[i])) for i in range(3)])
         torch.testing.assert_close(mixture.denoised(x, Flow(), sigma), alone)

@@ -35,7 +35,12 @@ TEXT = Text(torch.randn(3, 5, 6), torch.randn(3, 7))
 def sample(number: int, description: Description = DESCRIPTION) -> Sample:
     rng, shape, levels = torch.Generator().manual_seed(number), description.shape, description.levels
     draw = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
-    return Sample(draw(*shape), draw(len(description.rewards)), torch.rand(levels, generator=rng) * 0.9 + 0.05, draw(levels, *shape))
+    return Sample(
+        draw(*shape),
+        draw(len(description.rewards)),
+        torch.rand(levels, generator=rng) * 0.9 + 0.05,
+        draw(levels, *shape),
+    )
 
 
 def collect(folder, count: int, description: Description = DESCRIPTION) -> Collection:
@@ -53,7 +58,9 @@ def test_samples_come_back_in_half_precision(tmp_path):
     torch.testing.assert_close(loaded.clean[row][0].float(), expected.clean, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(loaded.denoised[row][0].float(), expected.denoised, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(loaded.denoised[row, levels][0].float(), expected.denoised[1], rtol=1e-3, atol=1e-3)
-    assert torch.equal(loaded.scores[SHARD + 1], expected.scores) and torch.equal(loaded.sigma[SHARD + 1], expected.sigma)
+    assert torch.equal(loaded.scores[SHARD + 1], expected.scores) and torch.equal(
+        loaded.sigma[SHARD + 1], expected.sigma
+    )
     torch.testing.assert_close(loaded.text[torch.arange(3)].tokens.float(), TEXT.tokens, rtol=1e-3, atol=1e-3)
 
 
@@ -115,7 +122,9 @@ def test_another_collection_is_not_mixed_in(tmp_path, changed, said):
 
 def test_long_prompts_differ_where_they_are_shown():
     before = "masterpiece, best quality, " * 5
-    assert change(before + "a cat", before + "a dog") == "was …ce, best quality, a cat and is now …ce, best quality, a dog"
+    assert (
+        change(before + "a cat", before + "a dog") == "was …ce, best quality, a cat and is now …ce, best quality, a dog"
+    )
 
 
 def test_a_folder_that_was_begun_with_other_prompts_is_begun_anew(tmp_path):
@@ -134,14 +143,20 @@ def test_shards_without_a_description_are_not_adopted(tmp_path):
         collect(tmp_path, 3)
 
 
-@pytest.mark.parametrize("changed", [{"shape": (4, 16, 16)}, {"levels": 3}, {"rewards": ("likes",), "reward_means": (0.0,), "reward_stds": (1.0,)}])
+@pytest.mark.parametrize(
+    "changed",
+    [{"shape": (4, 16, 16)}, {"levels": 3}, {"rewards": ("likes",), "reward_means": (0.0,), "reward_stds": (1.0,)}],
+)
 def test_shards_of_another_collection_are_refused(tmp_path, changed):
     """And collected again once they are taken away."""
     other = collect(tmp_path / "other", SHARD + 3)
     mine = collect(tmp_path / "mine", SHARD + 3, dataclasses.replace(DESCRIPTION, **changed))
     shutil.copy(mine.path(1), other.path(1))
     for look in (other.load, lambda: overview(other)):
-        with pytest.raises(GuidanceError, match="shard-00001.safetensors in other belongs to another collection: take it away and collect again"):
+        with pytest.raises(
+            GuidanceError,
+            match="shard-00001.safetensors in other belongs to another collection: take it away and collect again",
+        ):
             look()
     other.path(1).unlink()
     assert list(other.missing(SHARD + 3)) == [range(SHARD, SHARD + 3)]
@@ -199,7 +214,11 @@ def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(collections, "save_file", full)
     with pytest.raises(GuidanceError, match="No space left.*goes on from here"):
         collection.add(range(SHARD, SHARD + 1), [sample(SHARD)])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["collection.json", "prompts.safetensors", "shard-00000.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "collection.json",
+        "prompts.safetensors",
+        "shard-00000.safetensors",
+    ]
     assert len(collection.load().clean) == SHARD
 
 
@@ -221,7 +240,10 @@ def test_fresh_noise_is_new_in_every_batch_at_levels_of_the_collection(tmp_path)
     loaded = collect(tmp_path, 6).load()
     pairs = FreshPairs(loaded, torch.ones(6), Flow())
     first, second = (pairs.batch(16, (3, step)) for step in range(2))
-    drawn = [(batch.x - (1 - column(batch.sigma, batch.x)) * batch.clean) / column(batch.sigma, batch.x) for batch in (first, second)]
+    drawn = [
+        (batch.x - (1 - column(batch.sigma, batch.x)) * batch.clean) / column(batch.sigma, batch.x)
+        for batch in (first, second)
+    ]
     assert torch.cdist(drawn[0].flatten(1), drawn[1].flatten(1)).min() > 10
     assert set(first.sigma.tolist()) <= set(loaded.sigma.flatten().tolist())
     assert torch.equal(first.denoised, first.clean)
@@ -247,7 +269,11 @@ def test_states_are_noised_from_the_precision_they_are_stored_in(tmp_path):
 def test_texts_are_as_long_as_the_longest_of_them():
     texts = Texts([torch.ones(2, 3), torch.ones(5, 3), torch.ones(1, 3)], torch.arange(3.0)[:, None])
     some = texts[torch.tensor([2, 0])]
-    assert some.tokens.shape == (2, 2, 3) and some.tokens.any(2).sum(1).tolist() == [1, 2] and some.pooled.flatten().tolist() == [2, 0]
+    assert (
+        some.tokens.shape == (2, 2, 3)
+        and some.tokens.any(2).sum(1).tolist() == [1, 2]
+        and some.pooled.flatten().tolist() == [2, 0]
+    )
 
 
 def test_what_is_not_asked_for_is_not_read(tmp_path):
@@ -289,5 +315,9 @@ def test_training_from_shards(tmp_path):
     loaded = collect(tmp_path, 2 * SHARD).load()
     weights, _ = label(loaded.rewards((1.0, 1.0)), loaded.prompts, 1.0)
     task = Task(Flow(), Plan(steps=5, batch=8))
-    network = fit(Training(StoredPairs(loaded, weights, Flow()), task, Architecture(4, tokens=6, pooled=7, width=16).fitted((4, 8, 8))))
+    network = fit(
+        Training(
+            StoredPairs(loaded, weights, Flow()), task, Architecture(4, tokens=6, pooled=7, width=16).fitted((4, 8, 8))
+        )
+    )
     assert any(parameter.any() for parameter in network.last.parameters())

@@ -50,7 +50,9 @@ def test_the_oracle_reads_every_drawn_picture():
 
 def test_the_oracle_sees_nothing_where_nothing_is():
     noise = torch.rand(64, 3, 64, 64, generator=generator())
-    clouds = torch.nn.functional.interpolate(torch.rand(64, 3, 5, 5, generator=generator()), size=64, mode="bicubic").clamp(0, 1)
+    clouds = torch.nn.functional.interpolate(
+        torch.rand(64, 3, 5, 5, generator=generator()), size=64, mode="bicubic"
+    ).clamp(0, 1)
     empty = torch.rand(64, 3, 1, 1, generator=generator()).expand(-1, -1, 64, 64)
     for pictures in (noise, clouds, empty):
         assert (oracle.read(pictures) == oracle.NOTHING).float().mean() > 0.95

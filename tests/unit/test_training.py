@@ -49,7 +49,9 @@ def test_more_samples_raise_the_number_that_counts_and_not_its_share():
 
 def test_temperature_is_in_standard_deviations_of_the_reward():
     rewards, prompts = torch.randn(1000, generator=rng()), torch.zeros(1000)
-    torch.testing.assert_close(label(100 * rewards - 7, prompts, 0.5)[0], label(rewards, prompts, 0.5)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        label(100 * rewards - 7, prompts, 0.5)[0], label(rewards, prompts, 0.5)[0], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_prompts_that_are_liked_better_do_not_count_more():
@@ -64,7 +66,9 @@ def test_prompts_that_are_liked_better_do_not_count_more():
 def test_rare_prompts_do_not_decide_everything():
     """32 prompts with 8 samples each, of very different rewards: at a low temperature every prompt still has its say."""
     prompts = torch.arange(256) % 32
-    weights, health = label(torch.randn(256, generator=rng()) + 2 * torch.randn(32, generator=rng(1))[prompts], prompts, 0.3)
+    weights, health = label(
+        torch.randn(256, generator=rng()) + 2 * torch.randn(32, generator=rng(1))[prompts], prompts, 0.3
+    )
     shares = torch.zeros(32).index_add(0, prompts, weights) / 256
     assert shares.max() < 0.15 and health.effective > 0.05
 
@@ -106,7 +110,11 @@ def posterior(process, sigma: float, x: torch.Tensor, count: int) -> torch.Tenso
     """Samples of p(x0|x) for one x (d,)."""
     a, s2, v = process.scale(sigma), process.noise_std(sigma) ** 2, MIXTURE.std**2
     residual = x - a * MIXTURE.means
-    chosen = (MIXTURE.logits - residual.pow(2).sum(1) / (2 * (a * a * v + s2))).softmax(0).multinomial(count, True, generator=rng())
+    chosen = (
+        (MIXTURE.logits - residual.pow(2).sum(1) / (2 * (a * a * v + s2)))
+        .softmax(0)
+        .multinomial(count, True, generator=rng())
+    )
     mean = MIXTURE.means + a * v / (a * a * v + s2) * residual
     std = (v * s2 / (a * a * v + s2)) ** 0.5
     return mean[chosen] + std * torch.randn(count, 2, generator=rng(1), dtype=torch.float64)
@@ -114,12 +122,21 @@ def posterior(process, sigma: float, x: torch.Tensor, count: int) -> torch.Tenso
 
 def batch_at(process, sigma: float, count: int = 400_000) -> tuple[Batch, torch.Tensor]:
     """Posterior samples at one x, with the weights of a linear reward; and (D_q - D)/s in closed form."""
-    x = process.add_noise(torch.tensor([0.4, -0.3], dtype=torch.float64), torch.tensor([0.2, 0.6], dtype=torch.float64), sigma)
+    x = process.add_noise(
+        torch.tensor([0.4, -0.3], dtype=torch.float64), torch.tensor([0.2, 0.6], dtype=torch.float64), sigma
+    )
     clean = posterior(process, sigma, x, count)
     denoised, tilted = (MIXTURE.denoised(x[None], process, sigma, tilt)[0] for tilt in (None, TILT[None]))
     like = lambda value: value.view(1, 2, 1, 1).expand(count, 2, 1, 1)  # noqa: E731
     weights = (clean @ TILT).exp()
-    batch = Batch(clean.view(-1, 2, 1, 1), like(x), torch.full((count,), sigma, dtype=torch.float64), like(denoised), weights, Text.none(count))
+    batch = Batch(
+        clean.view(-1, 2, 1, 1),
+        like(x),
+        torch.full((count,), sigma, dtype=torch.float64),
+        like(denoised),
+        weights,
+        Text.none(count),
+    )
     return batch, (tilted - denoised) / process.posterior_variance(sigma) ** 0.5
 
 
@@ -132,7 +149,9 @@ def test_the_weighted_objective_is_least_at_the_reward_weighted_posterior_mean(p
     network = Constant(truth.view(1, 2, 1, 1).clone())
     OBJECTIVES["weighted"](network, Task(process, Plan(baseline=baseline)), batch).backward()
     target = (batch.clean - batch.denoised) / process.posterior_variance(sigma) ** 0.5
-    residual = (batch.weights.view(-1, 1, 1, 1) * truth.view(1, 2, 1, 1) - (batch.weights - baseline).view(-1, 1, 1, 1) * target).flatten(1)
+    residual = (
+        batch.weights.view(-1, 1, 1, 1) * truth.view(1, 2, 1, 1) - (batch.weights - baseline).view(-1, 1, 1, 1) * target
+    ).flatten(1)
     error = residual.std(0) / len(residual) ** 0.5
     gradient = network.value.grad.flatten()  # the loss is a mean over 2 channels of twice the residual
     assert (gradient.abs() <= 4 * error).all()
@@ -146,7 +165,9 @@ def test_the_baseline_takes_noise_away():
     assert ((weights - weights.mean()) * target).var() < 0.7 * (weights * target).var()
 
 
-@pytest.mark.parametrize(("objective", "right"), [("potential", True), ("potential_square", True), ("potential_log", False)])
+@pytest.mark.parametrize(
+    ("objective", "right"), [("potential", True), ("potential_square", True), ("potential_log", False)]
+)
 def test_potentials_are_least_at_the_log_of_the_mean_weight(objective, right, monkeypatch):
     """All but `potential_log`, which is least at the mean of the log."""
     for name, compared in objectives.COMPARED.items():
@@ -177,7 +198,9 @@ def test_the_reward_gradient_objective_is_least_at_the_tilt_of_a_linear_reward()
     batch, _ = batch_at(Diffusion(), 0.8, count=1)
     std = Diffusion().posterior_variance(0.8) ** 0.5
     network = Constant((std * TILT / 0.5).view(1, 2, 1, 1))
-    task = Task(Diffusion(), Plan(objective="reward_gradient", temperature=0.5), lambda latents, _: latents.flatten(1) @ TILT)
+    task = Task(
+        Diffusion(), Plan(objective="reward_gradient", temperature=0.5), lambda latents, _: latents.flatten(1) @ TILT
+    )
     OBJECTIVES["reward_gradient"](network, task, batch).backward()
     assert network.value.grad.abs().max() < 1e-9
 
@@ -185,7 +208,9 @@ def test_the_reward_gradient_objective_is_least_at_the_tilt_of_a_linear_reward()
 def test_reward_gradient_without_a_reward_is_refused():
     batch, _ = batch_at(Diffusion(), 0.8, count=2)
     with pytest.raises(GuidanceError, match="needs the reward itself"):
-        OBJECTIVES["reward_gradient"](Constant(torch.zeros(1, 2, 1, 1)), Task(Diffusion(), Plan(objective="reward_gradient")), batch)
+        OBJECTIVES["reward_gradient"](
+            Constant(torch.zeros(1, 2, 1, 1)), Task(Diffusion(), Plan(objective="reward_gradient")), batch
+        )
 
 
 def test_a_gradient_in_parts_is_that_of_all_at_once():
@@ -209,7 +234,9 @@ def test_a_gradient_in_parts_is_that_of_all_at_once():
     assert not in_parts(lambda some, part: torch.zeros(len(some)), points, 2).requires_grad
 
 
-@pytest.mark.parametrize("options", [{"objective": "luck"}, {"form": "luck"}, {"objective": "potential"}, {"form": "potential"}])
+@pytest.mark.parametrize(
+    "options", [{"objective": "luck"}, {"form": "luck"}, {"objective": "potential"}, {"form": "potential"}]
+)
 def test_plans_that_do_not_fit_together_are_refused(options):
     with pytest.raises(GuidanceError, match="Known objectives|does not train"):
         Plan(**options)
@@ -226,7 +253,13 @@ def source(seed: int = 0, count: int = 2000) -> LivePairs:
 
 
 def training(steps: int = 30, seed: int = 0, **options) -> Training:
-    return Training(source(), Task(Flow(), Plan(steps=steps, batch=32, check_every=10, seed=seed)), TINY, held_out=source(1, 500), **options)
+    return Training(
+        source(),
+        Task(Flow(), Plan(steps=steps, batch=32, check_every=10, seed=seed)),
+        TINY,
+        held_out=source(1, 500),
+        **options,
+    )
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:

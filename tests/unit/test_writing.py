@@ -43,7 +43,10 @@ def test_files_that_differ_in_their_ending_have_temporary_files_of_their_own(tmp
         write(tmp_path / "a.safetensors", lambda other: other.write_bytes(b"tensors"))
 
     write(tmp_path / "a.png", both)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.png": b"a picture", "a.safetensors": b"tensors"}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "a.png": b"a picture",
+        "a.safetensors": b"tensors",
+    }
 
 
 def test_two_writers_of_one_file_do_not_write_into_each_other(tmp_path):

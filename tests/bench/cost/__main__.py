@@ -121,7 +121,9 @@ class Bench:
 
     def steps(self, name: str, batch: int, side: int, variants: list[Variant], table: str = TABLE) -> None:
         what = f"{table}: {name} at {side} pixels, batch {batch}"
-        self.part(what, lambda: steps.rows(self.report, table, self.of(name), side, batch, variants, self.profile.effort))
+        self.part(
+            what, lambda: steps.rows(self.report, table, self.of(name), side, batch, variants, self.profile.effort)
+        )
 
     def run(self) -> None:
         """What matters most first."""
@@ -131,7 +133,10 @@ class Bench:
             self.steps(name, one, side, ALL)
         self.steps(profile.growth.family, one, side, steps.WOULD_BRING, "What would bring what")
         for name in profile.alternatives.families:
-            self.part(f"alternatives with {name}", lambda name=name: alternatives.rows(report, self.of(name), profile.alternatives))
+            self.part(
+                f"alternatives with {name}",
+                lambda name=name: alternatives.rows(report, self.of(name), profile.alternatives),
+            )
         self.part("growth", lambda: scaling.rows(report, self.of(profile.growth.family), profile.growth))
         self.part("particles", lambda: scaling.crowds(report, self.of(profile.growth.family), profile.growth))
         self.part("collecting", lambda: training.collecting(report, self.of(profile.training.family), profile.training))

@@ -88,7 +88,9 @@ class Contest:
                 "one step, unguided": Method(self.plain, 1),
                 "one step, guidance network (ours)": Method(partial(self.tilted, noise_network(self.world)), 1),
                 "one step, best of 4": Method(partial(best_of_n, problem), 4),
-                f"one step, ReNO, {iterations} iterations": Method(partial(noise_optimisation, problem, iterations), iterations, "every call"),
+                f"one step, ReNO, {iterations} iterations": Method(
+                    partial(noise_optimisation, problem, iterations), iterations, "every call"
+                ),
             }
         return {
             "unguided": Method(self.plain, steps),
@@ -103,7 +105,9 @@ class Contest:
 def noise_network(world: World) -> LoadedNetwork:
     family = world.family
     architecture = Architecture(family.channels, 1, tokens=family.tokens[1], pooled=family.pooled)
-    card = Card(base_of(world.model, "noise"), "noise", "weighted", 1.0, ("PickScore",), (1.0,), 0.0, 1.0, "", 1, 1, 1.0, ())
+    card = Card(
+        base_of(world.model, "noise"), "noise", "weighted", 1.0, ("PickScore",), (1.0,), 0.0, 1.0, "", 1, 1, 1.0, ()
+    )
     return manage_network(GuidanceNetwork(architecture.fitted(family.shape(512, 1)[1:])).requires_grad_(False), card)
 
 

@@ -23,8 +23,28 @@ CHECKOUT = Path(__file__).resolve().parents[3]
 PACK = CHECKOUT / ".gpu"
 CARRIED = ("comfy-aimdo", "comfy-kitchen", "torchsde", "trampoline", "open_clip_torch", "ftfy", "wcwidth")
 """Each has a wheel for every Python; comfy-kitchen's is the one without kernels of its own."""
-PLATFORM = ["--python-version", "3.12", "--implementation", "cp", "--platform", "manylinux_2_17_x86_64", "--platform", "manylinux2014_x86_64"]
-UNREAD = {"models", "tests", "tests-unit", "blueprints", "comfy_api_nodes", "input", "output", "temp", "user", "custom_nodes"}
+PLATFORM = [
+    "--python-version",
+    "3.12",
+    "--implementation",
+    "cp",
+    "--platform",
+    "manylinux_2_17_x86_64",
+    "--platform",
+    "manylinux2014_x86_64",
+]
+UNREAD = {
+    "models",
+    "tests",
+    "tests-unit",
+    "blueprints",
+    "comfy_api_nodes",
+    "input",
+    "output",
+    "temp",
+    "user",
+    "custom_nodes",
+}
 """Folders of ComfyUI's."""
 LARGEST = 100_000
 """Bytes of a file of ComfyUI's that is not source; the others are vocabularies of text encoders, which nothing here reads."""
@@ -48,12 +68,19 @@ def fill() -> None:
     for package in CARRIED:
         platform = ["--platform", "any"] if package == "comfy-kitchen" else PLATFORM
         where = ["--target", str(PACK / "site"), "--no-compile", "--no-deps", "--only-binary=:all:", "--upgrade"]
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", *where, *platform, f"{package}=={version(package)}"], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", *where, *platform, f"{package}=={version(package)}"],
+            check=True,
+        )
 
 
 def needless(folder: str, names: list[str]) -> set[str]:
     """Of a folder of ComfyUI's, what the benchmark does not import."""
-    too_large = {name for name in names if not name.endswith(".py") and Path(folder, name).is_file() and Path(folder, name).stat().st_size > LARGEST}
+    too_large = {
+        name
+        for name in names
+        if not name.endswith(".py") and Path(folder, name).is_file() and Path(folder, name).stat().st_size > LARGEST
+    }
     return too_large | {"__pycache__"} | (UNREAD if "main.py" in names else set())
 
 
@@ -67,7 +94,16 @@ def size() -> float:
 def prove() -> int:
     """Whether anything but particles could not be measured; for these, ComfyUI's nodes want packages that are too large to carry."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [bare(Path(folder, "bare")), str(Path(__file__).parent), "--profile", "trial", "--seconds", "1500", "--out", folder]
+        command = [
+            bare(Path(folder, "bare")),
+            str(Path(__file__).parent),
+            "--profile",
+            "trial",
+            "--seconds",
+            "1500",
+            "--out",
+            folder,
+        ]
         subprocess.run(command, check=True, env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"})
         missed = json.loads(Path(folder, "cost_trial.json").read_text())["left out"]
     return int(any(not what.startswith("particles: ModuleNotFoundError") for what in missed))

@@ -46,7 +46,9 @@ class Report:
 
 
 def machine() -> dict[str, str]:
-    name = torch.cuda.get_device_name() if clock.GPU else f"CPU, {platform.machine()}, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name() if clock.GPU else f"CPU, {platform.machine()}, {torch.get_num_threads()} threads"
+    )
     return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
 
 

@@ -40,11 +40,16 @@ def rows(report: Report, world: World, of: Sizes) -> None:
 
     def stepwise(side: int, batch: int, smoothing: int = 0) -> Turns:
         variants = {"plain": None, "guided": Variant("PickScore", "taesd", smoothing)}
-        runs = {name: partial(sampled, world, side, batch, variant, of.effort.steps) for name, variant in variants.items()}
+        runs = {
+            name: partial(sampled, world, side, batch, variant, of.effort.steps) for name, variant in variants.items()
+        }
         return [{name: typical(steps) for name, steps in turn.items()} for turn in by_turns(runs, of.effort.repeats)]
 
     def whole(steps: int) -> Turns:
-        runs = {name: partial(seconds, partial(sampled, world, small, 1, variant, steps)) for name, variant in VARIANTS.items()}
+        runs = {
+            name: partial(seconds, partial(sampled, world, small, 1, variant, steps))
+            for name, variant in VARIANTS.items()
+        }
         return by_turns(runs, of.effort.repeats)
 
     grow(report, world, "batch", of.batches, lambda batch: stepwise(small, batch))
@@ -72,7 +77,10 @@ def grow(report: Report, world: World, along: str, places: Sequence[int], at: Ca
         report.add(TABLE, {"model": world.name, "along": along, "at": place} | times | {"guided / plain": ratio})
     exponents = {name: exponent(places, curve) for name, curve in curves.items()}
     report.add(EXPONENTS, {"model": world.name, "along": along, "from": places[0], "to": places[-1]} | exponents)
-    middles = {name: [(x, statistics.median(ys) * 1000) for x, ys in zip(places, curve, strict=True)] for name, curve in curves.items()}
+    middles = {
+        name: [(x, statistics.median(ys) * 1000) for x, ys in zip(places, curve, strict=True)]
+        for name, curve in curves.items()
+    }
     picture = draw_chart(f"{world.name}: milliseconds", along, middles, logarithmic=places[-1] <= 64)
     picture.save(report.folder / f"{report.name}_{along.split()[0]}.png")
 
@@ -100,4 +108,7 @@ def population(world: World, of: Sizes, particles: int, steps: int = 8) -> Turns
             model = RewardBeside(reward).attach(model)
         world.sample(world.noise(of.sides[0], particles), steps, model, sampler)
 
-    return by_turns({"plain": partial(seconds, partial(run, False)), "guided": partial(seconds, partial(run, True))}, of.effort.repeats)
+    return by_turns(
+        {"plain": partial(seconds, partial(run, False)), "guided": partial(seconds, partial(run, True))},
+        of.effort.repeats,
+    )

@@ -53,14 +53,25 @@ class Family:
     def shape(self, side: int, batch: int) -> tuple[int, ...]:
         """Of latents for pictures `side` pixels a side, or for videos of a shorter side of that, 16:9."""
         latent = side // 8
-        return (batch, 16, self.frames, latent, latent * 16 // 9 // 2 * 2) if self.frames else (batch, self.channels, latent, latent)
+        return (
+            (batch, 16, self.frames, latent, latent * 16 // 9 // 2 * 2)
+            if self.frames
+            else (batch, self.channels, latent, latent)
+        )
 
     @property
     def channels(self) -> int:
         return self.unet.get("in_dim") or self.unet["in_channels"]
 
 
-_UNET = {"image_size": 32, "in_channels": 4, "out_channels": 4, "use_spatial_transformer": True, "legacy": False, "model_channels": 320}
+_UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "model_channels": 320,
+}
 _FLUX = formats.flux_sizes(3072, 19, 38) | {"context_in_dim": 4096}
 KL4 = lambda reduced: formats.kl(4, width=32 if reduced else 128)  # noqa: E731
 KL16 = lambda reduced: formats.kl(16, quantised=False, width=32 if reduced else 128)  # noqa: E731
@@ -152,7 +163,10 @@ def model(family: Family, reduced: bool) -> comfy.model_patcher.ModelPatcher:
 @torch.no_grad()
 def randomise(module: nn.Module) -> None:
     """Numbers that keep activations from growing through many layers; what is one-dimensional is a scale or a bias."""
-    for name, tensor in (*module.named_parameters(), *((name, buffer) for name, buffer in module.named_buffers() if name.endswith("pos_embed"))):
+    for name, tensor in (
+        *module.named_parameters(),
+        *((name, buffer) for name, buffer in module.named_buffers() if name.endswith("pos_embed")),
+    ):
         fill(name, tensor)
 
 
@@ -205,11 +219,18 @@ def narrow(side: int) -> int:
 
 
 def ensemble(reduced: bool) -> Reward:
-    parts = [published("HPS", "HPS v2.1", reduced), published("PickScore", "PickScore", reduced), published("ImageReward", None, reduced)]
+    parts = [
+        published("HPS", "HPS v2.1", reduced),
+        published("PickScore", "PickScore", reduced),
+        published("ImageReward", None, reduced),
+    ]
     return CombinedReward([*parts, published("HPS", "CLIP score", reduced)], [5.0, 1.0, 0.05, 0.01])
 
 
-REWARDS: dict[str, Callable[[bool], Reward]] = {"PickScore": partial(published, "PickScore", "PickScore"), "ensemble": ensemble}
+REWARDS: dict[str, Callable[[bool], Reward]] = {
+    "PickScore": partial(published, "PickScore", "PickScore"),
+    "ensemble": ensemble,
+}
 """The ensemble is HPS v2.1, PickScore, ImageReward and CLIP."""
 
 

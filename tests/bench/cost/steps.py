@@ -75,7 +75,9 @@ def measure(world: World, side: int, batch: int, variants: list[Variant], effort
         steps = [turn[str(variant)] for turn in turns]
         guided = [typical(each) for each in steps]
         names = {part for each in steps for step in each for part in step}
-        parts = {part: statistics.median(typical(each, part) for each in steps) / statistics.median(guided) for part in names}
+        parts = {
+            part: statistics.median(typical(each, part) for each in steps) / statistics.median(guided) for part in names
+        }
         ratio = Spread.of(g / p for g, p in zip(guided, plain, strict=True))
         return Measured(milliseconds(plain), milliseconds(guided), ratio, parts)
 
@@ -87,7 +89,9 @@ def milliseconds(values: Iterable[float]) -> Spread:
     return Spread.of(value * 1000 for value in values)
 
 
-def rows(report: Report, table: str, world: World, side: int, batch: int, variants: list[Variant], effort: Effort) -> None:
+def rows(
+    report: Report, table: str, world: World, side: int, batch: int, variants: list[Variant], effort: Effort
+) -> None:
     """A row for each variant. Memory is looked at once everything has run."""
     timed = measure(world, side, batch, variants, effort)
     plain = partial(sampled, world, side, batch, None, 1)

@@ -52,8 +52,23 @@ class Sizes:
     """Steps of sampling, and of training at a time."""
 
 
-def rate(report: Report, what: str, of: str, pixels: object, processes: int, rates: Iterator[float] | Sequence[float], network: str = "") -> None:
-    row = {"what": what, "of": of, "pixels": pixels, "network": network, "processes": processes, "samples per second": Spread.of(rates)}
+def rate(
+    report: Report,
+    what: str,
+    of: str,
+    pixels: object,
+    processes: int,
+    rates: Iterator[float] | Sequence[float],
+    network: str = "",
+) -> None:
+    row = {
+        "what": what,
+        "of": of,
+        "pixels": pixels,
+        "network": network,
+        "processes": processes,
+        "samples per second": Spread.of(rates),
+    }
     report.add(TABLE, row)
 
 
@@ -70,7 +85,9 @@ def collected(world: World, side: int, steps: int = 20, levels: int = 8) -> None
 
 
 def collecting(report: Report, world: World, of: Sizes) -> None:
-    turns = by_turns({str(side): partial(seconds, partial(collected, world, side)) for side in of.sides}, of.effort.repeats)
+    turns = by_turns(
+        {str(side): partial(seconds, partial(collected, world, side)) for side in of.sides}, of.effort.repeats
+    )
     curve = [[turn[str(side)] for turn in turns] for side in of.sides]
     for side, times in zip(of.sides, curve, strict=True):
         rate(report, "collecting", world.name, side, 1, [1 / time for time in times])
@@ -91,7 +108,13 @@ def collectors(report: Report, of: Sizes, reduced: bool) -> None:
 
 def together(processes: int, of: Sizes, reduced: bool) -> list[float]:
     """Seconds until the last is done."""
-    command = [sys.executable, str(Path(__file__).with_name("collector.py")), of.family, str(of.sides[0]), str(of.samples)]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("collector.py")),
+        of.family,
+        str(of.sides[0]),
+        str(of.samples),
+    ]
     with ExitStack() as stack:
         started = [stack.enter_context(running(command + ["--reduced"] * reduced)) for _ in range(processes)]
         for process in started:
@@ -138,7 +161,9 @@ def fitting(report: Report, of: Sizes) -> None:
                 curve.append(times(Path(folder), network, of.effort))
                 rate(report, "fitting", f"latents {shape}", 8 * shape[-1], 1, [1 / time for time in curve[-1]], network)
     for network, curve in curves.items():
-        add_exponent(report, f"fitting a {network} network: pixels a side", [8 * shape[-1] for shape in of.latents], curve)
+        add_exponent(
+            report, f"fitting a {network} network: pixels a side", [8 * shape[-1] for shape in of.latents], curve
+        )
 
 
 def times(folder: Path, network: str, effort: Effort) -> list[float]:
@@ -168,7 +193,9 @@ def launched(report: Report, of: Sizes) -> None:
 
 
 def collect(folder: Path, shape: tuple[int, ...]) -> None:
-    description = Description(Base("SD3", "SD3", shape[0], "Flow"), shape, 2, ("a cat", "a dog"), ("likes",), (0.0,), (1.0,), seed=0)
+    description = Description(
+        Base("SD3", "SD3", shape[0], "Flow"), shape, 2, ("a cat", "a dog"), ("likes",), (0.0,), (1.0,), seed=0
+    )
     collection = Collection.create(folder, description, Text(torch.randn(2, 77, 768), torch.randn(2, 768)))
     for numbers in collection.missing(2 * SHARD):
         collection.add(numbers, [sample(shape) for _ in numbers])
@@ -182,7 +209,16 @@ def sample(shape: tuple[int, ...]) -> Sample:
 def trained(folder: Path, network: str, count: int, steps: int = 60) -> list[float]:
     """Steps per second, between those that are told of."""
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(count)] if count > 1 else []
-    options = ["--steps", str(steps), "--batch", str(BATCH), "--size", network, "--out", str(folder / f"{count}.safetensors")]
+    options = [
+        "--steps",
+        str(steps),
+        "--batch",
+        str(BATCH),
+        "--size",
+        network,
+        "--out",
+        str(folder / f"{count}.safetensors"),
+    ]
     told = []
     with running([sys.executable, *launch, "-m", "guidance", str(folder / "data"), *options]) as process:
         for line in process.stdout or ():

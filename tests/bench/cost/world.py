@@ -44,7 +44,9 @@ class World:
     @torch.inference_mode(False)
     def reward(self, reward: str, decoder: str) -> LatentReward:
         if (reward, decoder) not in self.rewards:
-            self.rewards[reward, decoder] = LatentReward(managed(reward, self.reduced), self.decoder(decoder), sizes.PROMPT)
+            self.rewards[reward, decoder] = LatentReward(
+                managed(reward, self.reduced), self.decoder(decoder), sizes.PROMPT
+            )
         return self.rewards[reward, decoder]
 
     def decoder(self, name: str) -> Decoder:
@@ -64,7 +66,15 @@ class World:
     def noise(self, side: int, batch: int) -> Tensor:
         return torch.randn(self.family.shape(side, batch))
 
-    def sample(self, noise: Tensor, steps: int, model=None, sampler=None, cfg: float | None = None, callback: Callable | None = None) -> Tensor:
+    def sample(
+        self,
+        noise: Tensor,
+        steps: int,
+        model=None,
+        sampler=None,
+        cfg: float | None = None,
+        callback: Callable | None = None,
+    ) -> Tensor:
         """Latents as a KSampler leaves them."""
         model = model or self.model
         sampler = sampler or comfy.samplers.sampler_object("euler")

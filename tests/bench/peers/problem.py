@@ -73,7 +73,9 @@ class Problem:
 
 def changed(change: Change) -> Callable:
     def wrapper(executor, x, timestep, model_options=None, seed=None):
-        return change(lambda point: executor(point, timestep, model_options or {}, seed), x, float(timestep.flatten()[0]))
+        return change(
+            lambda point: executor(point, timestep, model_options or {}, seed), x, float(timestep.flatten()[0])
+        )
 
     return wrapper
 

@@ -117,7 +117,9 @@ class ProbeNoiseMask(io.ComfyNode):
     def execute(cls, latent, shape: str, seed: int) -> io.NodeOutput:
         draw = torch.Generator().manual_seed(seed)
         samples = torch.randn(latent["samples"].shape, generator=draw)
-        return io.NodeOutput({**latent, "samples": samples, "noise_mask": torch.rand([int(n) for n in shape.split(",")], generator=draw)})
+        return io.NodeOutput(
+            {**latent, "samples": samples, "noise_mask": torch.rand([int(n) for n in shape.split(",")], generator=draw)}
+        )
 
 
 class ProbeList(io.ComfyNode):

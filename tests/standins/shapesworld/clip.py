@@ -22,7 +22,9 @@ TEXT = {"guide": {"width": 64, "heads": 1, "layers": 2}, "heldout": {"width": 12
 
 def word_ids() -> list[int]:
     """The tokens of all captions, in order; the end of text is the greatest, as open_clip expects."""
-    return sorted({START, END, *SimpleTokenizer().encode(" ".join(world.caption(scene) for scene in world.all_scenes()))})
+    return sorted(
+        {START, END, *SimpleTokenizer().encode(" ".join(world.caption(scene) for scene in world.all_scenes()))}
+    )
 
 
 def tokenize(captions: list[str]) -> Tensor:

@@ -30,7 +30,11 @@ def load(name: str) -> dict[str, Tensor]:
     """Half-precision weights."""
     stored, base = load_file(path(name)), notes(name).get("base")
     origin = load(base) if base else {}
-    return {key: _unpack(value, stored.get(f"{key}/scale"), origin.get(key)) for key, value in stored.items() if not key.endswith("/scale")}
+    return {
+        key: _unpack(value, stored.get(f"{key}/scale"), origin.get(key))
+        for key, value in stored.items()
+        if not key.endswith("/scale")
+    }
 
 
 def notes(name: str) -> dict[str, str]:
@@ -63,7 +67,9 @@ def _best_scale(weight: Tensor, most: int) -> Tensor:
     """Of each row the one with the least error: with so few steps it pays to cut off the furthest numbers."""
     rows = weight.flatten(1)
     scales = (rows.abs().amax(1) / most * torch.linspace(0.4, 1, 13)[:, None]).clamp(min=2.0**-20).half()
-    errors = torch.stack([(_steps(rows, scale, most) * scale.float()[:, None] - rows).square().sum(1) for scale in scales])
+    errors = torch.stack(
+        [(_steps(rows, scale, most) * scale.float()[:, None] - rows).square().sum(1) for scale in scales]
+    )
     return scales.gather(0, errors.argmin(0)[None])[0]
 
 

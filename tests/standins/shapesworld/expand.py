@@ -41,7 +41,10 @@ def checkpoints(flow: str = CHECKPOINT) -> dict[str, str]:
 
 def files(checkpoint: str = CHECKPOINT) -> dict:
     return {
-        **{f"checkpoints/{file}": lambda name=name: (full_checkpoint(name), {}) for name, file in checkpoints(checkpoint).items()},
+        **{
+            f"checkpoints/{file}": lambda name=name: (full_checkpoint(name), {})
+            for name, file in checkpoints(checkpoint).items()
+        },
         "vae_approx/taesd3_encoder.safetensors": lambda: (tiny_vae("encoder"), {}),
         "vae_approx/taesd3_decoder.safetensors": lambda: (tiny_vae("decoder"), {}),
         "text_encoders/shapes_clip_l.safetensors": lambda: (text.clip_l(), {}),

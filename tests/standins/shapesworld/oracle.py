@@ -78,7 +78,9 @@ def _opponent(rgb: Tensor) -> Tensor:
 def _shape(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Best shape, its radius in pixels and the overlap (intersection over union) of the mask with the template."""
     templates, areas = _templates()
-    overlap = torch.stack([_overlap(_frame(mask, area.sqrt()), bank) for bank, area in zip(templates, areas, strict=True)], 1)
+    overlap = torch.stack(
+        [_overlap(_frame(mask, area.sqrt()), bank) for bank, area in zip(templates, areas, strict=True)], 1
+    )
     best = overlap.max(1)
     radius = (mask.sum((1, 2)) / areas[best.indices]).sqrt()
     return best.indices, radius, best.values

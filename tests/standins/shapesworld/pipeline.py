@@ -69,7 +69,9 @@ class Pipeline:
         empty = torch.zeros(len(prompts), 16, 8, 8)
         noise = comfy.sample.prepare_noise(empty, seed) if noise is None else noise
         choices = (steps or self.kind.steps, cfg, sampler, scheduler)
-        out = comfy.sample.sample(model or self.model, noise, *choices, *self.conditions(prompts), empty, seed=seed, disable_pbar=True)
+        out = comfy.sample.sample(
+            model or self.model, noise, *choices, *self.conditions(prompts), empty, seed=seed, disable_pbar=True
+        )
         return self.model.model.process_latent_in(out)
 
     def conditions(self, prompts: Sequence[str]) -> tuple[list, list]:
@@ -91,7 +93,9 @@ class Pipeline:
             return start
 
         sampler, empty = comfy.samplers.KSAMPLER(ask), torch.zeros_like(x)
-        comfy.sample.sample_custom(self.model, empty, cfg, sampler, torch.ones(2), *self.conditions(prompts), empty, disable_pbar=True)
+        comfy.sample.sample_custom(
+            self.model, empty, cfg, sampler, torch.ones(2), *self.conditions(prompts), empty, disable_pbar=True
+        )
         return answers[0]
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -76,9 +76,15 @@ def _fill_features(weights: dict[str, Tensor], random: np.random.RandomState) ->
     """Layer 0: random nonlinear features of token and place, so that a mean over words still knows which word stood where."""
     mlp = "text_model.encoder.layers.0.mlp."
     joint = slice(TOKEN.start, PLACE.stop)
-    weights[mlp + "fc1.weight"][:, joint] = torch.from_numpy(random.standard_normal((4 * WIDTH, 384))).float() / 384**0.5
-    weights[mlp + "fc2.weight"][FEATURE] = _mirrored(random.standard_normal((4 * WIDTH, 96)) / (4 * WIDTH) ** 0.5 * 1.5).T
-    weights[mlp + "fc2.bias"][:] = -0.55 * weights[mlp + "fc2.weight"].sum(1)  # the mean of the activation at this input variance
+    weights[mlp + "fc1.weight"][:, joint] = (
+        torch.from_numpy(random.standard_normal((4 * WIDTH, 384))).float() / 384**0.5
+    )
+    weights[mlp + "fc2.weight"][FEATURE] = _mirrored(
+        random.standard_normal((4 * WIDTH, 96)) / (4 * WIDTH) ** 0.5 * 1.5
+    ).T
+    weights[mlp + "fc2.bias"][:] = -0.55 * weights[mlp + "fc2.weight"].sum(
+        1
+    )  # the mean of the activation at this input variance
 
 
 def _fill_bag(weights: dict[str, Tensor]) -> None:

@@ -100,7 +100,9 @@ class Run:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         self.step += 1
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - min(self.decay, self.step / (self.step + 10)))
+        torch._foreach_lerp_(
+            self.average, [p.detach() for p in self.parameters], 1 - min(self.decay, self.step / (self.step + 10))
+        )
         if self.step % 100 == 0 or self.step == self.steps:
             values = " ".join(f"{k} {float(v):.4f}" for k, v in {"loss": loss.detach(), **shown}.items())
             print(f"{self.name} {self.step}/{self.steps} {time.time() - self.start:.0f}s {values}", flush=True)
@@ -131,7 +133,9 @@ def reconstruction_loss(decoded: Tensor, picture: Tensor) -> Tensor:
     return (weight * error.abs()).mean() * 0.1 + slopes(error).abs().mean() * 0.2
 
 
-def autoencoder_loss(encoder: nn.Module, decoder: nn.Module, picture: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def autoencoder_loss(
+    encoder: nn.Module, decoder: nn.Module, picture: Tensor, rng: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """Reconstruction under latent noise, unit statistics per channel, and a linear preview that shows the picture."""
     latent = encoder(picture).float()
     noise = torch.rand(len(latent), 1, 1, 1, generator=rng) * 0.12 * torch.randn(latent.shape, generator=rng)
@@ -139,7 +143,9 @@ def autoencoder_loss(encoder: nn.Module, decoder: nn.Module, picture: Tensor, rn
     mean, variance = latent.mean((0, 2, 3)), latent.var((0, 2, 3))
     unit = mean.square().mean() + (variance.log()).square().mean()
     small = F.avg_pool2d(picture, 8) * 2 - 1
-    preview = (torch.einsum("bchw,cd->bdhw", latent, LATENT_RGB) + LATENT_RGB_BIAS[:, None, None] - small).square().mean()
+    preview = (
+        (torch.einsum("bchw,cd->bdhw", latent, LATENT_RGB) + LATENT_RGB_BIAS[:, None, None] - small).square().mean()
+    )
     return reconstruction_loss(decoded, picture) + 0.02 * unit + 0.1 * preview, F.mse_loss(decoded, picture), preview
 
 
@@ -150,7 +156,9 @@ def train_autoencoder(work: Path, steps: int = 3000, batch: int = 48) -> None:
     model = nn.ModuleDict({"encoder": Encoder(), "decoder": Decoder()}).to(memory_format=torch.channels_last)
     run = Run("autoencoder", model, steps, 1.5e-3)
     while run.step < steps:
-        picture = pixels(pool[torch.randint(len(pool), (batch,), generator=rng)]).contiguous(memory_format=torch.channels_last)
+        picture = pixels(pool[torch.randint(len(pool), (batch,), generator=rng)]).contiguous(
+            memory_format=torch.channels_last
+        )
         with fast():
             loss, error, preview = autoencoder_loss(model["encoder"], model["decoder"], picture, rng)
         run.update(loss, mse=error, preview=preview)
@@ -198,7 +206,11 @@ def encode_text(captions: list[str]) -> tuple[Tensor, Tensor]:
     """Context (B,10,768), of which the last token stands for all padding, and pooled (B,768)."""
     tokens = [[text.START, *SimpleTokenizer().encode(caption), text.END] for caption in captions]
     padded = torch.tensor([row + [text.END] * (text.CONTEXT - len(row)) for row in tokens])
-    options = {"intermediate_output": 1, "final_layer_norm_intermediate": False, "num_tokens": [len(row) for row in tokens]}
+    options = {
+        "intermediate_output": 1,
+        "final_layer_norm_intermediate": False,
+        "num_tokens": [len(row) for row in tokens],
+    }
     _, context, _, pooled = text_encoder()(padded, **options)
     return context, pooled
 
@@ -334,7 +346,10 @@ def drawn_and_mixed(encoder: Encoder, decoder: Decoder, n: int, rng: torch.Gener
     scenes = torch.zeros(n, BLENDED, 4, dtype=torch.long)
     scenes[:, 0], scenes[:, 1] = first, second
     shares = F.pad(torch.stack([share, 1 - share], 1), (0, BLENDED - 2))
-    return [Pool(drawn, scenes, F.one_hot(torch.zeros(n, dtype=torch.long), BLENDED).float()), Pool(torch.cat(mixed), scenes, shares)]
+    return [
+        Pool(drawn, scenes, F.one_hot(torch.zeros(n, dtype=torch.long), BLENDED).float()),
+        Pool(torch.cat(mixed), scenes, shares),
+    ]
 
 
 def estimates(encoder: Encoder, decoder: Decoder, captions: int, n: int, rng: torch.Generator) -> Pool:
@@ -382,7 +397,9 @@ def roughened(pictures: Tensor, rng: torch.Generator) -> Tensor:
     factor = (2, 4, 8)[int(torch.randint(3, (1,), generator=rng))]
     small = F.avg_pool2d(pictures[:third], factor)
     blurred[:third] = F.interpolate(small, size=world.SIDE, mode="bilinear")
-    noise = torch.randn(third, 3, world.SIDE, world.SIDE, generator=rng) * torch.rand(third, 1, 1, 1, generator=rng) * 0.15
+    noise = (
+        torch.randn(third, 3, world.SIDE, world.SIDE, generator=rng) * torch.rand(third, 1, 1, 1, generator=rng) * 0.15
+    )
     blurred[third : 2 * third] += noise
     return blurred
 
@@ -463,7 +480,9 @@ def train_diffusion(work: Path, steps: int = 3000, batch: int = 64, pool: int = 
     asked, latents = encoded_world(work, pool, rng)
     rows = conditioning.rows(asked)
     teacher, model = load_transformer(work, "flow").requires_grad_(False), load_transformer(work, "flow")
-    say_velocity, say_noise = (torch.compile(functools.partial(f, net)) for f, net in ((velocity, teacher), (predict, model)))
+    say_velocity, say_noise = (
+        torch.compile(functools.partial(f, net)) for f, net in ((velocity, teacher), (predict, model))
+    )
     run = Run("diffusion", model, steps, 1e-3, decay=0.998)
     while run.step < steps:
         chosen = torch.randint(pool, (batch,), generator=rng)
@@ -507,7 +526,10 @@ def make_pairs(work: Path, n: int = 28000, steps: int = 14, batch: int = 200) ->
         if len(latents) % 20 == 0:
             print(f"pairs {len(latents) * batch}/{n} {time.time() - start:.0f}s", flush=True)
             done = len(latents) * batch
-            torch.save({"rows": rows[:done], "noises": noises[:done].half(), "latents": torch.cat(latents).half()}, work / "pairs.pt")
+            torch.save(
+                {"rows": rows[:done], "noises": noises[:done].half(), "latents": torch.cat(latents).half()},
+                work / "pairs.pt",
+            )
 
 
 def generate(model: nn.Module, noise: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
@@ -543,7 +565,9 @@ def note_statistics(work: Path, batch: int = 8) -> None:
     numbers = measure.report(measure.sample_all(Pipeline(work / "models"), 1.0, batch))
     print(numbers)
     for kind in ("guide", "heldout"):
-        compact.note(kind, {"reference_mean": str(numbers[f"{kind} mean"]), "reference_std": str(numbers[f"{kind} deviation"])})
+        compact.note(
+            kind, {"reference_mean": str(numbers[f"{kind} mean"]), "reference_std": str(numbers[f"{kind} deviation"])}
+        )
 
 
 def unpack(work: Path) -> None:
