@@ -81,9 +81,10 @@ class World:
         clean = self.mixture.sample(labels, torch.Generator().manual_seed(seed)).float().view(labels, -1, 1, 1)
         rewards = self.reward(clean)
         weights, _ = label(rewards, torch.zeros(labels), self.temperature / float(rewards.std()))
-        pairs = lambda rows: LivePairs(
-            clean[rows], weights[rows], Flow(), self.denoise, lambda time: time.clamp(0.005, 0.995)
-        )  # noqa: E731
+
+        def pairs(rows):
+            return LivePairs(clean[rows], weights[rows], Flow(), self.denoise, lambda time: time.clamp(0.005, 0.995))
+
         options = {"batch": 256, "learning_rate": 2e-3, "ema": min(Plan.ema, 1 - 10 / steps)} | plan
         own, *apart = (pairs(rows) for rows in torch.arange(labels).split(labels - int(held_out * labels)))
         task = Task(Flow(), Plan(objective, form, steps, seed=seed, **options))

@@ -290,9 +290,8 @@ def plan(objective: str, form: str, steps: int, run: int, **options) -> Plan:
 def split(labels: Labels) -> tuple[Labels, Labels]:
     """To train on, and held out."""
     kept = len(labels.noise) // 10
-    rows = lambda part: replace(
-        labels, **{name: getattr(labels, name)[part] for name in ("noise", "prompts", "pictures", "weights")}
-    )  # noqa: E731
+    names = ("noise", "prompts", "pictures", "weights")
+    rows = lambda part: replace(labels, **{name: getattr(labels, name)[part] for name in names})  # noqa: E731
     return rows(slice(kept, None)), rows(slice(kept))
 
 
