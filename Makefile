@@ -11,7 +11,7 @@ QUICK = $(addprefix tests/comfy/test_,nodes.py stock.py bad_input.py rewards.py 
 .PHONY: demo test ui lint unit quick versions browser bench bench-cost bench-gpu-pack schemas pictures thumbnails clean
 
 demo: ## a real ComfyUI, unguided and guided, in demo.png
-	@$(ENVIRONMENT) && "$$python" tests/harness demo
+	@$(ENVIRONMENT) && "$$python" tests/tools demo
 
 test: lint ## everything
 	@$(ENVIRONMENT) && "$$bin/pytest" $(TOGETHER) tests/unit tests/comfy && "$$bin/pytest" -n 2 tests/browser
@@ -29,10 +29,10 @@ browser: ## the tests in a real browser; their screenshots are in output/browser
 	@$(ENVIRONMENT) && "$$bin/pytest" -n 2 tests/browser
 
 lint: ## ruff and mypy
-	@$(ENVIRONMENT) && "$$python" tests/harness lint
+	@$(ENVIRONMENT) && "$$python" tests/tools lint
 
 ui: ## the same ComfyUI for a person
-	@$(ENVIRONMENT) && "$$python" tests/harness ui
+	@$(ENVIRONMENT) && "$$python" tests/tools ui
 
 bench: ## the numbers in the README
 	@$(ENVIRONMENT) && for file in tests/bench/*.py; do echo "== $$file" && "$$python" "$$file" || exit 1; done
@@ -47,10 +47,10 @@ schemas: ## tests/comfy/node_schemas.json and locales/en/nodeDefs.json, from wha
 	@$(ENVIRONMENT) && RENEW_SCHEMAS=1 "$$bin/pytest" tests/comfy/test_schema.py tests/comfy/test_words.py
 
 pictures: ## the pictures of the help pages
-	@$(ENVIRONMENT) && "$$python" tests/harness pictures && "$$python" tests/harness node_pictures
+	@$(ENVIRONMENT) && "$$python" tests/tools pictures && "$$python" tests/tools node_pictures
 
 thumbnails: ## the pictures of the example workflows
-	@$(ENVIRONMENT) && "$$python" tests/harness thumbnails
+	@$(ENVIRONMENT) && "$$python" tests/tools thumbnails
 
 clean: ## the environment, ComfyUI and stand-ins in the cache folder, and what the demo wrote
 	@$(PYTHON) tests/harness/environment.py --remove

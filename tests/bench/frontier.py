@@ -38,7 +38,6 @@ from bench.selection import Contest
 from bench.shapesworld import SCORES, BatchReward, Bench, Pictures, World, with_error
 from comfy.model_patcher import ModelPatcher
 from harness import environment
-from harness.chart import draw_chart, in_rows
 from reward_guidance.guidance.estimators import Settings, Smoothing
 from reward_guidance.guidance.network.unet import GuidanceNetwork
 from reward_guidance.guidance.process import Flow
@@ -50,6 +49,7 @@ from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance
 from reward_guidance.tests.standins.ring import CLOUD, RING, ring_reward, truth
+from reward_guidance.tests.tools.chart import draw_chart, in_rows
 from torch import Tensor
 
 COSTS = ("model calls", "CPU ms")

@@ -22,7 +22,6 @@ import comfy.samplers
 import torch
 from bench.shapesworld import BatchReward, Bench, Pictures, World
 from comfy.model_patcher import ModelPatcher
-from harness.chart import draw_chart
 from harness.environment import cache
 from reward_guidance.guidance.estimators import Settings
 from reward_guidance.guidance.network.file import load_network
@@ -35,6 +34,7 @@ from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
 from reward_guidance.nodes.wiring.sampling import Sampling
 from reward_guidance.tests.bench.shapesworld_network import learned
 from reward_guidance.tests.harness.models import shapesworld
+from reward_guidance.tests.tools.chart import draw_chart
 from torch import Tensor
 
 PICTURE = Path(__file__).parents[2] / "output" / "selection.png"

@@ -20,7 +20,6 @@ from bench.ring import sample
 from bench.shapesworld import Bench, Pictures, World
 from bench.shapesworld_network import lesson
 from comfy.model_patcher import ModelPatcher
-from harness.chart import draw_chart, in_rows
 from harness.environment import cache
 from PIL import Image
 from reward_guidance.guidance.training.loop import Training
@@ -28,6 +27,7 @@ from reward_guidance.nodes.wiring.loaded import manage_network
 from reward_guidance.nodes.wiring.patch_network import NetworkGuidance
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.ring import nearness, ring_reward, truth
+from reward_guidance.tests.tools.chart import draw_chart, in_rows
 from torch import Tensor
 
 REWARDS = "reward", "held-out reward"

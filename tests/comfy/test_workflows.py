@@ -7,9 +7,10 @@ import shutil
 import av
 import pytest
 from PIL import Image
-from reward_guidance.tests.harness import graphs, thumbnails
+from reward_guidance.tests.harness import graphs
 from reward_guidance.tests.harness.environment import CHECKOUT
 from reward_guidance.tests.harness.graphs import ui_to_api
+from reward_guidance.tests.tools import thumbnails
 
 WORKFLOWS = sorted((CHECKOUT / "workflows").glob("*.json"))
 MODEL_FILES = (".safetensors", ".pt")

@@ -3,8 +3,8 @@
 import re
 
 import pytest
-from reward_guidance.tests.harness import chart
 from reward_guidance.tests.harness.environment import CHECKOUT
+from reward_guidance.tests.tools import chart
 
 TABLES = CHECKOUT / "tests" / "bench" / "README.md"
 

@@ -4,9 +4,9 @@ import json
 from itertools import combinations
 
 import pytest
-from reward_guidance.tests.harness import diagram
-from reward_guidance.tests.harness.diagram import Link, Workflow, essential
 from reward_guidance.tests.harness.environment import CHECKOUT
+from reward_guidance.tests.tools import diagram
+from reward_guidance.tests.tools.diagram import Link, Workflow, essential
 
 WORKFLOWS = sorted((CHECKOUT / "workflows").glob("*.json"))
 WIDTH, HEIGHT = 440, 348

@@ -8,9 +8,9 @@ from functools import partial
 
 import comfy.samplers
 import torch
-from harness.chart import draw_chart
 from reward_guidance.guidance.particles import Population
 from reward_guidance.nodes.wiring.patch_reward import RewardBeside
+from reward_guidance.tests.tools.chart import draw_chart
 
 from .clock import Spread, by_turns, seconds
 from .report import Report

@@ -4,9 +4,9 @@ import os
 import subprocess
 import sys
 
-from .environment import CHECKOUT, cache, comfyui
+from ..harness.environment import CHECKOUT, cache, comfyui
 
-PACKAGES = ("guidance", "nodes", "tests.harness")
+PACKAGES = ("guidance", "nodes", "tests.harness", "tests.tools")
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .environment import CHECKOUT
+from ..harness.environment import CHECKOUT
 from .sheet import INK, PAPER, write
 
 FOLDER = CHECKOUT / "nodes" / "web" / "docs"

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image, ImageDraw
 
+from ..harness import comfy, environment, models
+from ..harness.client import Client, Result
+from ..harness.environment import CHECKOUT, say
+from ..harness.graphs import changed, ui_to_api
 from ..standins.shapesworld.world import SIDE as PICTURE
-from . import comfy, environment, models
-from .client import Client, Result
 from .diagram import FAINT, GOLD, INK, NIGHT, diagram
-from .environment import CHECKOUT, say
-from .graphs import changed, ui_to_api
 from .sheet import write
 
 WORKFLOWS = CHECKOUT / "workflows"

@@ -8,8 +8,8 @@ from itertools import product
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .environment import CHECKOUT
-from .graphs import COMMENTS
+from ..harness.environment import CHECKOUT
+from ..harness.graphs import COMMENTS
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]

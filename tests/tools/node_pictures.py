@@ -4,8 +4,8 @@ import io
 
 from PIL import Image
 
-from . import browser, comfy, environment, models
-from .client import Client
+from ..harness import browser, comfy, environment, models
+from ..harness.client import Client
 
 FOLDER = environment.CHECKOUT / "nodes" / "web" / "docs"
 WIDTH, QUALITY = 900, 70

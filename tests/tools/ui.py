@@ -4,7 +4,7 @@ import sys
 import time
 from contextlib import suppress
 
-from . import comfy, environment, models
+from ..harness import comfy, environment, models
 
 PORT = 8188
 

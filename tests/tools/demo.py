@@ -14,11 +14,11 @@ from reward_guidance.guidance.rewards import Reward, evaluate, load_reward
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from ..harness import comfy, environment, models
+from ..harness.client import Client, Prompt
+from ..harness.environment import CHECKOUT, say
+from ..harness.graphs import nodes_of, ui_to_api
 from ..standins.shapesworld import oracle, world
-from . import comfy, environment, models
-from .client import Client, Prompt
-from .environment import CHECKOUT, say
-from .graphs import nodes_of, ui_to_api
 from .sheet import draw_sheet
 
 WORKFLOW = CHECKOUT / "workflows" / "flow_guidance_sd35.json"
