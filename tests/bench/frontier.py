@@ -40,7 +40,6 @@ from comfy.model_patcher import ModelPatcher
 from harness import environment
 from reward_guidance.guidance.estimators import Settings, Smoothing
 from reward_guidance.guidance.network.unet import GuidanceNetwork
-from reward_guidance.guidance.process import Flow
 from reward_guidance.guidance.training.loop import fit
 from reward_guidance.nodes.wiring.patch_network import NetworkGuidance
 from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
@@ -229,7 +228,7 @@ class Points(Arena):
 
     def __init__(self, name: str, mixture: Mixture, count: int, steps: int, runs: range):
         self.name, self.mixture, self.runs, self.pictures = name, mixture, runs, count
-        model = analytic_model(mixture, Flow(), flow=True, shift=3.0)
+        model = analytic_model(mixture)
         self.source = Source(
             model, steps, PlainReward(ring_reward), lambda model, seed: ring.sample(model, seed, count, steps)
         )

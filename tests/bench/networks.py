@@ -62,7 +62,7 @@ class World:
         return self.mixture.means.shape[1]
 
     def model(self):
-        return analytic_model(self.mixture, Flow(), flow=True)
+        return analytic_model(self.mixture, shift=1.0)
 
     def denoise(self, x: Tensor, sigma: Tensor, _) -> Tensor:
         return self.mixture.denoised(x.flatten(1).double(), Flow(), sigma).view_as(x).to(x)

@@ -180,7 +180,7 @@ class Ring(Arena):
     sizes = {"width": 64, "levels": 1, "blocks": 1, "kernel": 1}
 
     def __init__(self, count: int):
-        self.model = analytic_model(Flowed(RING.means, RING.std, RING.logits), Diffusion(), flow=False)
+        self.model = analytic_model(Flowed(RING.means, RING.std, RING.logits), flow=False)
         self.prompts, self.texts = [0] * count, Texts([torch.zeros(0, 0)], torch.zeros(1, 0))
         self.data = RING.sample(20_000, torch.Generator().manual_seed(5))
 

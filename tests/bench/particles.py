@@ -19,19 +19,16 @@ import comfy.samplers
 import torch
 from bench.ring import best_of, row
 from reward_guidance.guidance.particles import Population
-from reward_guidance.guidance.process import Flow
 from reward_guidance.nodes.wiring.particle_run import ParticleSampler
-from reward_guidance.tests.standins.analytic import analytic_model
+from reward_guidance.tests.standins.analytic import CONDITION, analytic_model
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
 from reward_guidance.tests.standins.ring import RING, ring_reward, truth
 from torch import Tensor
 
-CONDITION = [[torch.zeros(1, 1, 1), {}]]
-
 
 class Bench:
     def __init__(self, sampler: str, steps: int, count: int, mixture: Mixture = RING):
-        self.model = analytic_model(mixture, Flow(), flow=True, shift=3.0)
+        self.model = analytic_model(mixture)
         self.sampler, self.count, self.dims = sampler, count, mixture.means.shape[1]
         self.sigmas = comfy.samplers.KSampler(
             self.model, steps, "cpu", sampler, "simple", model_options=self.model.model_options

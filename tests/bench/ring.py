@@ -14,12 +14,10 @@ from harness.inprocess import load_comfyui
 
 load_comfyui()
 
-import comfy.sample
-import comfy.utils
 import torch
 from reward_guidance.guidance.estimators import ESTIMATORS, Settings, Shift, Smoothing
-from reward_guidance.guidance.process import Flow
 from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
+from reward_guidance.tests.standins import analytic
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.mixture import energy_distance
 from reward_guidance.tests.standins.ring import RING, VARIANCE, ring_reward, truth
@@ -44,14 +42,7 @@ def by_reward(model, estimator: str, samples: int, temperature: float = 1.0, cap
 
 def sample(model, seed: int, count: int, steps: int = 20, sampler: str = "euler") -> torch.Tensor:
     """(count,d)"""
-    latent = torch.zeros(count, model.model.latent_format.latent_channels, 1, 1)
-    condition = [[torch.zeros(1, 1, 1), {}]]
-    noise = comfy.sample.prepare_noise(latent, seed)
-    with torch.inference_mode():
-        out = comfy.sample.sample(
-            model, noise, steps, 1.0, sampler, "simple", condition, condition, latent, seed=seed, disable_pbar=True
-        )
-    return out.flatten(1).double()
+    return analytic.sample(model, sampler, steps=steps, count=count, seed=seed).flatten(1).double()
 
 
 def best_of(candidates: torch.Tensor) -> torch.Tensor:
@@ -62,7 +53,7 @@ def best_of(candidates: torch.Tensor) -> torch.Tensor:
 
 def measure(estimator: str | None, samples: int, seeds: int, count: int) -> tuple[list[float], float]:
     """Energy distances over seeds, and model calls per run."""
-    model = analytic_model(RING, Flow(), flow=True, shift=3.0)
+    model = analytic_model(RING)
     network = model.model.diffusion_model
     if estimator is not None:
         model = by_reward(model, estimator, samples)

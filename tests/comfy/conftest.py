@@ -7,10 +7,10 @@ import pytest
 import torch
 from reward_guidance.tests.harness import comfy, environment, models
 from reward_guidance.tests.harness.client import Client
-from reward_guidance.tests.harness.guided import Bench
-from safetensors.torch import save_file
+from reward_guidance.tests.harness.guided import Bench, latents, one_box, reward_file, seeds_of
 
 SHAPESWORLD = environment.CHECKOUT / "tests" / "standins" / "shapesworld" / "expand.py"
+SEEDS = seeds_of(__file__)
 
 
 @pytest.fixture(scope="session")
@@ -48,16 +48,30 @@ def nodes(bench) -> dict[str, dict]:
 @pytest.fixture(scope="session")
 def clip_reward(server):
     """A random CLIP of open_clip's layout in models/reward_models."""
-    import open_clip  # slow, and few need it
+    from reward_guidance.tests.standins.rewards import save_open_clip  # slow to import, and few tests need it
 
-    torch.manual_seed(0)
-    vision = open_clip.model.CLIPVisionCfg(
-        layers=2, width=32, head_width=16, patch_size=8, image_size=24, mlp_ratio=2.0
-    )
-    text = open_clip.model.CLIPTextCfg(context_length=12, width=24, heads=3, layers=2)
-    weights = open_clip.model.CLIP(16, vision, text).state_dict()
     folder = server.base / "models" / "reward_models"
     folder.mkdir(exist_ok=True)
-    hints = {"vision_heads": "2", "text_heads": "3"}
-    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, folder / "tiny_clip.safetensors", hints)
-    return lambda graph: graph.add("clip_reward", "RewardGuidanceLoadReward", reward_name="tiny_clip.safetensors")
+    save_open_clip(folder / "tiny_clip.safetensors")
+    return reward_file("tiny_clip.safetensors")
+
+
+@pytest.fixture
+def like_a_node():
+    """ComfyUI runs nodes in inference mode."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def refused(bench):
+    """Queue a prompt that must fail with these words in one short line, and then a guided one that must not fail."""
+
+    def queue(prompt, *words):
+        error = bench.queue(prompt).error
+        assert error is not None, "the prompt succeeded"
+        assert [some for some in words if some not in error] == [], error
+        assert "\n" not in error and "Traceback" not in error and len(error) < 300
+        assert bench.queue(latents("flux", one_box(decoder="latent_rgb"), seed=next(SEEDS))).error is None
+
+    return queue

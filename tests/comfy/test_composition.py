@@ -4,6 +4,7 @@ import pytest
 from reward_guidance.guidance.rewards import STATISTICS
 from reward_guidance.tests.harness.graphs import FAMILIES, LORA, Graph
 from reward_guidance.tests.harness.guided import (
+    distance,
     guided_model,
     latents,
     mean_reward,
@@ -16,10 +17,6 @@ from reward_guidance.tests.harness.guided import (
 
 FREE = {"decoder": "latent_rgb"}
 """The decoder that costs nothing."""
-
-
-def distance(one, other):
-    return float((one - other).abs().max())
 
 
 def last_reward(result):

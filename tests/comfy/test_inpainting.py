@@ -5,24 +5,22 @@ from reward_guidance.tests.harness.inprocess import load_comfyui
 
 load_comfyui()
 
-import comfy.sample
 import torch
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from reward_guidance.guidance.estimators import ESTIMATORS, Settings
 from reward_guidance.guidance.network.card import Card
 from reward_guidance.guidance.network.forms import FORMS
 from reward_guidance.guidance.network.unet import Architecture, GuidanceNetwork
-from reward_guidance.guidance.process import Diffusion, Flow
 from reward_guidance.nodes.wiring.loaded import manage_network
 from reward_guidance.nodes.wiring.model_info import base_of
 from reward_guidance.nodes.wiring.patch_network import NetworkGuidance
 from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
+from reward_guidance.tests.standins import analytic
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
 from reward_guidance.tests.standins.mixture import Mixture
 
 SHAPE = (3, 2, 4, 4)
 MIXTURE = Mixture.random(6, 32, torch.Generator().manual_seed(0))
-CONDITION = [[torch.zeros(1, 1, 1), {}]]
 RAMP = torch.linspace(0, 1, 4).expand(1, 4, 4).clone()
 MASKS = {
     "half": (torch.arange(4) > 1).float().expand(1, 4, 4).clone(),
@@ -34,7 +32,7 @@ FORMS_OF_DATA = [form for form in FORMS if form not in ("noise", "leap")]
 
 @pytest.fixture(params=[True, False], ids=["flow", "diffusion"])
 def model(request):
-    made = analytic_model(MIXTURE, Flow() if request.param else Diffusion(), request.param, 3.0)
+    made = analytic_model(MIXTURE, request.param)
     made.model.latent_format.latent_channels = SHAPE[1]
     return made
 
@@ -70,10 +68,7 @@ def sample(model, mask, sampler="euler", steps=5):
     hook = model.model.diffusion_model.register_forward_pre_hook(
         lambda _, inputs: shown.append((float(inputs[1][0]), inputs[0].detach().clone()))
     )
-    with torch.inference_mode():
-        noise = comfy.sample.prepare_noise(latent, 2)
-        options = {"noise_mask": mask, "seed": 2, "disable_pbar": True}
-        made = comfy.sample.sample(model, noise, steps, 1.0, sampler, "simple", CONDITION, CONDITION, latent, **options)
+    made = analytic.sample(model, sampler, steps=steps, latent=latent, seed=2, noise_mask=mask)
     hook.remove()
     return made, shown
 

@@ -40,29 +40,17 @@ from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
 from reward_guidance.nodes.wiring.sample_maker import SampleMaker, denoise_once, stackable, stacked
 from reward_guidance.nodes.wiring.sampling import Sampling
 from reward_guidance.nodes.wiring.training_monitor import Preview, TrainingMonitor, score_or_nan
-from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
-from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
-
-RING = Mixture.ring(radius=1.5, std=0.15)
-CLOUD = Mixture.random(6, 48, torch.Generator().manual_seed(0))
-"""48 numbers: with fewer than 16, PyTorch draws noise another way."""
-CONDITION = [[torch.zeros(1, 1, 1), {}]]
-STEPS = 6
-
-
-def model_of(mixture, flow):
-    return analytic_model(mixture, Flow() if flow else Diffusion(), flow, 3.0)
+from reward_guidance.tests.standins.analytic import CLOUD, CONDITION, STEPS, PlainReward, analytic_model, sample
+from reward_guidance.tests.standins.mixture import energy_distance, resample
+from reward_guidance.tests.standins.ring import RING, nearness
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["flow", "diffusion"])
 def model(request):
-    return model_of(RING, request.param)
+    return analytic_model(RING, request.param)
 
 
-@pytest.fixture(autouse=True)
-def like_a_node():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("like_a_node")
 
 
 @torch.inference_mode(False)
@@ -81,14 +69,6 @@ def network(model, form="correction", trained=True, channels=2, tokens=0, base=N
         reward_weights=(1.0,), reward_mean=0.0, reward_std=1.0, prompts="", samples=1, steps=1, effective=1.0, curve=(),
     )  # fmt: skip
     return manage_network(made.eval().requires_grad_(False), card)
-
-
-def sample(model, sampler="euler", count=8, seed=3, cfg=1.0, condition=CONDITION, steps=STEPS):
-    latent = torch.zeros(count, model.model.latent_format.latent_channels, 1, 1)
-    noise = comfy.sample.prepare_noise(latent, seed)
-    return comfy.sample.sample(
-        model, noise, steps, cfg, sampler, "simple", condition, CONDITION, latent, seed=seed, disable_pbar=True
-    )
 
 
 DATA_FORMS = [form for form in FORMS if form != "noise"]
@@ -202,7 +182,7 @@ def sampling_of(model, **options):
 
 
 def test_guided_noise_is_the_stock_noise_tilted():
-    model = model_of(CLOUD, True)
+    model = analytic_model(CLOUD, True)
     loaded, latent = (
         network(model, "noise", channels=48),
         {"samples": torch.zeros(3, 48, 1, 1), "batch_index": [4, 0, 2]},
@@ -222,7 +202,7 @@ def test_guided_noise_is_the_stock_noise_tilted():
 
 
 def test_noise_stays_where_a_mask_keeps_the_latent():
-    model = model_of(CLOUD, True)
+    model = analytic_model(CLOUD, True)
     model.model.latent_format.latent_channels = 3
     loaded, mask = network(model, "noise", channels=3), torch.tensor([[0.0, 0.0, 0.5, 1.0]]).expand(1, 4, 4)
     latent = {"samples": torch.zeros(2, 3, 4, 4), "noise_mask": mask}
@@ -243,9 +223,8 @@ def test_one_box_samples_from_tilted_noise(model):
     plain = sampling_of(model)
     guided = followed(plain, loaded, noise_steps=2)(latent, [5], lambda *_: None)
     noise = tilt(loaded, comfy.sample.prepare_noise(latent["samples"], 5), CONDITION, 2, 1.0)
-    expected = comfy.sample.sample(
-        model, noise, STEPS, 1.0, "euler", "simple", CONDITION, CONDITION, latent["samples"], seed=5, disable_pbar=True
-    )
+    arguments = (STEPS, 1.0, "euler", "simple", CONDITION, CONDITION, latent["samples"])
+    expected = comfy.sample.sample(model, noise, *arguments, seed=5, disable_pbar=True)
     assert torch.equal(guided, expected)
     off = followed(plain, loaded, strength=0.0)(latent, [5], lambda *_: None)
     assert torch.equal(off, plain(latent, [5], lambda *_: None))
@@ -254,7 +233,7 @@ def test_one_box_samples_from_tilted_noise(model):
 def test_networks_that_are_saved_at_once_under_one_name_are_all_kept(tmp_path, monkeypatch):
     """As by two servers with one folder, which see the same number free."""
     monkeypatch.setitem(folder_paths.folder_names_and_paths, FOLDER, ([str(tmp_path)], {".safetensors"}))
-    loaded, counts = network(model_of(RING, True)), range(1, 9)
+    loaded, counts = network(analytic_model(RING, True)), range(1, 9)
     barrier = threading.Barrier(len(counts))
 
     def save(count):
@@ -324,7 +303,7 @@ def maker(model, batch=4, sampler="euler"):
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde", "dpm_adaptive"])
 def test_samples_are_those_of_their_seeds_however_they_are_grouped(sampler):
-    model, ticks = model_of(CLOUD, True), []
+    model, ticks = analytic_model(CLOUD, True), []
     made = maker(model, sampler=sampler).sample([0, 1, 0, 0, 1], [3, 4, 5, 6, 7], lambda count, x0: ticks.append(count))
     alone = torch.cat([sample(model, sampler, count=1, seed=seed) for seed in (3, 4, 5, 6, 7)])
     torch.testing.assert_close(made, alone, rtol=1e-4, atol=1e-4)
@@ -333,7 +312,7 @@ def test_samples_are_those_of_their_seeds_however_they_are_grouped(sampler):
 
 
 def test_answers_come_in_the_order_of_the_questions():
-    model = model_of(CLOUD, True)
+    model = analytic_model(CLOUD, True)
     x, sigma = torch.randn(5, 48, 1, 1), torch.linspace(0.2, 0.8, 5)
     one_studio = maker(model)
     together = one_studio.denoise(x, sigma, [0, 1, 0, 1, 0])
@@ -342,7 +321,7 @@ def test_answers_come_in_the_order_of_the_questions():
 
 
 def test_text_has_the_length_of_the_longest_prompt():
-    text = maker(model_of(CLOUD, True)).text()[torch.arange(2)]
+    text = maker(analytic_model(CLOUD, True)).text()[torch.arange(2)]
     assert text.tokens.shape == (2, 5, 1) and text.tokens.any(2).sum(1).tolist() == [3, 5]
     assert text_of_conditioning([[None, {}]]).tokens.shape == (1, 0, 0)
 
@@ -409,10 +388,6 @@ def test_a_preview_that_a_reward_refuses_does_not_end_the_training(caplog):
     assert "The preview has no reward" in caplog.text
 
 
-def ring_reward(latents):
-    return -0.6 * (latents.flatten(1) - torch.tensor([1.2, 0.9])).pow(2).sum(1)
-
-
 @torch.inference_mode(False)
 def fitted(description, samples):
     """A network trained on samples as the node trains it, but without a disk."""
@@ -431,7 +406,7 @@ def fitted(description, samples):
 
 def test_what_was_collected_leads_to_the_reward_weighted_ring():
     """The whole way but for the decoder: samples and answers of the model, labels, training, sampling."""
-    model = model_of(RING, True)
+    model = analytic_model(RING, True)
     latent, count = {"samples": torch.zeros(1, 2, 1, 1)}, 2000
     one_studio = SampleMaker(
         model, ("",), lambda _: CONDITION, "", 20, 1.0, "euler", "simple", latent, count, None, None
@@ -439,13 +414,13 @@ def test_what_was_collected_leads_to_the_reward_weighted_ring():
     description = Description(base_of(model), (2, 1, 1), 4, ("",), ("ring",), (0.0,), (1.0,), seed=0)
     clean = sample(model, count=count, seed=1, steps=20)
     collector = Collector(one_studio, Collection(Path(), description), False, lambda *_: None)
-    rewards = ring_reward(clean)
+    rewards = nearness(clean)
     seeds, denoise = list(range(count)), lambda x, sigma: collector.denoise(x, sigma, [0] * count)
     loaded = fitted(
         description, states(clean, rewards[:, None], seeds, collector.sigmas(seeds), collector.process, denoise)
     )
     truth = RING.sample(20_000, torch.Generator().manual_seed(50))
-    truth = resample(truth, ring_reward(truth) / (0.5 * rewards.std()), 1000, torch.Generator().manual_seed(51))
+    truth = resample(truth, nearness(truth) / (0.5 * rewards.std()), 1000, torch.Generator().manual_seed(51))
     plain, guided = (
         sample(each, count=1000, seed=2, steps=20).flatten(1).double()
         for each in (model, NetworkGuidance(loaded).attach(model))

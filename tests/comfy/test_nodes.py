@@ -4,7 +4,7 @@ import pytest
 import torch
 from reward_guidance.guidance.estimators import ESTIMATORS
 from reward_guidance.tests.harness.graphs import FAMILIES
-from reward_guidance.tests.harness.guided import latents, one_box, stock, two_nodes
+from reward_guidance.tests.harness.guided import distance, latents, one_box, stock, two_nodes
 
 DECODERS = ("latent_rgb", "taesd", "vae")
 
@@ -19,10 +19,6 @@ def family(request):
 def plain(bench, family):
     """What the stock KSampler makes."""
     return bench.sample(family)
-
-
-def distance(one, other):
-    return float((one - other).abs().max())
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

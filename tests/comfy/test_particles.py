@@ -20,7 +20,6 @@ from comfy.patcher_extension import WrappersMP
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.estimators import Settings, Smoothing
 from reward_guidance.guidance.particles import Population, Resampled
-from reward_guidance.guidance.process import Diffusion, Flow
 from reward_guidance.guidance.rewards import ImageStatistic
 from reward_guidance.nodes import selection
 from reward_guidance.nodes.wiring.conditioning import Row
@@ -31,23 +30,11 @@ from reward_guidance.nodes.wiring.particle_run import SAMPLERS, FirstAnswered, P
 from reward_guidance.nodes.wiring.patch_reward import RewardBeside, RewardGuidance
 from reward_guidance.nodes.wiring.sampling import Sampling
 from reward_guidance.tests.harness.environment import CHECKOUT
-from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
-from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
+from reward_guidance.tests.standins.analytic import CLOUD, CONDITION, STEPS, PlainReward, analytic_model, sample
+from reward_guidance.tests.standins.mixture import energy_distance, resample
+from reward_guidance.tests.standins.ring import RING, nearness
 
-CONDITION = [[torch.zeros(1, 1, 1), {}]]
-CLOUD = Mixture.random(6, 48, torch.Generator().manual_seed(0))
-"""48 numbers: with fewer than 16, PyTorch draws noise another way."""
-RING = Mixture.ring(radius=1.5, std=0.15)
-CENTRE = torch.tensor([1.2, 0.9])
-STEPS = 6
-
-
-def ring_reward(latents):
-    return -0.6 * (latents.flatten(1) - CENTRE).pow(2).sum(1)
-
-
-def model_of(mixture, flow):
-    return analytic_model(mixture, Flow() if flow else Diffusion(), flow, 3.0)
+pytestmark = pytest.mark.usefixtures("like_a_node")
 
 
 def sampling(model, sampler, cfg=1.0, denoise=1.0, steps=STEPS):
@@ -58,24 +45,12 @@ def ignore(*_):
     pass
 
 
-def stock(model, sampler, latent, seed, cfg=1.0, **options):
-    noise = comfy.sample.prepare_noise(latent, seed)
-    arguments = (STEPS, cfg, sampler, "simple", CONDITION, CONDITION, latent)
-    return comfy.sample.sample(model, noise, *arguments, seed=seed, disable_pbar=True, **options)
-
-
-@pytest.fixture(autouse=True)
-def like_a_node():
-    with torch.inference_mode():
-        yield
-
-
 @pytest.mark.parametrize("sampler", comfy.samplers.KSampler.SAMPLERS)
 @pytest.mark.parametrize("flow", [True, False], ids=["flow", "diffusion"])
 def test_a_candidate_is_the_same_alone_in_a_batch_and_in_a_stock_ksampler(flow, sampler):
-    model, latent, seeds = model_of(CLOUD, flow), {"samples": torch.zeros(1, 48, 1, 1)}, [5, 6, 7]
+    model, latent, seeds = analytic_model(CLOUD, flow), {"samples": torch.zeros(1, 48, 1, 1)}, [5, 6, 7]
     each = sampling(model, sampler)
-    expected = torch.cat([stock(model, sampler, latent["samples"], seed) for seed in seeds])
+    expected = torch.cat([sample(model, sampler, latent=latent["samples"], seed=seed) for seed in seeds])
     alone = torch.cat([each(latent, [seed], ignore) for seed in seeds])
     assert torch.equal(alone, expected)
     if each.at_once(3, latent, 3) == 3:
@@ -88,12 +63,12 @@ def test_a_candidate_is_the_same_alone_in_a_batch_and_in_a_stock_ksampler(flow, 
 @pytest.mark.parametrize("denoise", [0.0, 0.5])
 def test_candidates_of_image_to_image(sampler, denoise):
     model, latent = (
-        model_of(CLOUD, True),
+        analytic_model(CLOUD, True),
         {"samples": torch.full((1, 48, 1, 1), 0.7), "noise_mask": torch.ones(1, 1, 1, 1)},
     )
     each = sampling(model, sampler, denoise=denoise)
     expected = [
-        stock(model, sampler, latent["samples"], seed, denoise=denoise, noise_mask=latent["noise_mask"])
+        sample(model, sampler, latent=latent["samples"], seed=seed, denoise=denoise, noise_mask=latent["noise_mask"])
         for seed in (5, 6)
     ]
     assert (each(latent, [5, 6], ignore) - torch.cat(expected)).abs().max() < 1e-5
@@ -107,8 +82,8 @@ def test_a_sampler_of_unknown_noise_makes_one_candidate_at_a_time(monkeypatch):
     monkeypatch.setattr(comfy.k_diffusion.sampling, "sample_strange", sample_strange, raising=False)
     monkeypatch.setattr(comfy.samplers.KSampler, "SAMPLERS", [*comfy.samplers.KSampler.SAMPLERS, "strange"])
     latent = {"samples": torch.zeros(1, 48, 1, 1)}
-    assert sampling(model_of(CLOUD, True), "strange").at_once(0, latent, 8) == 1
-    assert sampling(model_of(CLOUD, True), "euler").at_once(0, latent, 8) == 8
+    assert sampling(analytic_model(CLOUD, True), "strange").at_once(0, latent, 8) == 1
+    assert sampling(analytic_model(CLOUD, True), "euler").at_once(0, latent, 8) == 8
 
 
 def leave_room_for(count, model, shape, monkeypatch):
@@ -120,7 +95,7 @@ def leave_room_for(count, model, shape, monkeypatch):
 
 @pytest.mark.parametrize(("room", "expected"), [(0, 1), (1, 1), (3, 3), (7, 7), (100, 8)])
 def test_as_many_candidates_at_once_as_memory_holds(monkeypatch, room, expected):
-    model, latent = model_of(CLOUD, True), {"samples": torch.zeros(1, 48, 4, 4)}
+    model, latent = analytic_model(CLOUD, True), {"samples": torch.zeros(1, 48, 4, 4)}
     leave_room_for(room, model, latent["samples"].shape, monkeypatch)
     assert as_many_as_fit(model, latent["samples"].shape) == max(1, room)
     assert sampling(model, "euler").at_once(0, latent, 8) == expected
@@ -139,7 +114,7 @@ class Heard:
 
 def test_more_candidates_than_fit_are_sampled_in_several_turns(monkeypatch):
     """Eight by threes, of each of two latents."""
-    model, latent, batches = model_of(CLOUD, True), {"samples": torch.zeros(2, 48, 1, 1)}, []
+    model, latent, batches = analytic_model(CLOUD, True), {"samples": torch.zeros(2, 48, 1, 1)}, []
     model.add_wrapper(
         WrappersMP.APPLY_MODEL,
         lambda executor, x, *rest, **options: batches.append(len(x)) or executor(x, *rest, **options),
@@ -223,7 +198,7 @@ MASKS = [
 
 def masked(latents, mask):
     """A model of such latents, and a LATENT of them with such a soft mask."""
-    model, draw = model_of(CLOUD, True), torch.Generator().manual_seed(3)
+    model, draw = analytic_model(CLOUD, True), torch.Generator().manual_seed(3)
     model.model.latent_format.latent_channels, model.model.latent_format.latent_dimensions = (
         latents[1],
         len(latents) - 2,
@@ -312,7 +287,7 @@ def particle_run(
     seed=0,
     groups=1,
     every=2,
-    reward=ring_reward,
+    reward=nearness,
     threshold=0.5,
     temperature=1.0,
     report=ignore,
@@ -331,9 +306,9 @@ def particle_run(
 @pytest.mark.parametrize("sampler", comfy.samplers.KSampler.SAMPLERS)
 @pytest.mark.parametrize("flow", [True, False], ids=["flow", "diffusion"])
 def test_one_particle_is_the_stock_sampler(flow, sampler):
-    model = model_of(CLOUD, flow)
+    model = analytic_model(CLOUD, flow)
     alone = particle_run(model, sampler, n=1, seed=3, reward=lambda latents: latents.flatten(1).sum(1))
-    assert torch.equal(alone, stock(model, sampler, torch.zeros(1, 48, 1, 1), 3))
+    assert torch.equal(alone, sample(model, sampler, count=1))
 
 
 def can_be_cut(name):
@@ -341,7 +316,7 @@ def can_be_cut(name):
     function = comfy.samplers.sampler_object(name).sampler_function
     if "noise_sampler" not in inspect.signature(function).parameters:
         return False
-    model, made = model_of(CLOUD, False), []
+    model, made = analytic_model(CLOUD, False), []
     for seed, every in ((0, 100), (0, 2), (1, 2)):
         generator = torch.Generator().manual_seed(seed)
         never = Population(3, 1.0, generator, threshold=0.0)
@@ -373,16 +348,16 @@ def test_the_shipped_workflow_names_samplers_that_particles_take():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("flow", [True, False], ids=["flow", "diffusion"])
 def test_particles_follow_the_reward(flow, sampler):
-    model = model_of(RING, flow)
-    plain = stock(model, sampler, torch.zeros(256, 2, 1, 1), 0)
+    model = analytic_model(RING, flow)
+    plain = sample(model, sampler, count=256, seed=0)
     followed = particle_run(model, sampler, n=8, groups=32)
     assert followed.isfinite().all()
-    assert ring_reward(followed).mean() > ring_reward(plain).mean() + 0.5
+    assert nearness(followed).mean() > nearness(plain).mean() + 0.5
 
 
 @pytest.mark.parametrize("every", [1, 2, 5, 99])
 def test_looks_cost_no_model_call(every):
-    model, looks = model_of(RING, True), []
+    model, looks = analytic_model(RING, True), []
     network = model.model.diffusion_model
     particle_run(model, "euler_ancestral", n=4, every=every, report=looks.append)
     assert network.calls == STEPS
@@ -398,8 +373,8 @@ def test_looks_cost_no_model_call(every):
 
 def test_more_particles_come_nearer_to_the_reward_weighted_ring():
     truth = RING.sample(100_000, torch.Generator().manual_seed(50))
-    truth = resample(truth, ring_reward(truth), 1000, torch.Generator().manual_seed(51))
-    model, distances = model_of(RING, True), {}
+    truth = resample(truth, nearness(truth), 1000, torch.Generator().manual_seed(51))
+    model, distances = analytic_model(RING, True), {}
     for n in (1, 4, 16):
         followed = particle_run(model, "euler_ancestral", n, groups=1000, steps=20, every=4).flatten(1).view(1000, n, 2)
         distances[n] = energy_distance(followed[:, n // 2].double(), truth)
@@ -409,11 +384,11 @@ def test_more_particles_come_nearer_to_the_reward_weighted_ring():
 
 
 def test_progress_counts_on_across_segments():
-    model, seen = model_of(RING, True), []
+    model, seen = analytic_model(RING, True), []
     latent = {"samples": torch.zeros(1, 2, 1, 1)}
     sampler = comfy.samplers.sampler_object("euler_ancestral")
     generator = torch.Generator().manual_seed(0)
-    sampler.sampler_function = ParticleSampler(sampler.sampler_function, ring_reward, Population(3, 1.0, generator), 2)
+    sampler.sampler_function = ParticleSampler(sampler.sampler_function, nearness, Population(3, 1.0, generator), 2)
     callback = lambda step, x0, x, steps: seen.append((step, steps))  # noqa: E731
     sampling(model, "euler_ancestral").run(sampler, latent, [1, 2, 3], callback)
     assert seen == [(step, STEPS) for step in range(STEPS)]
@@ -427,7 +402,7 @@ def test_the_noise_on_the_way_is_not_the_noise_of_a_beginning():
         drawn.extend(noise_sampler(None, None).split(1) if noise_sampler else ())
         return x
 
-    each = sampling(model_of(CLOUD, True), "euler_ancestral")
+    each = sampling(analytic_model(CLOUD, True), "euler_ancestral")
     run_particles = ParticleRun(each, lambda latents: latents.flatten(1).sum(1), 1.0, 0.5, 2, 4)
     original = comfy.k_diffusion.sampling.sample_euler_ancestral
     comfy.k_diffusion.sampling.sample_euler_ancestral = spy
@@ -443,7 +418,7 @@ def test_the_noise_on_the_way_is_not_the_noise_of_a_beginning():
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 20])
 def test_showing_the_model_a_few_at_a_time_changes_nothing(chunk):
-    model = model_of(CLOUD, True)
+    model = analytic_model(CLOUD, True)
     seen = []
     reward = lambda latents: latents.flatten(1).sum(1)  # noqa: E731
     model.add_wrapper_with_key(
@@ -459,13 +434,13 @@ def test_showing_the_model_a_few_at_a_time_changes_nothing(chunk):
 
 def test_particles_of_a_guided_model():
     settings = Settings(smoothing=Smoothing(4, 1.0, 0), variance=1.15, cap=8.0, momentum=0.0, strength=0.3)
-    guided = RewardGuidance(PlainReward(ring_reward), "shift", settings).attach(model_of(RING, True))
+    guided = RewardGuidance(PlainReward(nearness), "shift", settings).attach(analytic_model(RING, True))
     both, only_particles, only_guidance = (
         particle_run(model, "euler_ancestral", n, groups=256 // n)
-        for model, n in ((guided, 4), (model_of(RING, True), 4), (guided, 1))
+        for model, n in ((guided, 4), (analytic_model(RING, True), 4), (guided, 1))
     )
-    assert ring_reward(both).mean() > ring_reward(only_particles).mean() + 0.05
-    assert ring_reward(both).mean() > ring_reward(only_guidance).mean() + 0.05
+    assert nearness(both).mean() > nearness(only_particles).mean() + 0.05
+    assert nearness(both).mean() > nearness(only_guidance).mean() + 0.05
 
 
 @pytest.mark.parametrize("options", [{}, {"target": -2.0}])
@@ -473,7 +448,7 @@ def test_particles_of_a_guided_model():
 def test_guidance_keeps_what_it_knows_of_a_particle_with_it(momentum, options):
     """Copies of one particle go on alike where no noise tells them apart."""
     settings = Settings(variance=1.15, cap=8.0, momentum=momentum, **options)
-    model = RewardGuidance(PlainReward(ring_reward), "shift", settings).attach(model_of(RING, True))
+    model = RewardGuidance(PlainReward(nearness), "shift", settings).attach(analytic_model(RING, True))
     copies = SimpleNamespace(
         size=8, generator=None, resample=lambda rewards, final: Resampled(torch.full((8,), 3), torch.ones(1))
     )
@@ -483,7 +458,7 @@ def test_guidance_keeps_what_it_knows_of_a_particle_with_it(momentum, options):
             x = x + (x - model(x, sigma * x.new_ones(len(x)), **extra_args)) / sigma * (below - sigma)
         return x
 
-    sampler = comfy.samplers.KSAMPLER(ParticleSampler(euler, ring_reward, copies, every=4))
+    sampler = comfy.samplers.KSAMPLER(ParticleSampler(euler, nearness, copies, every=4))
     latent = torch.zeros(8, 2, 1, 1)
     arguments = (sampler, sampling(model, "euler", steps=12).sigmas(), CONDITION, CONDITION, latent)
     finished = []

@@ -1,10 +1,8 @@
 """What rewards read of prompts with ComfyUI's syntax, held against what its own tokenizer reads."""
 
-import itertools
-
 import pytest
 from reward_guidance.tests.harness.graphs import Graph
-from reward_guidance.tests.harness.guided import latents, one_box
+from reward_guidance.tests.harness.guided import latents, one_box, seeds_of
 from reward_guidance.tests.harness.inprocess import load_comfyui
 
 load_comfyui()
@@ -33,7 +31,7 @@ UNTOUCHED = [
     "line\nline, ",
     "red)",
 ]
-SEEDS = itertools.count(60_000, 10)
+SEEDS = seeds_of(__file__)
 
 
 @pytest.mark.parametrize("prompt", SAME)

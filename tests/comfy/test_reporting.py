@@ -1,12 +1,11 @@
 """What nodes tell of their runs, and what of it the server keeps."""
 
 import math
-from itertools import count
 from types import SimpleNamespace
 
 import pytest
 from reward_guidance.tests.harness.graphs import FAMILIES
-from reward_guidance.tests.harness.guided import latents, one_box, statistic, two_nodes, with_reward
+from reward_guidance.tests.harness.guided import latents, one_box, seeds_of, statistic, two_nodes, with_reward
 from reward_guidance.tests.harness.inprocess import load_comfyui
 
 load_comfyui()
@@ -14,7 +13,7 @@ load_comfyui()
 from reward_guidance.nodes.wiring import reporting
 from reward_guidance.nodes.wiring.reporting import NodeStep
 
-SEEDS = count(7000)
+SEEDS = seeds_of(__file__)
 """No run is like another, which ComfyUI would answer from its cache."""
 EVENT = "reward_guidance.step"
 HELD_OUT = {"held_out": statistic("contrast", "other")}

@@ -1,7 +1,6 @@
 """Every kind of reward file in the folders of a real ComfyUI, what Score Images says of pictures, and a reward from another pack."""
 
 import io
-import itertools
 import json
 import os
 import re
@@ -15,11 +14,11 @@ from reward_guidance.guidance.rewards import evaluate, load_reward
 from reward_guidance.guidance.tensors import read_header
 from reward_guidance.tests.harness import environment
 from reward_guidance.tests.harness.graphs import Graph
-from reward_guidance.tests.harness.guided import latents, mean_reward, one_box, statistic
+from reward_guidance.tests.harness.guided import latents, mean_reward, one_box, reward_file, seeds_of, statistic
 from reward_guidance.tests.standins import rewards as standins
 from safetensors.torch import load_file, save_file
 
-SEEDS = itertools.count(5000)
+SEEDS = seeds_of(__file__)
 PROMPT = "a large red circle"
 
 
@@ -38,10 +37,6 @@ def models(server):
         folder / "clip_vision" / "tiny_vision_g.safetensors", folder / "text_encoders" / "tiny_g.safetensors"
     )
     return folder
-
-
-def loaded(name, **choices):
-    return lambda graph: graph.add("loaded", "RewardGuidanceLoadReward", reward_name=name, **choices)
 
 
 FILES = (
@@ -79,7 +74,7 @@ def numbers(result, node):
 @pytest.mark.parametrize("dtype", ["auto", "bf16"])
 @pytest.mark.parametrize("name", FILES)
 def test_every_kind_of_file_scores(bench, models, name, dtype):
-    result = bench.run(scored(loaded(name, dtype=dtype)))
+    result = bench.run(scored(reward_file(name, dtype=dtype)))
     scores = numbers(result, "raw")
     assert len(scores) == 2
     assert scores[0] != scores[1]
@@ -96,7 +91,7 @@ def test_every_kind_of_file_scores(bench, models, name, dtype):
 @pytest.mark.parametrize("name", FILES)
 def test_every_kind_of_file_guides(bench, models, name):
     def sample(strength):
-        guide = one_box(decoder="latent_rgb", reward=loaded(name), prompt=PROMPT, strength=strength)
+        guide = one_box(decoder="latent_rgb", reward=reward_file(name), prompt=PROMPT, strength=strength)
         return bench.latent(bench.run(latents("flux", guide, seed=3)))
 
     assert not torch.equal(sample(1.0), sample(0.0))
@@ -114,23 +109,25 @@ TAKEN_FOR = {
 @pytest.mark.parametrize("name", FILES)
 def test_the_node_shows_what_a_file_is_taken_for(bench, models, name):
     bench.client.free()
-    assert bench.run(scored(loaded(name))).outputs["loaded"]["text"] == [f"used as {TAKEN_FOR[name]}"]
+    assert bench.run(scored(reward_file(name))).outputs["loaded"]["text"] == [f"used as {TAKEN_FOR[name]}"]
 
 
 def test_kind_can_be_overruled(bench, models):
-    hps, clip = (numbers(bench.run(scored(loaded(FILES[0], clip_kind=kind))), "raw") for kind in ("auto", "CLIP score"))
+    hps, clip = (
+        numbers(bench.run(scored(reward_file(FILES[0], clip_kind=kind))), "raw") for kind in ("auto", "CLIP score")
+    )
     assert [a / b for a, b in zip(clip, hps, strict=True)] == pytest.approx([1 / 0.07] * 2, rel=1e-2)
 
 
 def test_towers_can_be_named(bench, models):
-    named = bench.run(scored(loaded(FILES[4], text_tower="tiny_g.safetensors")))
-    assert numbers(named, "raw") == numbers(bench.run(scored(loaded(FILES[4]))), "raw")
-    wrong = bench.queue(scored(loaded(FILES[4], text_tower="tiny_clip_l.pt")))
+    named = bench.run(scored(reward_file(FILES[4], text_tower="tiny_g.safetensors")))
+    assert numbers(named, "raw") == numbers(bench.run(scored(reward_file(FILES[4]))), "raw")
+    wrong = bench.queue(scored(reward_file(FILES[4], text_tower="tiny_clip_l.pt")))
     assert "tiny_clip_l.pt has" in wrong.error
 
 
 def combination(graph):
-    parts = {"reward_1": statistic("brightness")(graph), "reward_2": loaded(FILES[0])(graph), "weight_1": -1.0}
+    parts = {"reward_1": statistic("brightness")(graph), "reward_2": reward_file(FILES[0])(graph), "weight_1": -1.0}
     return graph.add("combined", "RewardGuidanceCombineRewards", **parts)
 
 
@@ -292,7 +289,7 @@ def transparent(graph):
 )
 @pytest.mark.parametrize("name", FILES)
 def test_odd_pictures_are_scored(bench, models, name, images):
-    assert len(numbers(bench.run(scored(loaded(name), images)), "raw")) == 1
+    assert len(numbers(bench.run(scored(reward_file(name), images)), "raw")) == 1
 
 
 MISSING = {
@@ -317,13 +314,13 @@ def test_a_missing_part_is_asked_for_and_then_found(bench, models, part, name, w
     file.unlink()
     bench.client.free()
     try:
-        refused = bench.queue(scored(loaded(name)))
+        refused = bench.queue(scored(reward_file(name)))
         assert words in refused.error
         assert str(file.resolve().parent) in refused.error
         assert "\n" not in refused.error
     finally:
         file.write_bytes(content)
-    assert bench.queue(scored(loaded(name))).error is None
+    assert bench.queue(scored(reward_file(name))).error is None
 
 
 HUGGING_FACE = "(Hugging Face)"
@@ -342,7 +339,7 @@ NOT_THERE = {
 
 @pytest.mark.parametrize(("name", "words"), NOT_THERE.items(), ids=NOT_THERE)
 def test_a_missing_reward_file_is_asked_for(bench, models, name, words):
-    refused = bench.queue(scored(loaded(name)))
+    refused = bench.queue(scored(reward_file(name)))
     assert words in refused.error
     folder = models / ("clip_vision" if name.startswith("clip_vision") else "reward_models")
     assert f"{folder.resolve()}" in refused.error
@@ -373,14 +370,14 @@ def test_no_reward_file_at_all(bench, inputs, words):
 def test_what_lies_beside_a_reward_file_is_read_again_when_it_changes(bench, models):
     file = models / "reward_models" / "tiny_clip_folder" / "config.json"
     before = file.read_text()
-    shown = [bench.run(scored(loaded(FILES[1]))).outputs["loaded"]["text"]]
+    shown = [bench.run(scored(reward_file(FILES[1]))).outputs["loaded"]["text"]]
     try:
         for activation in ("quick_gelu", "gelu"):
             config = json.loads(before)
             config["vision_config"]["hidden_act"] = activation
             time.sleep(0.01)
             file.write_text(json.dumps(config))
-            shown.append(bench.run(scored(loaded(FILES[1]))).outputs["loaded"].get("text"))
+            shown.append(bench.run(scored(reward_file(FILES[1]))).outputs["loaded"].get("text"))
     finally:
         file.write_text(before)
     assert shown[1:] == [["used as CLIP score, with QuickGELU"], ["used as CLIP score, with GELU"]]
@@ -429,14 +426,14 @@ def otherwise(file, in_place):
 @pytest.mark.parametrize(("name", "file"), REPLACED.values(), ids=REPLACED)
 def test_what_a_reward_was_read_from_is_read_again_when_it_is_another(bench, models, shards, name, file, in_place):
     content = (models / file).read_bytes()
-    before = numbers(bench.run(scored(loaded(name))), "raw")
-    assert "loaded" not in bench.run(scored(loaded(name))).node_seconds
+    before = numbers(bench.run(scored(reward_file(name))), "raw")
+    assert "loaded" not in bench.run(scored(reward_file(name))).node_seconds
     try:
         otherwise(models / file, in_place)
-        assert numbers(bench.run(scored(loaded(name))), "raw") != before
+        assert numbers(bench.run(scored(reward_file(name))), "raw") != before
     finally:
         (models / file).write_bytes(content)
-    assert numbers(bench.run(scored(loaded(name))), "raw") == before
+    assert numbers(bench.run(scored(reward_file(name))), "raw") == before
 
 
 def test_a_name_from_another_node_is_remembered(bench, models):

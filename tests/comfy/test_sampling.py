@@ -1,5 +1,6 @@
 """Guidance inside ComfyUI's samplers, on models whose answers are known."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -23,63 +24,36 @@ from reward_guidance.nodes.wiring.latent_reward import LatentReward
 from reward_guidance.nodes.wiring.loaded import LoadedReward
 from reward_guidance.nodes.wiring.model_info import process_of
 from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
-from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
+from reward_guidance.tests.standins import analytic
+from reward_guidance.tests.standins.analytic import CONDITION, PlainReward, analytic_model
 from reward_guidance.tests.standins.families import CAUSAL_WAN, WAN_5B
 from reward_guidance.tests.standins.mixture import Mixture
+from reward_guidance.tests.standins.ring import RING, nearness
 
-RING = Mixture.ring(radius=1.5, std=0.15)
-CENTRE = torch.tensor([1.2, 0.9])
-CONDITION = [[torch.zeros(1, 1, 1), {}]]
-
-
-def ring_reward(latents):
-    return -0.6 * (latents.flatten(1) - CENTRE).pow(2).sum(1)
+sample = partial(analytic.sample, steps=8, count=64)
+flow_model = partial(analytic_model, RING)
 
 
-def flow_model():
-    return analytic_model(RING, Flow(), flow=True, shift=3.0)
-
-
-def guidance(function=ring_reward, estimator="shift", start=0.0, end=1.0, report=lambda step: None, **settings):
+def guidance(function=nearness, estimator="shift", start=0.0, end=1.0, report=lambda step: None, **settings):
     settings = Settings(
         **{"smoothing": Smoothing(4, 1.0, 0), "variance": 1.15, "cap": 8.0, "momentum": 0.0, **settings}
     )
     return RewardGuidance(PlainReward(function), estimator, settings, start, end, report)
 
 
-def sample(model, sampler="euler", scheduler="simple", steps=8, count=64, seed=3, cfg=1.0, latent=None, **options):
-    latent = torch.zeros(count, 2, 1, 1) if latent is None else latent
-    noise = comfy.sample.prepare_noise(latent, seed)
-    with torch.inference_mode():
-        return comfy.sample.sample(
-            model,
-            noise,
-            steps,
-            cfg,
-            sampler,
-            scheduler,
-            CONDITION,
-            CONDITION,
-            latent,
-            seed=seed,
-            disable_pbar=True,
-            **options,
-        ).clone()
-
-
 @pytest.mark.parametrize("sampler", comfy.samplers.KSampler.SAMPLERS)
 @pytest.mark.parametrize("flow", [True, False], ids=["flow", "diffusion"])
 def test_every_sampler_follows_the_reward(sampler, flow):
-    model = analytic_model(RING, Flow() if flow else Diffusion(), flow, 3.0)
+    model = analytic_model(RING, flow)
     plain, guided = sample(model, sampler), sample(guidance().attach(model), sampler)
     assert guided.isfinite().all()
-    assert ring_reward(guided).mean() > ring_reward(plain).mean() + 0.5
+    assert nearness(guided).mean() > nearness(plain).mean() + 0.5
 
 
 @pytest.mark.parametrize("scheduler", comfy.samplers.KSampler.SCHEDULERS)
 def test_every_scheduler_follows_the_reward(scheduler):
     plain, guided = (sample(model, scheduler=scheduler) for model in (flow_model(), guidance().attach(flow_model())))
-    assert ring_reward(guided).mean() > ring_reward(plain).mean() + 0.5
+    assert nearness(guided).mean() > nearness(plain).mean() + 0.5
 
 
 @pytest.mark.parametrize(
@@ -159,7 +133,7 @@ def test_a_failed_run_leaves_no_state_behind():
     def fragile(latents):
         if armed[0]:
             raise RuntimeError("out of luck")
-        return ring_reward(latents)
+        return nearness(latents)
 
     one = guidance(fragile)
     model = one.attach(flow_model())
@@ -240,7 +214,7 @@ def test_steps_are_counted_once_however_often_the_model_is_called(sampler):
 def test_every_step_has_its_number(sampler, flow):
     seen = []
     sample(
-        guidance(report=seen.append).attach(analytic_model(RING, Flow() if flow else Diffusion(), flow, 3.0)),
+        guidance(report=seen.append).attach(analytic_model(RING, flow)),
         sampler,
         steps=5,
     )
@@ -280,7 +254,7 @@ def test_restarts_do_not_break_the_lagged_gradient():
             )
             for candidate in (model, flow_model())
         )
-    assert ring_reward(restarted).mean() > ring_reward(plain).mean() + 0.5
+    assert nearness(restarted).mean() > nearness(plain).mean() + 0.5
 
 
 def test_normal_weights_are_the_same_memory_and_are_put_back():
@@ -311,7 +285,7 @@ def test_estimators_agree_with_the_library_outside_comfyui(estimator):
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 8).tolist()
     one = ESTIMATORS[estimator](
         Flow(),
-        ring_reward,
+        nearness,
         Settings(smoothing=Smoothing(4, 1.0, 0), variance=1.15, cap=8.0, momentum=0.0),
         generator(3),
     )
@@ -380,7 +354,7 @@ def growing_sampler():
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_picture_that_grows_on_the_way(estimator):
     """The state of the small picture is of no use to the large one."""
-    model = analytic_model(Mixture.random(4, 1, torch.Generator().manual_seed(0)), Flow(), True, 3.0)
+    model = analytic_model(Mixture.random(4, 1, torch.Generator().manual_seed(0)))
     model.model.diffusion_model.answer = lambda x, sigma: x
     guided = guidance(
         lambda latents: latents.flatten(1).mean(1), estimator, smoothing=Smoothing(2, 1.0, 0), target=1.0

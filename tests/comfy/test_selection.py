@@ -1,15 +1,22 @@
 """Choosing among candidates and steering particles, queued as a user's page queues them."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 from reward_guidance.tests.harness.graphs import FAMILIES, Graph
-from reward_guidance.tests.harness.guided import guided_model, latents, statistic, stock, with_reward
+from reward_guidance.tests.harness.guided import (
+    broken,
+    distance,
+    guided_model,
+    latents,
+    seeds_of,
+    statistic,
+    stock,
+    wired,
+    with_reward,
+)
 
-SEEDS = itertools.count(20_000, 100)
-"""Each prompt has its own, so that ComfyUI runs it and does not remember it."""
+SEEDS = seeds_of(__file__)
 FLUX_VAE = FAMILIES["flux"].vae
 OUTPUTS = {
     "RewardGuidanceKSamplerBestOfN": ("latents", "images", "scores", "seeds", "report"),
@@ -19,10 +26,6 @@ OUTPUTS = {
 BT601 = (0.299, 0.587, 0.114)
 """By which brightness is measured."""
 LISTS = ("scores", "indices", "seeds", "report")
-
-
-def distance(one, other):
-    return float((one - other).abs().max())
 
 
 def best_of(family="flux", **options):
@@ -519,27 +522,6 @@ def test_videos_are_chosen_whole(bench):
 # Bad input
 
 
-@pytest.fixture
-def refused(bench):
-    """Queue a prompt that must fail with these words, and then one that must not."""
-
-    def queue(prompt, *words):
-        result = bench.queue(prompt)
-        assert result.error is not None, "the prompt succeeded"
-        for some in words:
-            assert some in result.error
-        assert "\n" not in result.error
-        assert len(result.error) < 300
-        assert bench.queue(flux(best_of(n=1))).error is None
-
-    return queue
-
-
-def number(value):
-    """Wired in, where ComfyUI does not check the limits of the widget."""
-    return lambda graph: graph.add(f"number_{value}", "PrimitiveInt", value=value)
-
-
 def flux(guide, **options):
     return latents("flux", guide, seed=next(SEEDS), **options)
 
@@ -547,13 +529,13 @@ def flux(guide, **options):
 @pytest.mark.parametrize("name", ["n", "keep", "chunk"])
 def test_numbers_of_candidates_that_make_no_sense(refused, name):
     refused(flux(best_of(**{name: -1})), "smaller than min")
-    refused(flux(best_of(**{name: number(-1)})), f"{name} must be a whole number from")
+    refused(flux(best_of(**{name: wired(-1)})), f"{name} must be a whole number from")
 
 
 @pytest.mark.parametrize("name", ["particles", "keep", "every", "chunk"])
 def test_numbers_of_particles_that_make_no_sense(refused, name):
     refused(flux(particles(**{name: -1})), "smaller than min")
-    refused(flux(particles(**{name: number(-1)})), f"{name} must be a whole number from ")
+    refused(flux(particles(**{name: wired(-1)})), f"{name} must be a whole number from ")
 
 
 def test_nothing_to_keep(refused):
@@ -561,9 +543,7 @@ def test_nothing_to_keep(refused):
         selecting(lambda graph: {"images": pictures(graph), "reward": statistic()(graph), "keep": 0}),
         "smaller than min",
     )
-    linked = selecting(
-        lambda graph: {"images": pictures(graph), "reward": statistic()(graph), "keep": number(0)(graph)}
-    )
+    linked = selecting(lambda graph: {"images": pictures(graph), "reward": statistic()(graph), "keep": wired(0)(graph)})
     refused(linked, "keep must be a whole number from 1 ")
 
 
@@ -574,10 +554,6 @@ def test_samplers_that_particles_cannot_use(refused, sampler):
         return graph.add("sampler", "RewardGuidanceKSamplerParticles", **inputs | {"sampler_name": sampler}, **options)
 
     refused(flux(by), f"{sampler} cannot sample particles", "Choose one of euler_ancestral, ")
-
-
-def broken(breakage):
-    return lambda graph: graph.add("broken", "ProbeBrokenReward", reward=statistic()(graph), breakage=breakage)
 
 
 @pytest.mark.parametrize("guide", [best_of, particles])

@@ -1,7 +1,6 @@
 """Collect, train, save, load and apply, queued as a user's page queues them."""
 
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -15,8 +14,11 @@ from reward_guidance.guidance.training.loop import fit
 from reward_guidance.guidance.training.recipe import plan_for, prepare
 from reward_guidance.tests.harness.graphs import FAMILIES, LORA, Graph
 from reward_guidance.tests.harness.guided import (
+    broken,
+    distance,
     guided_model,
     latents,
+    seeds_of,
     statistic,
     stock,
     two_nodes,
@@ -25,15 +27,10 @@ from reward_guidance.tests.harness.guided import (
 )
 from safetensors.torch import load_file, save_file
 
-SEEDS = itertools.count(70_000, 100)
-"""Each prompt has its own, so that ComfyUI runs it and does not remember it."""
+SEEDS = seeds_of(__file__)
 PROMPTS = "a red circle\n\n  a blue square \na red circle on a green ground\n"
 COUNT = 6
 CHECKPOINT = "training-*.checkpoint"
-
-
-def distance(one, other):
-    return float((one - other).abs().max())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -587,21 +584,6 @@ def test_a_controlnet_beside_it(bench, networks):
 # What goes wrong
 
 
-@pytest.fixture
-def refused(bench):
-    """Queue a prompt that must fail with these words in one line, and then a plain one that must not."""
-
-    def queue(prompt, *words):
-        result = bench.queue(prompt)
-        assert result.error is not None, "the prompt succeeded"
-        for some in words:
-            assert some in result.error
-        assert "\n" not in result.error and "Traceback" not in result.error and len(result.error) < 300
-        assert bench.queue(latents("flux", stock, seed=next(SEEDS), steps=1)).error is None
-
-    return queue
-
-
 def prompt_of_collecting(folder, family="flux", build=collected, **options):
     graph = Graph()
     build(graph, family, folder, **options)
@@ -760,10 +742,6 @@ def test_samples_that_are_all_liked_alike(refused, bench, data_folder):
     text = report(collect(bench, "flux", "alike", count=4, reward=broken("flat")).check())
     assert "have the same reward for their prompt: there is nothing to learn from them" in text[-1]
     refused(prompt_of_training("alike"), "All 4 samples have the same reward for their prompt")
-
-
-def broken(breakage):
-    return lambda graph: graph.add("broken", "ProbeBrokenReward", reward=statistic()(graph), breakage=breakage)
 
 
 def test_rewards_that_are_no_numbers(refused, data_folder):

@@ -1,7 +1,10 @@
 """Prompts with the pack's nodes, and the exact latents that they make."""
 
-from collections.abc import Callable
+import itertools
+import zlib
+from collections.abc import Callable, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -123,6 +126,32 @@ def with_reward(graph: Graph, options: dict) -> dict:
         name: value(graph) if callable(value) else value for name, value in ({"reward": statistic()} | options).items()
     }
     return {name: value for name, value in made.items() if value is not None}
+
+
+def reward_file(name: str, **options: Any) -> Callable[[Graph], Link]:
+    """Load Reward Model with this file."""
+    return lambda graph: graph.add("loaded", "RewardGuidanceLoadReward", reward_name=name, **options)
+
+
+def broken(breakage: str) -> Callable[[Graph], Link]:
+    """A reward that goes wrong in this way, one of ProbeBrokenReward's."""
+    return lambda graph: graph.add("broken", "ProbeBrokenReward", reward=statistic()(graph), breakage=breakage)
+
+
+def wired(value: int | float) -> Callable[[Graph], Link]:
+    """A number from another node, where ComfyUI does not check the limits of the widget."""
+    kind = "PrimitiveInt" if isinstance(value, int) else "PrimitiveFloat"
+    return lambda graph: graph.add(f"number_{value}", kind, value=value)
+
+
+def seeds_of(file: str) -> Iterator[int]:
+    """Seeds a hundred apart that no other test file uses, so that ComfyUI runs every prompt and takes none from its cache."""
+    return itertools.count(1000 * zlib.crc32(Path(file).stem.encode()), 100)
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """The largest difference of two elements."""
+    return float((one - other).abs().max())
 
 
 def mean_reward(step: dict) -> float:

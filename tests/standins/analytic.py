@@ -5,10 +5,20 @@ from collections.abc import Callable
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_patcher
+import comfy.sample
 import comfy.supported_models_base
 import torch
 from comfy.model_base import ModelType
 from torch import Tensor, nn
+
+from ...guidance.process import Diffusion, Flow
+from .mixture import Mixture
+
+CONDITION = [[torch.zeros(1, 1, 1), {}]]
+"""An empty conditioning."""
+CLOUD = Mixture.random(6, 48, torch.Generator().manual_seed(0))
+"""48 numbers: with fewer than 16, PyTorch draws noise another way."""
+STEPS = 6
 
 
 class PlainReward:
@@ -60,7 +70,8 @@ class MixtureNetwork(nn.Module):
         return ((point - denoised) / sigma).view_as(x).to(x)
 
 
-def analytic_model(mixture, process, flow: bool, shift: float = 1.0) -> comfy.model_patcher.ModelPatcher:
+def analytic_model(mixture: Mixture, flow: bool = True, shift: float = 3.0) -> comfy.model_patcher.ModelPatcher:
+    """A flow model with this shift, or a diffusion model, whose denoised estimate is exact."""
     config = comfy.supported_models_base.BASE({"disable_unet_model_creation": True})
     config.latent_format = PlainLatents(mixture.means.shape[1])
     config.sampling_settings = {"shift": shift} if flow else {}
@@ -68,5 +79,26 @@ def analytic_model(mixture, process, flow: bool, shift: float = 1.0) -> comfy.mo
     model = comfy.model_base.BaseModel(config, ModelType.FLOW if flow else ModelType.EPS)
     sampling = model.model_sampling
     sigma_of = (lambda t: t / sampling.multiplier) if flow else sampling.sigma
-    model.diffusion_model = MixtureNetwork(mixture, process, sigma_of)
+    model.diffusion_model = MixtureNetwork(mixture, Flow() if flow else Diffusion(), sigma_of)
     return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+@torch.inference_mode()
+def sample(
+    model: comfy.model_patcher.ModelPatcher,
+    sampler: str = "euler",
+    scheduler: str = "simple",
+    *,
+    steps: int = STEPS,
+    count: int = 8,
+    latent: Tensor | None = None,
+    seed: int = 3,
+    cfg: float = 1.0,
+    condition: list = CONDITION,
+    **options,
+) -> Tensor:
+    """What the stock KSampler makes of a latent (B,C,H,W), or of `count` empty ones. options: of comfy.sample.sample"""
+    latent = torch.zeros(count, model.model.latent_format.latent_channels, 1, 1) if latent is None else latent
+    noise = comfy.sample.prepare_noise(latent, seed)
+    arguments = (steps, cfg, sampler, scheduler, condition, CONDITION, latent)
+    return comfy.sample.sample(model, noise, *arguments, seed=seed, disable_pbar=True, **options)
