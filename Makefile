@@ -2,8 +2,9 @@ PYTHON ?= python3
 # Makes what is missing, then names the environment's Python; the second time it only names it.
 ENVIRONMENT = python=$$($(PYTHON) tests/harness/environment.py) && bin=$$(dirname "$$python")
 
-# A file of tests stays in one process, which has a ComfyUI of its own.
-TOGETHER = -n 2 --dist loadfile --no-loadscope-reorder
+# A file of tests stays in one process, which has a ComfyUI of its own. The slowest tests are named at the end.
+TOGETHER = -n 2 --dist loadfile --no-loadscope-reorder --durations 10
+IN_BROWSER = -n 2 --durations 10 tests/browser
 
 VERSIONS = 0.30.0 0.24.0 0.20.1
 QUICK = $(addprefix tests/comfy/test_,nodes.py stock.py bad_input.py rewards.py selection.py workflows.py)
@@ -14,7 +15,7 @@ demo: ## a real ComfyUI, unguided and guided, in demo.png
 	@$(ENVIRONMENT) && "$$python" tests/tools demo
 
 test: lint ## everything
-	@$(ENVIRONMENT) && "$$bin/pytest" $(TOGETHER) tests/unit tests/comfy && "$$bin/pytest" -n 2 tests/browser
+	@$(ENVIRONMENT) && "$$bin/pytest" $(TOGETHER) tests/unit tests/comfy && "$$bin/pytest" $(IN_BROWSER)
 
 unit: ## the tests that need no ComfyUI
 	@$(ENVIRONMENT) && "$$bin/pytest" $(TOGETHER) tests/unit
@@ -26,7 +27,7 @@ versions: ## the quick part on older releases of ComfyUI too, each with its own 
 	@for version in $(VERSIONS); do echo "== ComfyUI $$version" && COMFYUI_VERSION=$$version $(MAKE) --no-print-directory quick || exit 1; done
 
 browser: ## the tests in a real browser; their screenshots are in output/browser
-	@$(ENVIRONMENT) && "$$bin/pytest" -n 2 tests/browser
+	@$(ENVIRONMENT) && "$$bin/pytest" $(IN_BROWSER)
 
 lint: ## ruff and mypy
 	@$(ENVIRONMENT) && "$$python" tests/tools lint

@@ -57,8 +57,8 @@ class MissingError(RuntimeError):
 
 def chromium() -> str:
     """A Chromium or Chrome of this machine; Debian's is installed where that needs no password."""
-    with environment.locked():
-        if not found():
+    if not found():
+        with environment.locked():
             install()
     path = found()
     if not path:
