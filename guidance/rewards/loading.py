@@ -36,7 +36,7 @@ def load_reward(path: str | Path, options: LoadOptions | None = None) -> Reward:
     finite are not searched for (it would read every page of the file); `evaluate` refuses the first score they spoil.
     """
     weights = read(path)
-    reward = _build(weights, options or LoadOptions())
+    reward = build(weights, options or LoadOptions())
     reward.name, reward.files = weights.name, (*weights.files, *reward.files)
     reward.reference_mean = _number(weights.hints, "reference_mean", reward.reference_mean)
     reward.reference_std = _number(weights.hints, "reference_std", reward.reference_std)
@@ -48,7 +48,8 @@ def load_reward(path: str | Path, options: LoadOptions | None = None) -> Reward:
     return reward
 
 
-def _build(weights: Weights, options: LoadOptions) -> Reward:
+def build(weights: Weights, options: LoadOptions) -> Reward:
+    """The reward of the first kind that recognises the keys. Raises RewardError where none does, or the weights do not fit."""
     name, shapes = weights.path.name, weights.shapes
     if other := unsupported(shapes):
         raise RewardError(

@@ -112,10 +112,12 @@ def running_workflow() -> str | None:
     return found if isinstance(found, str) else None
 
 
+def steps_of(workflow: str | None) -> dict[str, list[dict]]:
+    """Node -> the events of its last run in this workflow, oldest run first."""
+    return {node: list(events) for (owner, node), events in list(_kept.items()) if owner == workflow}
+
+
 def serve_steps() -> None:
     @PromptServer.instance.routes.get("/reward_guidance/steps")
     async def steps(request: web.Request) -> web.Response:
-        wanted = request.query.get("workflow")
-        return web.json_response(
-            {node: list(events) for (workflow, node), events in list(_kept.items()) if workflow == wanted}
-        )
+        return web.json_response(steps_of(request.query.get("workflow")))

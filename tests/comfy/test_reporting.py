@@ -104,7 +104,6 @@ def told(monkeypatch):
         client_id=None, prompt_queue=queue, send_sync=lambda name, data, client: events.append(data)
     )
     monkeypatch.setattr(reporting, "PromptServer", SimpleNamespace(instance=server))
-    monkeypatch.setattr(reporting, "_kept", reporting.OrderedDict())
     return events
 
 
@@ -141,7 +140,7 @@ def test_a_run_that_asks_without_end_is_told_to_a_limit(told):
 def test_the_oldest_nodes_are_forgotten(told):
     for node in range(100):
         run(reporting.Reporter(SimpleNamespace(unique_id=str(node))), 2)
-    assert [node for _, node in reporting._kept] == [str(node) for node in range(100 - reporting.MOST_CURVES, 100)]
+    assert list(reporting.steps_of("w")) == [str(node) for node in range(100 - reporting.MOST_CURVES, 100)]
 
 
 def test_numbers_that_are_none_do_not_break_the_message(told):

@@ -29,7 +29,7 @@ PROMPTS = ["a large red circle on a blue ground", "two cats, 8k, masterpiece"]
 
 
 def load(name, path, **weights):
-    return loading._build(Weights(Path(path), PUBLISHED[name].state(), **weights), LoadOptions())
+    return loading.build(Weights(Path(path), PUBLISHED[name].state(), **weights), LoadOptions())
 
 
 def shapes_of(module):
@@ -163,7 +163,7 @@ def test_image_reward_as_its_authors_pack_it(tmp_path):
     torch.save(OrderedDict(load_file(tmp_path / "tiny.safetensors")), tmp_path / "ImageReward.pt")
     (tmp_path / "tiny.safetensors").unlink()
     state = torch.load(tmp_path / "ImageReward.pt", weights_only=True)
-    reward = loading._build(
+    reward = loading.build(
         Weights(tmp_path / "ImageReward.pt", state, {"vision_heads": "2", "text_heads": "3"}), LoadOptions()
     )
     pixels = torch.rand(2, 3, 24, 24)
