@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode, functional
 
 # BT.601, as in JPEG. It is linear in gamma-encoded RGB, which is already close to perceptually uniform, so distances are useful
 # and the gradient is constant; CIELAB and OKLab have roots that fail below zero and explode at it.
@@ -28,27 +28,28 @@ def luma(pixels: Tensor) -> Tensor:
 
 
 def resize_shortest_side(pixels: Tensor, size: int) -> Tensor:
-    """Bicubic with antialiasing, aspect kept, the longer side rounded down as torchvision's Resize does.
+    """(B,C,H,W): the shorter side becomes `size` and the aspect ratio is kept, as torchvision's Resize does.
 
     Of pictures longer than 16 times their width only the middle is kept, which bounds the memory.
     """
-    pixels = center_crop(pixels, _LONGEST * min(pixels.shape[-2:]))
     height, width = pixels.shape[-2:]
-    shortest = min(height, width)
-    return F.interpolate(pixels, (size * height // shortest, size * width // shortest), mode="bicubic", antialias=True)
+    middle = functional.center_crop(pixels, [min(height, _LONGEST * width), min(width, _LONGEST * height)])
+    return _resize(middle, [size])
 
 
 def center_crop(pixels: Tensor, size: int, rounded: Callable[[float], int] = round) -> Tensor:
-    """The middle, of at most `size` pixels a side. torchvision rounds half a pixel to even, transformers down."""
-    height, width = pixels.shape[-2:]
-    top, left = max(0, rounded((height - size) / 2)), max(0, rounded((width - size) / 2))
-    return pixels[..., top : top + size, left : left + size]
+    """The central square of `size` pixels a side. torchvision rounds half a pixel to even, transformers down."""
+    top, left = (rounded((side - size) / 2) for side in pixels.shape[-2:])
+    return functional.crop(pixels, top, left, size, size)
 
 
 def fit_square(pixels: Tensor, size: int) -> Tensor:
-    """The whole picture in the middle of a black square: bicubic with antialiasing, the longer side at `size`."""
+    """The whole picture in the middle of a black square of `size` pixels a side."""
     scale = size / max(pixels.shape[-2:])
-    height, width = (max(1, round(side * scale)) for side in pixels.shape[-2:])
-    resized = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
-    top, left = (size - height) // 2, (size - width) // 2
-    return F.pad(resized, (left, size - width - left, top, size - height - top))
+    resized = _resize(pixels, [max(1, round(side * scale)) for side in pixels.shape[-2:]])
+    return functional.center_crop(resized, [size, size])
+
+
+def _resize(pixels: Tensor, size: list[int]) -> Tensor:
+    """Bicubic with antialiasing. torchvision neither rounds nor clamps floating-point pixels."""
+    return functional.resize(pixels, size, InterpolationMode.BICUBIC, antialias=True)

@@ -1,23 +1,19 @@
 """ImageReward v1.0 (arXiv 2304.05977): BLIP reads the prompt while it looks at the picture, a head scores what it read."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor, nn
 
 from ..errors import pass_out_of_memory, short
 from .aesthetic import collapse
 from .base import PromptMemory, Reward, RewardError, at_least_float32, warn_of_truncated_text
-from .blip import TextEncoder, VisionTransformer
+from .blip import text_encoder, vision_encoder
 from .clip import layer_activation_bytes, preprocess
-from .clip_checkpoint import check_floats, check_heads, check_image_size
-from .files import Hints, LoadOptions, Shapes, StateDict, Weights, one_line
+from .clip_checkpoint import check_floats
+from .files import LoadOptions, Shapes, StateDict, Weights, one_line
 from .published import BERT
 
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072
@@ -29,13 +25,14 @@ _UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings
 """Left over from BLIP's own training."""
 _VOCABULARIES = ("vocab.txt", "tokenizer.json")
 """The first that is there is read."""
-_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_SPECIAL = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
 
 
 class Vocabulary:
     """bert-base-uncased's words."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Any):
+        """tokenizer: tokenizers.Tokenizer."""
         self.tokenizer = tokenizer
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
@@ -62,13 +59,13 @@ class ImageReward(Reward):
 
     def __init__(
         self,
-        visual_encoder: VisionTransformer,
-        text_encoder: TextEncoder,
+        visual_encoder: Any,
+        text_encoder: Any,
         weight: Tensor,
         bias: Tensor,
         vocabulary: Vocabulary,
     ):
-        """weight (W,), bias (): the head, which is affine in the first token's state."""
+        """The encoders are blip.py's; weight (W,), bias (): the head, which is affine in the first token's state."""
         super().__init__()
         self.visual_encoder = visual_encoder
         self.text_encoder = text_encoder
@@ -79,10 +76,11 @@ class ImageReward(Reward):
         self._tokens = PromptMemory[str, list[int]]()
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        prepared = preprocess(at_least_float32(pixels), self.visual_encoder.image_size)
+        prepared = preprocess(at_least_float32(pixels), self.visual_encoder.patch_embed.img_size[0])
         picture = self.visual_encoder(prepared.to(self.visual_encoder.cls_token.dtype))
         tokens, mask = (tensor.to(picture.device, non_blocking=True) for tensor in self.tokenize(prompts))
-        state = at_least_float32(self.text_encoder(tokens, mask, picture)[:, 0])
+        encoded = self.text_encoder(tokens, attention_mask=mask, encoder_hidden_states=picture).last_hidden_state
+        state = at_least_float32(encoded[:, 0])
         return state @ self.weight.to(state) + self.bias.to(state)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -100,7 +98,7 @@ class ImageReward(Reward):
         return self.vocabulary.truncated_text(prompt)
 
 
-def _activation_bytes(vision: VisionTransformer, text: TextEncoder) -> int:
+def _activation_bytes(vision: Any, text: Any) -> int:
     """Per picture. A text layer reads at most 35 tokens, but makes keys and values of the whole picture."""
     size = vision.cls_token.element_size()
     tokens, width = vision.pos_embed.shape[1:]
@@ -124,7 +122,7 @@ def load_image_reward(weights: Weights, options: LoadOptions) -> ImageReward:
         {key: tensor.to(precision) for key, tensor in _under(f"blip.{part}_encoder.", state).items()}
         for part in ("visual", "text")
     )
-    encoders = _vision_encoder(vision, weights.hints), _text_encoder(text, weights.hints)
+    encoders = vision_encoder(vision, weights.hints), text_encoder(text, weights.hints)
     if unknown := [key for key in state if not key.startswith(("mlp.", "blip.visual_encoder.", "blip.text_encoder."))]:
         raise RewardError(f"it holds {short(unknown[0])}, which ImageReward has no place for.")
     words = len(text["embeddings.word_embeddings.weight"])
@@ -138,37 +136,6 @@ def _under(prefix: str, state: StateDict) -> StateDict:
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
-def _vision_encoder(state: StateDict, hints: Hints) -> VisionTransformer:
-    width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-    heads = int(hints.get("vision_heads", max(1, width // 64)))
-    check_heads("vision", width, heads)
-    image_size = patch_size * math.isqrt(state["pos_embed"].shape[1] - 1)
-    check_image_size(image_size)
-    with torch.device("meta"):
-        encoder = VisionTransformer(
-            image_size, patch_size, width, _count("blocks", state), heads, len(state["blocks.0.mlp.fc1.bias"])
-        )
-    encoder.load_state_dict(state, assign=True)
-    return encoder.eval().requires_grad_(False)
-
-
-def _text_encoder(state: StateDict, hints: Hints) -> TextEncoder:
-    words, width = state["embeddings.word_embeddings.weight"].shape
-    places = len(state["embeddings.position_embeddings.weight"])
-    heads = int(hints.get("text_heads", max(1, width // 64)))
-    check_heads("text", width, heads)
-    inner = len(state["encoder.layer.0.intermediate.dense.bias"])
-    picture_width = state["encoder.layer.0.crossattention.self.key.weight"].shape[1]
-    with torch.device("meta"):
-        encoder = TextEncoder(words, places, width, _count("encoder.layer", state), heads, inner, picture_width)
-    encoder.load_state_dict(state, assign=True)
-    return encoder.eval().requires_grad_(False)
-
-
-def _count(stack: str, state: StateDict) -> int:
-    return len({key.removeprefix(f"{stack}.").split(".")[0] for key in state if key.startswith(f"{stack}.")})
-
-
 def find_vocabulary(folder: Path, words: int) -> Vocabulary:
     """The vocabulary beside the weights, whose embedding has `words` rows."""
     for file in (folder / name for name in _VOCABULARIES):
@@ -179,26 +146,24 @@ def find_vocabulary(folder: Path, words: int) -> Vocabulary:
 
 def _read_vocabulary(file: Path, words: int) -> Vocabulary:
     try:
-        tokenizer = (
-            Tokenizer.from_file(str(file))
-            if file.suffix == ".json"
-            else _word_pieces(file.read_text(encoding="utf-8").splitlines())
-        )
+        tokenizer = _read_tokenizer(file)
     except Exception as error:  # tokenizers raises nothing more special
         pass_out_of_memory(error, f"{file.name} was read")
         raise RewardError(f"{file.name} beside it is damaged; download it again ({one_line(error)}).") from error
-    found = 1 + max(tokenizer.get_vocab().values(), default=-1)
-    if found not in (words, words - _ADDED_WORDS) or any(tokenizer.token_to_id(word) is None for word in _SPECIAL):
+    known = tokenizer.get_vocab(with_added_tokens=False)
+    found = 1 + max(known.values(), default=-1)
+    if found not in (words, words - _ADDED_WORDS) or not known.keys() >= _SPECIAL:
         raise RewardError(
             f"{file.name} beside it has {found} words and the weights {words - _ADDED_WORDS}; take {BERT}."
         )
     return Vocabulary(tokenizer)
 
 
-def _word_pieces(words: list[str]) -> Tokenizer:
-    """As transformers' BertTokenizer makes of a vocab.txt."""
-    tokenizer = Tokenizer(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.normalizer = BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = BertPreTokenizer()
-    tokenizer.add_special_tokens([word for word in _SPECIAL if word in words])
-    return tokenizer
+def _read_tokenizer(file: Path) -> Any:
+    """tokenizers.Tokenizer, as transformers makes it of a vocab.txt or a tokenizer.json."""
+    from transformers import BertTokenizerFast, PreTrainedTokenizerFast
+
+    if file.suffix == ".json":
+        return PreTrainedTokenizerFast(tokenizer_file=str(file)).backend_tokenizer
+    # transformers 4 names the first parameter vocab_file and 5 vocab; 5.0 does not lower the case by itself.
+    return BertTokenizerFast(str(file), do_lower_case=True).backend_tokenizer

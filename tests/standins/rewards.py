@@ -159,8 +159,7 @@ class BlipReward(nn.Module):
         self.visual_encoder = transformers.BlipVisionModel(
             transformers.BlipVisionConfig(image_size=SIZE, layer_norm_eps=1e-6, initializer_range=0.1, **vision)
         )
-        blip_text = transformers.models.blip.modeling_blip_text.BlipTextModel
-        self.text_encoder = blip_text(
+        self.text_encoder = transformers.BlipTextModel(
             transformers.BlipTextConfig(
                 vocab_size=len(WORDS) + 2, max_position_embeddings=40, initializer_range=0.3, **text
             ),
@@ -204,12 +203,16 @@ def save_vocabulary(folder: Path) -> None:
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
 
 
+def bert_tokenizer() -> transformers.BertTokenizer:
+    return transformers.BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)})
+
+
 def save_image_reward(path: Path) -> Reference:
     """The weights, and vocab.txt beside them."""
     model = BlipReward().eval().requires_grad_(False)
     save_file(image_reward_state(model), path, HEADS)
     save_vocabulary(path.parent)
-    tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)})
+    tokenizer = bert_tokenizer()
 
     def scores(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         text = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=35, return_tensors="pt")

@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-import transformers
 from reward_guidance.guidance.rewards import RewardError, evaluate, load_reward
 from reward_guidance.guidance.rewards.image_reward import find_vocabulary
-from reward_guidance.tests.standins.rewards import WORDS, save_image_reward, save_vocabulary
+from reward_guidance.tests.standins.rewards import WORDS, bert_tokenizer, save_image_reward, save_vocabulary
 from safetensors.torch import load_file, save_file
 
 TEXTS = (
@@ -30,7 +29,7 @@ def reward(folder):
 
 @pytest.fixture(scope="module")
 def bert():
-    return transformers.BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)})
+    return bert_tokenizer()
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -16,7 +16,6 @@ import pytest
 import torch
 import transformers
 from reward_guidance.guidance.rewards import ClipReward, ImageReward, LoadOptions, RewardError, evaluate, load_reward
-from reward_guidance.guidance.rewards.image_reward import _word_pieces
 from reward_guidance.tests.standins import rewards as standins
 from reward_guidance.tests.standins.files import run_with_little_memory, sparse
 from safetensors import safe_open
@@ -394,7 +393,7 @@ def save_targets(folder):
     standins.save_image_reward(folder / "image_reward.safetensors")
     for copy in (folder / "image_reward.pt", folder / "blip" / "image_reward.pt"):
         torch.save(load_file(folder / "image_reward.safetensors"), copy)
-    _word_pieces(standins.WORDS).save(str(folder / "blip" / "tokenizer.json"))
+    standins.bert_tokenizer().backend_tokenizer.save(str(folder / "blip" / "tokenizer.json"))
     standins.save_aesthetic(folder / "head.pth", folder / "towers" / "l14.safetensors")
     model = tiny_transformers()
     model.save_pretrained(folder / "transformers")

@@ -72,9 +72,9 @@ def test_image_reward(tmp_path):
     }
     del encoders["text_encoder.embeddings.position_ids"]
     assert {key: shape for key, shape in shapes_of(reward).items() if key not in ("weight", "bias")} == encoders
-    assert reward.visual_encoder.image_size == 224
-    assert reward.visual_encoder.blocks[0].attn.heads == 16
-    assert reward.text_encoder.encoder.layer[0].crossattention.heads == 12
+    assert reward.visual_encoder.patch_embed.img_size == (224, 224)
+    assert reward.visual_encoder.blocks[0].attn.num_heads == 16
+    assert reward.text_encoder.encoder.layer[0].crossattention.self.num_attention_heads == 12
 
 
 @pytest.mark.parametrize("name", ["HPS", "PickScore", "ImageReward"])

@@ -23,10 +23,10 @@ from reward_guidance.guidance.rewards import (
     image_reward,
     load_reward,
 )
-from reward_guidance.guidance.rewards.blip import TextEncoder, VisionTransformer
 from reward_guidance.guidance.rewards.clip import preprocess
 from reward_guidance.guidance.rewards.image_reward import find_vocabulary
 from reward_guidance.tests.standins import rewards as standins
+from timm.models.vision_transformer import VisionTransformer
 from torch.profiler import ProfilerActivity, profile
 
 PROMPTS = ["a large red circle on a blue ground", "two cats, 8k, masterpiece"]
@@ -142,8 +142,20 @@ def proportioned_clip():
 
 
 def proportioned_image_reward(folder):
-    vision = VisionTransformer(224, 16, 256, 8, 4, 1024).eval().requires_grad_(False)
-    text = TextEncoder(len(standins.WORDS) + 2, 512, 192, 8, 3, 768, 256).eval().requires_grad_(False)
+    torch.manual_seed(0)
+    vision = VisionTransformer(224, 16, num_classes=0, global_pool="", embed_dim=256, depth=8, num_heads=4)
+    config = transformers.BlipTextConfig(
+        vocab_size=len(standins.WORDS) + 2,
+        hidden_size=192,
+        num_hidden_layers=8,
+        num_attention_heads=3,
+        intermediate_size=768,
+        encoder_hidden_size=256,
+        initializer_range=0.04,
+    )
+    text = transformers.BlipTextModel(config, add_pooling_layer=False)
+    for encoder in (vision, text):
+        encoder.eval().requires_grad_(False)
     standins.save_vocabulary(folder)
     return ImageReward(vision, text, torch.ones(192), torch.zeros(()), find_vocabulary(folder, len(standins.WORDS) + 2))
 
