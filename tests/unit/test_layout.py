@@ -3,11 +3,14 @@
 import ast
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from reward_guidance.tests.harness.environment import CHECKOUT, COMFYUI_BRINGS
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 COMFYUI = {
     "comfy",
     "comfy_api",
@@ -118,6 +121,48 @@ def test_trespasses_are_found():
     bad = "torch.load(f)\ntorch.load(f, weights_only=False)\neval('1')\nos.environ['A']\nos.system('ls')"
     assert len(trespasses(ast.parse(bad))) == 5
     assert trespasses(ast.parse("torch.load(f, weights_only=True)\nmodel.eval()\nos.path.join(a)")) == []
+
+
+BROUGHT_BY = {"timm": "open-clip-torch"}
+"""Imported packages that requirements.txt does not list -> the listed package that requires them."""
+FRONTEND = "comfyui-frontend-package"
+"""The scripts of nodes/web import it, not the Python code."""
+
+
+def listed() -> set[str]:
+    lines = (CHECKOUT / "requirements.txt").read_text().splitlines()
+    return {canonicalize_name(Requirement(line).name) for line in lines}
+
+
+def imported() -> set[str]:
+    """The packages whose modules the shipped code imports, without ComfyUI and the standard library."""
+    modules = {
+        module.split(".")[0] for path in SHIPPED_SOURCES for module, level in imports(path) if module and level == 0
+    }
+    packages = metadata.packages_distributions()
+    external = modules - COMFYUI - sys.stdlib_module_names
+    return {canonicalize_name(name) for module in external for name in packages.get(module, [module])}
+
+
+def test_every_imported_package_is_listed():
+    assert imported() - COMFYUI_BRINGS - set(BROUGHT_BY) - listed() == set()
+
+
+def test_every_listed_package_is_imported():
+    assert listed() - {FRONTEND} - imported() == set()
+    scripts = (path.read_text() for path in (CHECKOUT / "nodes" / "web").glob("*.js"))
+    assert any('from "../../scripts/app.js"' in script for script in scripts)
+
+
+def test_no_exception_from_the_list_is_out_of_date():
+    assert COMFYUI_BRINGS | set(BROUGHT_BY) <= imported() - listed()
+
+
+@pytest.mark.parametrize(("package", "source"), BROUGHT_BY.items())
+def test_a_listed_package_requires_those_that_are_not_listed(package, source):
+    assert source in listed()
+    required = map(Requirement, metadata.requires(source) or [])
+    assert package in {canonicalize_name(each.name) for each in required if each.marker is None}
 
 
 def test_dependencies_are_written_alike():

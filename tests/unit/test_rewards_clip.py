@@ -17,6 +17,7 @@ from reward_guidance.guidance.rewards import (
 from reward_guidance.guidance.rewards.clip import preprocess, recognise_kind
 from reward_guidance.guidance.rewards.clip_checkpoint import build, infer_text, infer_vision, to_open_clip_layout
 from reward_guidance.guidance.rewards.files import Weights
+from reward_guidance.guidance.rewards.image import resize_shortest_side
 from reward_guidance.tests.standins.rewards import (
     HEADS,
     open_clip_model,
@@ -279,6 +280,27 @@ def test_any_text_is_a_prompt(reward, prompt):
 def test_empty_prompt_is_refused(reward):
     with pytest.raises(RewardError, match="the prompt is empty"):
         evaluate(reward, torch.rand(1, 3, 24, 24), " ")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("size", [(40, 31), (7, 9)])
+def test_pixels_are_neither_clamped_nor_rounded(size, whole):
+    """Preprocessing is affine in pixels of any value. The gradient is the same everywhere."""
+    pixels = torch.rand(1, 3, *size, dtype=torch.float64).requires_grad_()
+    black, once, often = (preprocess(scale * pixels, 24, whole) for scale in (0.0, 1.0, -300.0))
+    assert (often - black + 300 * (once - black)).abs().max() < 1e-9
+    near, far = (torch.autograd.grad(each.sum(), pixels)[0] for each in (once, often))
+    assert (far + 300 * near).abs().max() < 1e-9
+    assert near.norm() > 0
+
+
+@pytest.mark.parametrize(("size", "shape"), [((2, 1000), (24, 384)), ((1000, 2), (384, 24)), ((2, 20), (24, 240))])
+def test_only_the_middle_of_a_long_picture_is_resized(size, shape):
+    pixels = torch.rand(1, 3, *size)
+    resized = resize_shortest_side(pixels, 24)
+    assert resized.shape[2:] == shape
+    middle = pixels[..., 484:516, :] if size[0] == 1000 else pixels[..., 484:516] if size[1] == 1000 else pixels
+    assert torch.equal(resized, resize_shortest_side(middle, 24))
 
 
 @pytest.mark.parametrize("kind", ["CLIP score", "HPS v2.1"])

@@ -1,13 +1,22 @@
 """ImageReward: its prompts, and the vocabulary that must lie beside the weights."""
 
 import json
+import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reward_guidance.guidance.rewards import RewardError, evaluate, load_reward
+from reward_guidance.guidance.rewards.blip import text_encoder, vision_encoder
 from reward_guidance.guidance.rewards.image_reward import find_vocabulary
 from reward_guidance.tests.standins.rewards import WORDS, bert_tokenizer, save_image_reward, save_vocabulary
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 
 TEXTS = (
     "a large red circle", "Héllo WÖRLD, it's 12.5%!", "  spaces\tand\nlines ", "cats sitting", "日本語の猫 🐈", "猫cat",
@@ -35,6 +44,33 @@ def bert():
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokens_are_those_of_bert(folder, bert, text):
     assert find_vocabulary(folder, len(WORDS) + 2)(text) == bert(text, truncation=True, max_length=35).input_ids
+
+
+@pytest.fixture(scope="module")
+def word_pieces():
+    """BERT's tokenizer, put together from its parts."""
+    tokenizer = Tokenizer(WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.normalizer = BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def vocabulary(folder):
+    return find_vocabulary(folder, len(WORDS) + 2)
+
+
+PIECES = st.sampled_from([*WORDS, *TEXTS, " ", "\n", "Red", "É", "\u0301", "ﬁ", "İ", "ß", "\ufeff", "𝐚", "-", "!?"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.one_of(st.text(max_size=80), st.lists(PIECES, max_size=40).map("".join)))
+def test_tokens_and_their_places_are_those_of_word_pieces(vocabulary, word_pieces, text):
+    read = word_pieces.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False)
+    assert vocabulary(text)[1:-1] == read.ids[:33]
+    start = read.offsets[33][0] if len(read.ids) > 33 else len(text)
+    assert vocabulary.truncated_text(text) == text[start:].strip()
 
 
 def test_vocab_txt_and_tokenizer_json_say_the_same(folder, bert, tmp_path):
@@ -175,4 +211,79 @@ def test_impossible_heads_are_refused(folder, tmp_path, tower):
 
 
 def test_loaded_weights_are_frozen_and_real(reward):
-    assert not any(tensor.is_meta or tensor.is_inference() or tensor.requires_grad for tensor in reward.parameters())
+    tensors = [*reward.parameters(), *reward.buffers()]
+    assert not any(tensor.is_meta or tensor.is_inference() or tensor.requires_grad for tensor in tensors)
+
+
+def encoder_state(folder, part):
+    prefix = f"blip.{part}_encoder."
+    return {
+        key.removeprefix(prefix): tensor
+        for key, tensor in state(folder).items()
+        if key.startswith(prefix) and not key.endswith("position_ids")
+    }
+
+
+@pytest.mark.parametrize(
+    ("part", "build", "heads"), [("visual", vision_encoder, "vision_heads"), ("text", text_encoder, "text_heads")]
+)
+def test_encoders_take_over_the_tensors(folder, part, build, heads):
+    tensors = encoder_state(folder, part)
+    built = build(tensors, {heads: 2 if part == "visual" else 3}).state_dict()
+    assert built.keys() == tensors.keys()
+    assert all(built[key].data_ptr() == tensor.data_ptr() for key, tensor in tensors.items())
+
+
+def layer(state, number):
+    prefix = f"encoder.layer.{number}."
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def linear(state, name, x):
+    return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+
+def normalise(state, name, x):
+    return F.layer_norm(x, x.shape[-1:], state[f"{name}.LayerNorm.weight"], state[f"{name}.LayerNorm.bias"], 1e-12)
+
+
+def attend(state, name, x, source, heads, mask=None):
+    """(B,N,C), (B,M,D) and a mask (B,1,1,M) -> (B,N,C), with the residual and the norm."""
+    parts = (linear(state, f"{name}.self.{part}", y) for part, y in (("query", x), ("key", source), ("value", source)))
+    query, key, value = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts)
+    read = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
+    return normalise(state, f"{name}.output", x + linear(state, f"{name}.output.dense", read))
+
+
+def blip_text(state, tokens, mask, picture, layers=2, heads=3):
+    """BLIP's text encoder, written out: each token attends to all tokens, then to the picture."""
+    embeddings = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
+    words, places = (state[name] for name in embeddings)
+    x = normalise(state, "embeddings", words[tokens] + places[: tokens.shape[1]])
+    for parts in (layer(state, number) for number in range(layers)):
+        x = attend(parts, "attention", x, x, heads, mask[:, None, None])
+        x = attend(parts, "crossattention", x, picture, heads)
+        inner = F.gelu(linear(parts, "intermediate.dense", x))
+        x = normalise(parts, "output", x + linear(parts, "output.dense", inner))
+    return x
+
+
+def test_the_text_encoder_equals_its_equations(folder):
+    """In float64, so that nothing but a different equation exceeds the tolerance."""
+    tensors = {key: tensor.double() for key, tensor in encoder_state(folder, "text").items()}
+    encoder = text_encoder(tensors, {"text_heads": 3})
+    tokens, mask = torch.arange(26).view(2, 13), torch.arange(13) < torch.tensor([[13], [6]])
+    random = torch.Generator().manual_seed(0)
+    picture = torch.randn(2, 10, 32, generator=random, dtype=torch.float64, requires_grad=True)
+    ours = encoder(tokens, attention_mask=mask, encoder_hidden_states=picture).last_hidden_state[mask]
+    expected = blip_text(tensors, tokens, mask, picture)[mask]
+    assert (ours - expected).abs().max() < 1e-10
+    weights = torch.randn(expected.shape, generator=random, dtype=torch.float64)
+    gradients = [torch.autograd.grad((states * weights).sum(), picture)[0] for states in (ours, expected)]
+    assert (gradients[0] - gradients[1]).norm() < 1e-10 * gradients[1].norm()
+
+
+def test_a_missing_timm_is_named(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.models.vision_transformer", None)
+    with pytest.raises(RewardError, match="needs the package timm; install it with: pip install timm"):
+        load_reward(folder / "ImageReward.safetensors")
