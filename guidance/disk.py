@@ -1,4 +1,4 @@
-"""Saves files whole or not at all, beside other processes that write to the same folder."""
+"""Atomic writes of files, safe with other processes that write to the same folder."""
 
 import os
 import sys
@@ -15,12 +15,12 @@ from .errors import GuidanceError, pass_out_of_memory, short
 def write(
     path: Path,
     save: Callable[[Path], object],
-    advice: str = "Mend that and run again: it goes on from here.",
+    advice: str = "Correct that and run again: it continues from here.",
     new: bool = False,
 ) -> None:
-    """Save to a path, whole or not at all. Raises GuidanceError, with advice, where the disk does not take it.
+    """Write a file atomically: `save` is called with a temporary path. Raises GuidanceError with `advice` if that fails.
 
-    new: raise FileExistsError where the path has a file already, also where another process writes it at this moment.
+    new: raise FileExistsError if the file exists, even if another process creates it at the same time.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,9 +38,11 @@ def write(
 
 @contextmanager
 def temporary(path: Path) -> Iterator[Path]:
-    """Where to write what will be renamed to a path: in a folder beside it, as savers have temporary files of their own. A path
-    has one such folder, so that what a killed process leaves is deleted by the next; while another process writes in it, this
-    one has another."""
+    """A temporary path in a folder beside `path`; a folder, because savers create temporary files of their own.
+
+    The folder has a fixed name, so that the next write deletes what a killed process left behind. If another process is
+    using it, a folder with a random name is used instead.
+    """
     folder = path.with_name(f"{path.name}.partial")
     with suppress(FileExistsError):
         folder.mkdir()
@@ -55,18 +57,18 @@ def temporary(path: Path) -> Iterator[Path]:
 
 
 def replaced(partial: Path, path: Path) -> bool:
-    """Give a file a name, in place of what had it."""
+    """Rename a file, and replace an existing one. Always True."""
     os.replace(partial, path)
     return True
 
 
 def created(partial: Path, path: Path) -> bool:
-    """Give a file a name that no other has. False where one has."""
+    """Rename a file, unless the new name exists. Whether it was renamed."""
     try:
         os.link(partial, path)
     except FileExistsError:
         return False
-    except OSError:  # some disks know no links
+    except OSError:  # some file systems have no hard links
         return not path.exists() and replaced(partial, path)
     return True
 
@@ -75,7 +77,7 @@ if sys.platform == "win32":
 
     @contextmanager
     def held(path: Path) -> Iterator[bool]:
-        """Whether nobody has a file, or one in a folder, open: only then it can be renamed."""
+        """Whether no process has the file, or a file in the folder, open: only then can it be renamed."""
         aside = path.with_name(f"{path.name}.{token_hex(4)}")
         try:
             path.rename(aside).rename(path)
@@ -85,14 +87,14 @@ if sys.platform == "win32":
         yield own
 
     def in_use(path: Path) -> BinaryIO:
-        """Open a file, so that `held` is False for it until it is closed."""
+        """Open a file. `held` is False for it until it is closed."""
         return path.open("rb")
 else:
     import fcntl
 
     @contextmanager
     def held(path: Path) -> Iterator[bool]:
-        """Hold a file or folder until this process ends or lets go. False where another holds it, or it is gone."""
+        """Lock a file or folder in this context. False if another process has locked it, or it does not exist."""
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -104,13 +106,13 @@ else:
             os.close(descriptor)
 
     def in_use(path: Path) -> BinaryIO:
-        """Open a file, so that `held` is False for it until it is closed."""
+        """Open a file. `held` is False for it until it is closed."""
         file = path.open("rb")
         locked(file.fileno(), fcntl.LOCK_SH)
         return file
 
     def locked(descriptor: int, kind: int) -> bool:
-        """Lock what is open until it is closed. False where another has locked it; some disks know no locks."""
+        """Lock an open file until it is closed. False if another process has locked it; True on file systems without locks."""
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -120,7 +122,7 @@ else:
         return True
 
     def is_at(descriptor: int, path: Path) -> bool:
-        """Whether what is open still has this name: it may have been deleted before it was locked."""
+        """Whether an open file still has this path: it may have been deleted before it was locked."""
         try:
             return os.path.samestat(os.fstat(descriptor), path.stat())
         except OSError:

@@ -1,4 +1,4 @@
-"""Samplers that keep a part of the latent, as the model and the reward see them."""
+"""Inpainting: which part of a latent is sampled, and how guidance affects that part alone."""
 
 from dataclasses import dataclass
 
@@ -8,19 +8,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Inpainting:
-    """A mask m (B,...) in [0,1], the share that is sampled, and the latent l (B,...) that is kept for the rest, in the model's space.
+    """A mask m (B,...) in [0,1], the share that is sampled, and the latent l (B,...) that is kept elsewhere, in model space.
 
-    The sampler gives the model m·x + (1-m)·(l with the step's noise), and takes m·D + (1-m)·l for its answer. Guidance that moves x by d
-    therefore moves the model's input by m·d, and the reward of the picture is that of m·D + (1-m)·l.
+    The sampler calls the model at m·x + (1-m)·(l with the step's noise), and uses m·D + (1-m)·l as its prediction.
+    Guidance that shifts x by d therefore shifts the model's input by m·d, and the reward is evaluated at m·D + (1-m)·l.
     """
 
     mask: Tensor
     latent: Tensor
 
     def moved(self, x: Tensor, point: Tensor) -> Tensor:
-        """The model's input x (B,...), moved to `point` (B,...) by the share that is sampled; bit-identical to x where the mask is 0."""
+        """The model's input x (B,...), moved towards `point` (B,...) by the mask. Bit-identical to x where the mask is 0."""
         return torch.lerp(x, point, self.mask)
 
     def blended(self, denoised: Tensor) -> Tensor:
-        """D (B,...) with what is kept in its place."""
+        """m·D + (1-m)·l (B,...)."""
         return torch.lerp(self.latent, denoised, self.mask)

@@ -1,10 +1,11 @@
-"""One-step generators: instead of the picture, the noise it begins with is tilted, q(z) ∝ N(z)·exp(r(G(z))/β).
+"""One-step generators: guidance tilts the initial noise, q(z) ∝ N(z)·exp(r(G(z))/β).
 
-Noise is data whose denoiser is known, so the guidance network learns its tilt as it learns any other. On the spherical path
-x = cos(φ)·z + sin(φ)·ε the denoiser is D = cos(φ)·x, and with D_q = D + sin(φ)·G the probability flow from noise (φ = π/2) to tilted
-noise (φ = 0) is simply dx/dφ = -G(x, φ): the network is the velocity, and without one, noise stays what it is.
+Noise is data with a known denoiser, so a guidance network learns its tilt as it does for any other data. On the spherical
+path x = cos(φ)·z + sin(φ)·ε the denoiser is D = cos(φ)·x. With D_q = D + sin(φ)·G, the probability flow from noise (φ = π/2)
+to tilted noise (φ = 0) is dx/dφ = -G(x, φ): the network is the velocity, and without guidance noise does not change.
 
-Where the reward has a gradient, a network may learn instead to move noise in one leap, z -> z + G(z), by that gradient through the generator.
+For a differentiable reward, a network can instead learn a single step z -> z + G(z) by the reward's gradient through the
+generator.
 """
 
 import math
@@ -24,20 +25,22 @@ PROCESS = Spherical()
 
 
 def denoise(x: Tensor, angle: Tensor) -> Tensor:
-    """E[z|x] of Gaussian noise z; x (B,...), angle (B,)."""
+    """E[z|x] (B,...) of Gaussian noise z, for x (B,...) and noise angles (B,)."""
     return column(angle.cos(), x) * x
 
 
 @dataclass(frozen=True)
 class NoisePairs:
-    """Batches of noise z (N,...) that is labelled by the pictures made from it; no model is called."""
+    """Batches of noise z, labelled by the rewards of its pictures. No model is called."""
 
     noise: Tensor | Rows
+    """(N,...)"""
     weights: Tensor
+    """Labels (N,)."""
     text: Text | Texts | None = None
-    """(N,...), or of each prompt."""
+    """The conditioning of each sample, or of each prompt if `prompts` is given."""
     prompts: Tensor | None = None
-    """(N,) the row of `text` that belongs to each; without, its own."""
+    """Rows (N,) of `text` that belong to the samples."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def batch(self, size: int, key: tuple[int, ...], part: slice = slice(None)) -> Batch:
@@ -54,31 +57,24 @@ class NoisePairs:
 
 @dataclass(frozen=True)
 class FreshNoise:
-    """Batches of new noise z, each for a prompt drawn at random; nothing is labelled. Its denoised estimate is called z itself: G is Δz."""
+    """Batches of unlabelled new noise z, each with a random prompt. `denoised` is z itself, so that G is the change of z."""
 
     shape: tuple[int, ...]
-    """Of a latent (C,...)."""
+    """Shape (C,...) of a latent."""
     text: Texts
-    """Of every prompt."""
+    """The conditioning of every prompt."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def batch(self, size: int, key: tuple[int, ...], part: slice = slice(None)) -> Batch:
         rng, device = generator(*key), self.device
         prompts = torch.randint(len(self.text.pooled), (size,), generator=rng)[part]
         noise = torch.randn(size, *self.shape, generator=rng)[part].to(device)
-        return Batch(
-            noise,
-            noise,
-            pure(noise),
-            noise,
-            torch.ones(len(noise), device=device),
-            self.text[prompts].to(device),
-            prompts=prompts,
-        )
+        weights, text = torch.ones(len(noise), device=device), self.text[prompts].to(device)
+        return Batch(noise, noise, pure_noise_angle(noise), noise, weights, text, prompts=prompts)
 
 
-def pure(noise: Tensor) -> Tensor:
-    """The angle of nothing but noise, for each sample (B,)."""
+def pure_noise_angle(noise: Tensor) -> Tensor:
+    """The noise angle π/2 of pure noise, for each batch row (B,)."""
     return torch.full((len(noise),), math.pi / 2, device=noise.device)
 
 
@@ -86,9 +82,12 @@ def pure(noise: Tensor) -> Tensor:
 def tilted_noise(
     network: nn.Module, noise: Tensor, text: Text, steps: int = 4, strength: float = 1.0, form: str = "noise"
 ) -> Tensor:
-    """Noise (B,...) -> noise whose pictures are rewarded: in one leap, or by `steps` calls of the network at the middles of as many arcs."""
+    """Noise (B,...) -> tilted noise (B,...).
+
+    The form `leap` takes a single step. Otherwise the network is called `steps` times, at the midpoints of equal arcs.
+    """
     if form == "leap":
-        return FORMS["leap"](network, PROCESS, lambda x: x, noise, pure(noise), text, strength)
+        return FORMS["leap"](network, PROCESS, lambda x: x, noise, pure_noise_angle(noise), text, strength)
     x, arc = noise, math.pi / 2 / steps
     for step in range(steps):
         angle = torch.full((len(x),), math.pi / 2 - (step + 0.5) * arc, device=x.device)

@@ -1,4 +1,4 @@
-"""Random numbers that are nobody else's."""
+"""Private random number generators."""
 
 import zlib
 
@@ -6,8 +6,8 @@ import torch
 
 
 def generator(*key: int) -> torch.Generator:
-    """A private generator on the CPU for a key, whose numbers are not those that ComfyUI draws for a seed.
+    """A private CPU generator for a key. Its numbers differ from those that ComfyUI draws for a seed.
 
-    PyTorch reads 32 bits of a CPU generator's seed; the whole key counts here.
+    PyTorch uses 32 bits of a CPU generator's seed. Hashing makes every number of the key count.
     """
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))

@@ -1,4 +1,4 @@
-"""Dataclasses out of JSON, with their types checked: files may be damaged, or written by hand."""
+"""Builds dataclasses from JSON content and checks all types, because files may be damaged or edited by hand."""
 
 import math
 from dataclasses import MISSING, fields, is_dataclass
@@ -8,13 +8,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from .errors import quoted
 
 MOST = 2**64
-"""No number in a file is as large."""
+"""Integers in files must be smaller."""
 
 
 def record(kind: Any, content: Any, name: str = "it") -> Any:
-    """What JSON holds, as a dataclass, or as any type that a field of one has; lists become tuples, and numbers must be finite.
+    """JSON content as a dataclass, or as any type of a dataclass field. Lists become tuples; numbers must be finite.
 
-    Raises ValueError that names what does not fit. Fields with a default may be missing.
+    Fields with a default may be missing. Raises ValueError that names the entry which does not fit.
     """
     if get_origin(kind) in (Union, UnionType):
         kind = NoneType if content is None else next(part for part in get_args(kind) if part is not NoneType)

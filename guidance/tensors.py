@@ -1,14 +1,15 @@
-"""Reads safetensors files without a memory mapping: where a mapped file shrinks, the system ends the process that reads it."""
+"""Reads safetensors files without a memory mapping, whole or in parts.
+
+If a mapped file is shortened or rewritten in place, the system ends the process that reads it.
+"""
 
 import json
 import math
 import os
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,89 +19,75 @@ from .errors import GuidanceError, short
 
 Shapes = dict[str, tuple[int, ...]]
 
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name, in memory. Raises what safetensors and the operating system raise.
-
-    Those of safetensors itself are a mapping of the file: if it is shortened, or written anew in place, the system ends the process.
-    """
-    with safe_open(path, "pt") as checked:
-        tensors = {name: checked.get_tensor(name) for name in checked.keys()}  # noqa: SIM118
-    with path.open("rb") as file:
-        start, header = _header(file)
-        return {name: _read(file, start + header[name]["data_offsets"][0], tensor) for name, tensor in tensors.items()}
-
-
-def _header(file: BufferedReader) -> tuple[int, dict[str, Any]]:
-    """Where the data starts, and the header."""
-    (length,) = struct.unpack("<Q", file.read(8))
-    return 8 + length, json.loads(file.read(length))
-
-
-def _read(file: BufferedReader, start: int, like: Tensor) -> Tensor:
-    """A tensor of that shape and type; the values of `like` are not touched."""
-    tensor = torch.empty(like.shape, dtype=like.dtype)
-    if tensor.numel():
-        file.seek(start)
-        if file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) < tensor.nbytes:
-            raise EOFError("the file is shorter than its header says")
-    return tensor
-
-
-def read_header(path: Path) -> tuple[Shapes, dict[str, str]]:
-    """The shape of every tensor of a safetensors file, and its metadata."""
-    with safe_open(path, "pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+DTYPES = FLOATS | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
+"""Types by their names in safetensors headers."""
 OWNER = "samples"
-"""The entry of the metadata that says what a file belongs to."""
+"""The metadata entry that names the collection a file belongs to."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file; an index reads a part of it."""
+    """A tensor in a safetensors file. An index reads a part of it."""
 
     path: Path
     name: str
-    dtype: torch.dtype | None
-    """None of what is no floating point numbers."""
+    dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    """Where in the file its bytes begin."""
+    """Offset of its first byte in the file."""
     owner: str | None
-    """What the file says it belongs to; None of older ones."""
+    """The collection that the file belongs to. None in older files, and in those of other kinds."""
     state: tuple[int, int]
-    """Size and time of the file."""
+    """Size and modification time of the file."""
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, place: tuple[int, ...]) -> Tensor:
-        """What stands at the first indices. Raises GuidanceError where the file is not what it was when it was found."""
+        """The part at the first indices; () is the whole tensor. Raises GuidanceError if the file has changed."""
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with self.path.open("rb") as file:
                 if state_of(file) == self.state:
-                    return self.bytes_of(file, place)
+                    return self.read(file, place)
             return self.successor()[place]
         except OSError as error:
             raise self.gone() from error
 
-    def bytes_of(self, file: FileIO, place: tuple[int, ...]) -> Tensor:
-        assert self.dtype is not None
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds floating point numbers of 16 bits or more."""
+        return self.dtype in FLOATS.values()
+
+    def read(self, file: IO[bytes], place: tuple[int, ...]) -> Tensor:
         shape, row = self.shape[len(place) :], 0
         for index, size in zip(place, self.shape, strict=False):
             row = row * size + index
-        content = bytearray(math.prod(shape) * self.dtype.itemsize)
-        file.seek(self.start + row * len(content))
-        if file.readinto(content) != len(content):
-            raise self.gone()
-        found = torch.frombuffer(content, dtype=self.dtype) if content else torch.empty(0, dtype=self.dtype)
-        return found.view(shape)
+        found = torch.empty(shape, dtype=self.dtype)
+        if found.numel():
+            file.seek(self.start + row * found.nbytes)
+            content = found.reshape(-1).view(torch.uint8).numpy().data
+            if file.readinto(content) < found.nbytes:  # type: ignore[attr-defined]
+                raise self.gone()
+        return found
 
     def successor(self) -> "Stored":
-        """The same rows in the file that has taken the place of this one, as when a shard was filled up."""
+        """The same tensor in the file that replaced this one, for example when a shard was filled up."""
         try:
             other = stored(self.path)[self.name]
         except (KeyError, SafetensorError) as error:
@@ -116,7 +103,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class StoredRows(Sequence[Tensor]):
-    """Tensors of any shapes; one is read whenever it is asked for."""
+    """Tensors of any shapes in a file. An index reads one."""
 
     parts: Sequence[Stored]
 
@@ -128,28 +115,44 @@ class StoredRows(Sequence[Tensor]):
 
 
 def stored(path: Path) -> dict[str, Stored]:
-    """The tensors of a file by their names. Raises OSError where it cannot be read, SafetensorError where it is damaged."""
-    with path.open("rb") as file:  # first, as safetensors calls all that it cannot open missing
+    """The tensors of a file by name, not read yet. Raises OSError, or SafetensorError if the file is damaged."""
+    return _open(path)[0]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, in memory. Raises as `stored` does, and GuidanceError if the file changes meanwhile."""
+    return {name: part[()] for name, part in stored(path).items()}
+
+
+def read_header(path: Path) -> tuple[Shapes, dict[str, str]]:
+    """The shapes of the tensors of a file by name, and its metadata. Raises as `stored` does."""
+    parts, metadata = _open(path)
+    return {name: part.shape for name, part in parts.items()}, metadata
+
+
+def _open(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    with path.open("rb") as file:  # first, because safetensors reports every file that it cannot open as missing
         with safe_open(path, "pt"):
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         start, state = file.tell(), state_of(file)
-    owner = (header.pop("__metadata__", None) or {}).get(OWNER)
+    metadata = header.pop("__metadata__", None) or {}
 
     def tensor(name: str, part: dict) -> Stored:
-        return Stored(
-            path, name, DTYPES.get(part["dtype"]), tuple(part["shape"]), start + part["data_offsets"][0], owner, state
-        )
+        if part["dtype"] not in DTYPES:
+            raise SafetensorError(f"{short(name)} has the type {part['dtype']}, which is not known")
+        dtype, shape, offset = DTYPES[part["dtype"]], tuple(part["shape"]), part["data_offsets"][0]
+        return Stored(path, name, dtype, shape, start + offset, metadata.get(OWNER), state)
 
-    return {name: tensor(name, part) for name, part in header.items()}
+    return {name: tensor(name, part) for name, part in header.items()}, metadata
 
 
-def is_finite(found: Tensor) -> bool:
-    """Whether all are finite numbers: the least and the greatest are, which is quicker to find out."""
-    return not found.numel() or all(math.isfinite(end) for end in found.aminmax())
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite. Checks minimum and maximum, which is faster than checking each."""
+    return not tensor.numel() or all(math.isfinite(end) for end in tensor.aminmax())
 
 
 def not_finite(source: object) -> GuidanceError:
-    """What to say of where they were read."""
+    """The error for numbers that are not finite, which names the file they were read from."""
     source = source.parts[0] if isinstance(source, StoredRows) else source
     file = shown(source.path) if isinstance(source, Stored) else "A collection"
     return GuidanceError(f"{file} has values that are not finite numbers: delete that file and collect again.")

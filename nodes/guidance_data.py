@@ -220,7 +220,7 @@ class CollectData(io.ComfyNode):
         node = cls.hidden.unique_id
         if node in _collected:
             collection, count = _collected[node]
-            _damaged[node] += not collection.whole(count)
+            _damaged[node] += not collection.complete(count)
         return _damaged[node]
 
 

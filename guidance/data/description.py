@@ -1,4 +1,4 @@
-"""What all samples of a collection have in common, and its form as JSON."""
+"""The description that all samples of a collection share, and its JSON format."""
 
 import hashlib
 import json
@@ -20,36 +20,36 @@ from ..records import record
 
 FLOAT = torch.finfo(torch.float32)
 SHOWN = 60
-"""Letters of a value that an error about two of them quotes."""
+"""Characters of each value that a message about two values shows."""
 ROUNDED = 1e-4
-"""How far the highest noise level of a model may lie above that of its process."""
+"""Tolerance by which a noise level may exceed the highest one of its process."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What every shard of a collection has in common."""
+    """What all samples of a collection have in common. Raises GuidanceError for values that are not allowed."""
 
     base: Base
     shape: tuple[int, ...]
-    """Of a latent (C,H,W) or (C,T,H,W)."""
+    """Shape of a latent: (C,H,W), or (C,T,H,W) of a video."""
     levels: int
-    """Noised states per sample, K; 0 where the process needs no model."""
+    """Noised states per sample, K. 0 for the target noise, whose D is known."""
     prompts: tuple[str, ...]
     rewards: tuple[str, ...]
     reward_means: tuple[float, ...]
     reward_stds: tuple[float, ...]
     seed: int
     settings: str = ""
-    """How the samples were drawn, in lines, for people and for telling one collection from another."""
+    """How the samples were made, one setting per line. Part of the identity."""
     reward_weights: tuple[float, ...] = ()
-    """Of the rewards where nothing else is said; they can be changed without sampling again. Empty means 1 each."""
+    """Default weights of the rewards. They may change without sampling again. Empty means 1 each."""
 
     def __post_init__(self):
         if fault := next(self.faults(), None):
             raise GuidanceError(f"Samples cannot have {fault}.")
 
     def faults(self) -> Iterator[str]:
-        """What cannot be, and what it must be, in words."""
+        """The values that are not allowed, each as a phrase for a message."""
         base, count = self.base, len(self.rewards)
         sound = {
             "channels": (base.channels >= 1, "at least 1"),
@@ -71,29 +71,36 @@ class Description:
 
     @cached_property
     def identity(self) -> str:
-        """A digest of what tells these samples from others. What has its default is left out, so that later versions may
-        add to it; and numbers are as collection.json has them."""
+        """A digest that distinguishes these samples from others.
+
+        Fields at their defaults are left out, so that later versions can add fields. Numbers are as in collection.json.
+        """
         same = record(Description, asdict(self))
-        parts = [list(changed(each).items()) for each in (same.base, same)]
+        parts = [list(not_default(each).items()) for each in (same.base, same)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-    def written(self) -> str:
-        """As collection.json has it."""
+    def to_json(self) -> str:
+        """The content of collection.json."""
         return json.dumps(asdict(self), indent=1)
 
     def seed_of(self, index: int) -> int:
+        """The seed of a sample."""
         return (self.seed + index) % 2**64
 
     def prompt_of(self, index: int) -> int:
+        """The prompt index of a sample."""
         return index % len(self.prompts)
 
     def weights(self, wanted: Sequence[float] = ()) -> tuple[float, ...]:
-        """A weight for each reward: those wanted, or those of the collection."""
+        """One weight per reward: those wanted, or the collection's defaults.
+
+        Raises GuidanceError for another number of weights, and for weights that are not finite or all 0.
+        """
         weights = tuple(wanted) or self.reward_weights or (1.0,) * len(self.rewards)
         if len(weights) != len(self.rewards):
             names = short(", ".join(self.rewards))
             raise GuidanceError(
-                f"The samples have scores of {names}: give one weight for each, not {len(weights)} in all."
+                f"The samples have scores of {names}: give one weight for each reward, not {len(weights)} in all."
             )
         if not 0 < math.hypot(*weights) < math.inf:
             given = short(", ".join(f"{weight:g}" for weight in weights))
@@ -101,20 +108,20 @@ class Description:
         return weights
 
     def combined(self, scores: Tensor, weights: Sequence[float] = ()) -> Tensor:
-        """Raw scores (N,R) -> (N,), combined as CombinedReward does: Σ w·z / |w|, z the standardized scores."""
+        """Raw scores (N,R) -> (N,): Σ w·z / |w| as in CombinedReward, with z the standardized scores."""
         means, stds = (torch.tensor(values) for values in (self.reward_means, self.reward_stds))
         weight = torch.tensor(self.weights(weights))
         return ((scores - means) / stds * weight).sum(1) / weight.norm()
 
     def differences(self, other: "Description") -> list[str]:
-        """What the other says otherwise: name, old and new value."""
+        """Phrases for the fields in which the other description differs, with both values."""
         old, new = ({**asdict(one.base), **asdict(one)} for one in (self, other))
         names = [name for name in old if name not in ("base", "reward_weights") and old[name] != new[name]]
-        return [f"{name.replace('_', ' ')} {change(old[name], new[name])}" for name in names]
+        return [f"{name.replace('_', ' ')} {was_and_is(old[name], new[name])}" for name in names]
 
 
-def change(old: Any, new: Any) -> str:
-    """Two values in short; of lists of texts, the first that differ."""
+def was_and_is(old: Any, new: Any) -> str:
+    """Two values for a message, truncated to where they differ. For lists of texts, the first pair that differs."""
     values = [value.splitlines() if isinstance(value, str) else value for value in (old, new)]
     if all(isinstance(value, list | tuple) and all(isinstance(part, str) for part in value) for value in values):
         old, new = next((pair for pair in zip_longest(*values, fillvalue="none") if pair[0] != pair[1]), (old, new))
@@ -128,7 +135,7 @@ def change(old: Any, new: Any) -> str:
 
 
 def within(values: Sequence[float], count: int, least: float = FLOAT.min) -> bool:
-    """Whether they are so many numbers of single precision, from the least on."""
+    """Whether there are `count` values, all within [least, maximum of single precision]."""
     return len(values) == count and all(least <= value <= FLOAT.max for value in values)
 
 
@@ -139,17 +146,17 @@ def known_process(name: str) -> bool:
         return False
 
 
-def changed(values: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are not at their defaults; without those that may change, or are dataclasses."""
+def not_default(values: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults, without `base` and `reward_weights`."""
     given = {
         item.name: getattr(values, item.name) for item in fields(values) if getattr(values, item.name) != item.default
     }
     return {name: value for name, value in given.items() if name not in ("base", "reward_weights")}
 
 
-def described(content: str) -> Description:
-    """The description in the text of a collection.json. Raises ValueError, which says what is wrong with it."""
-    values = json.loads(content, object_pairs_hook=unique)
+def description_from(content: str) -> Description:
+    """The description in the content of a collection.json. Raises ValueError if it is damaged, NewerError if it is newer."""
+    values = json.loads(content, object_pairs_hook=unique_names)
     if not isinstance(values, dict):
         raise ValueError("it has no names")
     base, known = values.get("base"), {item.name for kind in (Description, Base) for item in fields(kind)}
@@ -159,12 +166,12 @@ def described(content: str) -> Description:
 
 
 class NewerError(ValueError):
-    """A newer version of the pack wrote what this one does not know."""
+    """A file has an entry that this version of the pack does not know."""
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Values by name. Raises ValueError where a name stands there twice."""
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary of the pairs. Raises ValueError if a name occurs twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError("a name stands there twice")
+        raise ValueError("a name occurs twice")
     return values

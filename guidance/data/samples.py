@@ -1,4 +1,4 @@
-"""Labelled samples, and the noised states that training reads."""
+"""Labelled samples and their noised states, in memory or on disk."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,20 +15,20 @@ from .description import Description
 
 @dataclass(frozen=True)
 class Sample:
-    """What is kept of one sample."""
+    """One sample as it is stored: R scores, and D at K noise levels."""
 
     clean: Tensor
-    """(C,...) in the model's space."""
+    """The clean latent (C,...) in model space."""
     scores: Tensor
-    """(R,) raw, one for each reward."""
+    """Raw scores (R,), one per reward."""
     sigma: Tensor
-    """(K,)"""
+    """Noise levels (K,)."""
     denoised: Tensor
-    """(K,C,...)"""
+    """The model's D (K,C,...) of the noised states."""
 
 
 def noise(shape: Sequence[int], seed: int, level: int) -> Tensor:
-    """The noise of one noised state of a sample."""
+    """The noise of one noised state of a sample, drawn from the sample's seed and the index of the state."""
     return torch.randn(tuple(shape), generator=generator(seed, level))
 
 
@@ -40,9 +40,10 @@ def states(
     process: Process,
     denoise: Callable[[Tensor, Tensor], Tensor],
 ) -> list[Sample]:
-    """Clean latents (N,C,...) with scores (N,R), noised to levels σ (N,K), and the model's D: denoise(x (N,C,...), σ (N,)) -> (N,C,...).
+    """Samples of clean latents (N,C,...) with scores (N,R), noised to levels σ (N,K).
 
-    They are noised as they will be again in training: from the half precision that they are stored in.
+    denoise: x (N,C,...), σ (N,) -> the model's D (N,C,...). Latents are rounded to half precision first, so that training
+    draws the same noised states from the stored latents.
     """
     clean = half(clean.cpu()).float()
     denoised = []
@@ -53,26 +54,27 @@ def states(
 
 
 def percents(seed: int, levels: int) -> Tensor:
-    """Where in the sampling (K,), 0 noise and 1 clean, the noised states of a sample lie: one in each of K equal parts."""
+    """Sampling percents (K,) of the noised states of a sample, 0 noise and 1 clean: one in each of K equal intervals."""
     return (torch.arange(levels) + torch.rand(levels, generator=generator(seed, -1))) / max(levels, 1)
 
 
 def half(tensor: Tensor) -> Tensor:
-    """In half precision; what lies beyond its range is brought to its end."""
+    """A copy in half precision, clamped to its range."""
     most = torch.finfo(torch.float16).max
     return tensor.clamp(-most, most).half().contiguous()
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows (N,...) that lie in several tensors, as of files, and are read when they are asked for."""
+    """Rows (N,...) of several tensors, such as those of files. An index reads them."""
 
     parts: tuple[Tensor | Stored, ...]
     places: Tensor
-    """(N,2) the part that a row lies in, and where in it."""
+    """(N,2) the part that contains a row, and the row's index in it."""
 
     @staticmethod
     def of(parts: Sequence[Tensor | Stored]) -> "Rows":
+        """All rows of all parts."""
         return Rows(tuple(parts), torch.tensor([(i, row) for i, part in enumerate(parts) for row in range(len(part))]))
 
     @property
@@ -83,7 +85,10 @@ class Rows:
         return len(self.places)
 
     def __getitem__(self, index) -> Tensor:
-        """The rows (B,), or what stands at further places (B,) in each, as of one tensor."""
+        """The rows (B,), or their parts at further indices (B,), as indexing one tensor would give.
+
+        Raises GuidanceError if numbers are not finite.
+        """
         rows, *within = index if isinstance(index, tuple) else (index,)
         places = list(zip(*(indices.tolist() for indices in (*self.places[rows].unbind(-1), *within)), strict=True))
         read = [self.parts[part][tuple(place)] for part, *place in places]
@@ -94,20 +99,21 @@ class Rows:
         return found
 
     def chosen(self, rows: Tensor) -> "Rows":
+        """A selection of the rows, not read yet."""
         return replace(self, places=self.places[rows])
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of all prompts, of several lengths."""
+    """The conditioning of all prompts, with different numbers of tokens."""
 
     tokens: Sequence[Tensor]
-    """(T_i,E) of each."""
+    """Tokens (T_i,E) of each prompt."""
     pooled: Tensor
-    """(N,P)"""
+    """Pooled vectors (N,P)."""
 
     def __getitem__(self, rows: Tensor) -> Text:
-        """Those of some, as long as the longest of them, zero where there is none."""
+        """The conditioning of some prompts, padded with zeros to the longest. Raises GuidanceError if it is not finite."""
         tokens = torch.nn.utils.rnn.pad_sequence([self.tokens[row] for row in rows], batch_first=True)
         if not is_finite(tokens):
             raise not_finite(self.tokens)
@@ -116,29 +122,29 @@ class Texts:
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of a collection that could be scored; latents in half precision and still on disk."""
+    """The scored samples of a collection. Latents are in half precision, and still on disk."""
 
     description: Description
     numbers: Tensor
-    """(N,) as the collection counts."""
+    """Numbers (N,) of the samples in their collection."""
     text: Texts
-    """Of every prompt."""
+    """The conditioning of every prompt."""
     clean: Rows
     scores: Tensor
-    """(N,R)"""
+    """Raw scores (N,R)."""
     sigma: Tensor
-    """(N,K)"""
+    """Noise levels (N,K)."""
     denoised: Rows
-    """(N,K,C,...)"""
+    """The model's D (N,K,C,...)."""
     unscored: int = 0
-    """How many were left out."""
+    """Number of samples without scores, which are left out."""
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     @property
     def prompts(self) -> Tensor:
-        """(N,) the prompt of each."""
+        """The prompt index (N,) of each sample."""
         return self.numbers % len(self.description.prompts)
 
     @property
@@ -146,15 +152,16 @@ class Samples:
         return [self.description.seed_of(number) for number in self.numbers.tolist()]
 
     def rewards(self, weights: Sequence[float] = ()) -> Tensor:
-        """(N,) weighted sums of the standardized scores."""
+        """Weighted sums (N,) of the standardized scores."""
         return self.description.combined(self.scores, weights)
 
     def rows(self, chosen: Tensor) -> "Samples":
+        """A selection of the samples."""
         tensors = {name: getattr(self, name)[chosen] for name in ("numbers", "scores", "sigma")}
         return replace(self, clean=self.clean.chosen(chosen), denoised=self.denoised.chosen(chosen), **tensors)
 
     def split(self, share: float) -> tuple[Tensor, Tensor]:
-        """Rows to train on, and rows held out, chosen by their numbers alone."""
+        """Rows to train on, and held-out rows. The choice depends on the samples' numbers alone."""
         held_out = torch.tensor(
             [float(torch.rand(1, generator=generator(int(number)))) < share for number in self.numbers]
         )

@@ -1,4 +1,4 @@
-"""The interface of the estimators: D -> D_q, the posterior mean replaced by the reward-weighted posterior mean."""
+"""The interface of the estimators of D_q, the reward-weighted posterior mean, from the model's D."""
 
 import torch
 from torch import Tensor
@@ -8,15 +8,15 @@ from .tilt import RewardFunction, Settings, Tilt
 
 
 class Estimator:
-    """One estimate of D_q. It holds the state of one sampling run; make a new one for each run.
+    """Estimates D_q during one sampling run, whose state it holds. Make a new one for each run.
 
-    A new estimator is a class with `guide` and a name in ESTIMATORS. `guide` gets the reward's gradient from `self.tilt`.
+    A new estimator is a subclass with `guide`, and an entry in ESTIMATORS. `self.tilt` provides the reward's gradient.
     """
 
     min_scale = 0.01
-    """Where x holds less of the data than this, σ²/a diverges. There the estimator takes a gradient, but does not guide."""
+    """Smallest scale a(σ) at which it guides: σ²/a diverges as a goes to 0. Below, it only takes a gradient."""
     model_calls = 1
-    """Per step."""
+    """Model calls per step."""
     model_gradient = False
     """Whether it backpropagates through the model."""
 
@@ -25,7 +25,7 @@ class Estimator:
         self.tilt = Tilt(process, reward, settings, generator)
 
     def __call__(self, denoise: Denoiser, x: Tensor, sigma: float) -> Tensor:
-        """D_q(x, σ), shape of x. Raises NotFiniteError where the reward's gradient is not finite."""
+        """D_q(x, σ) (B,...) for x (B,...). Raises NotFiniteError if the reward's gradient is not finite."""
         self.tilt.begin_call(x, sigma)
         step = self.unguided if self.process.scale(sigma) < self.min_scale else self.guide
         denoised = step(denoise, x, sigma)
@@ -33,11 +33,11 @@ class Estimator:
         return denoised
 
     def unguided(self, denoise: Denoiser, x: Tensor, sigma: float) -> Tensor:
-        """D(x, σ). Its reward gradient serves the next calls."""
+        """D(x, σ) (B,...). The reward's gradient there is kept for the next calls."""
         denoised = denoise(x)
         self.tilt.refresh(denoised, sigma)
         return denoised
 
     def guide(self, denoise: Denoiser, x: Tensor, sigma: float) -> Tensor:
-        """D_q(x, σ), shape of x."""
+        """D_q(x, σ) (B,...) for x (B,...)."""
         raise NotImplementedError

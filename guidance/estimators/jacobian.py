@@ -1,10 +1,12 @@
+"""The estimator `jacobian`, which backpropagates through the model."""
+
 import torch
 
 from .base import Estimator
 
 
 class Jacobian(Estimator):
-    """D_q = D + (σ²/a)·(∂D/∂x)ᵀ g: the chain rule through the model (DPS, arXiv 2209.14687). Costs a backward pass and its memory."""
+    """D_q = D + (σ²/a)·(∂D/∂x)ᵀ g, by the chain rule (DPS, arXiv 2209.14687). Needs a backward pass of the model."""
 
     model_gradient = True
 

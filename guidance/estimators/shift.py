@@ -1,14 +1,14 @@
-"""D_q = D(x + (σ²/a)·g): the model is called at a shifted point.
+"""The estimators `shift` and `shift_two_pass`: D_q = D(x + (σ²/a)·g), a model call at a shifted point.
 
-p(x0|x)·exp(g·x0) is the posterior at x + (σ²/a)·g, so this is exact for a reward linear in x0, whatever the data.
-No gradient of the model is taken.
+p(x0|x)·exp(g·x0) is the posterior at x + (σ²/a)·g. The formula is therefore exact for a reward linear in x0 and any data.
+The model is not differentiated.
 """
 
 from .base import Estimator
 
 
 class ShiftTwoPass(Estimator):
-    """Two model calls: one to find g where it is due, one at the shifted point."""
+    """Two model calls: one for a new g when it is due, one at the shifted point."""
 
     model_calls = 2
 
@@ -19,9 +19,9 @@ class ShiftTwoPass(Estimator):
 
 
 class Shift(Estimator):
-    """One model call: g comes from the previous call, and the next g is taken at the untilted estimate D_q - s²·g.
+    """One model call. It uses the previous g, and evaluates the next g at the untilted estimate D_q - s²·g.
 
-    Taken at D_q itself the gradient would see its own effect and tilt too little.
+    At D_q itself, the gradient would include the effect of the previous one and guide too little.
     """
 
     def guide(self, denoise, x, sigma):

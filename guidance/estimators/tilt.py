@@ -1,4 +1,4 @@
-"""The reward's gradient during one sampling run: how it is smoothed, averaged, capped, and kept near a target."""
+"""The reward's gradient during one sampling run, with smoothing, momentum, cap and target."""
 
 import math
 from collections.abc import Callable
@@ -17,29 +17,30 @@ RewardFunction = Callable[[Tensor], Tensor]
 DECAY = 3.0
 """Decay rate of a kept shift, per radian of the noise angle."""
 FIRST = 0.3
-"""Share of the first shift that is kept where the first score has reached the target already."""
+"""Share of the first shift that is kept if the first reward has reached the target already."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How strongly and how often to guide. The temperature is in units of the reward's spread."""
+    """How strongly and how often to guide."""
 
     strength: float = 1.0
     """Factor of the gradient."""
     temperature: float = 1.0
+    """β, in units of the standardized reward."""
     smoothing: Smoothing = Smoothing()
     momentum: float = 0.5
     """Share of the previous gradient that is kept, at least 0 and below 1."""
     cap: float = 0.5
-    """Largest RMS of the shift of x, in units of the noise; per sample."""
+    """Largest RMS of the shift of x per sample, in units of the noise."""
     target: float = math.inf
     """Standardized reward that is good enough. From one unit below it, the previous shift gradually replaces the new one and
     decays with the noise."""
     every: int = 1
-    """Model calls from one reward gradient to the next; in between the last one is used again."""
+    """Model calls from one reward gradient to the next. In between, the last gradient is used again."""
     variance: float = 0.2
-    """Per-element variance of the data that is still undecided. Latents have a variance of about 1, but most of a picture
-    follows from a small part of it."""
+    """Per-element variance of the data, for the variance of the posterior. Latents have a variance of about 1, but their
+    elements depend on each other."""
 
     def __post_init__(self):
         if not self.temperature > 0:
@@ -58,11 +59,11 @@ class Settings:
 
 
 class NotFiniteError(GuidanceError):
-    """The reward has no usable gradient here."""
+    """The reward's gradient is not finite."""
 
 
 class Tilt:
-    """The gradient g = ∇_D log h and its state in one sampling run. Make a new one for each run."""
+    """The gradient g = ∇_D log h during one sampling run, whose state it holds. Make a new one for each run."""
 
     def __init__(self, process: Process, reward: RewardFunction, settings: Settings, generator: torch.Generator):
         self.process, self.reward, self.settings, self.generator = process, reward, settings, generator
@@ -70,23 +71,23 @@ class Tilt:
         self.scored_estimate = torch.empty(0)
         """The estimate (B,...) at which the last gradient was taken."""
         self.rewards = self.scores = torch.empty(0)
-        """Its rewards (B,): on the CPU, and on the estimate's device."""
+        """The rewards (B,) of that estimate: on the CPU, and on the estimate's device."""
         self.pending: Tensor | None = None
-        """(B+1,) the rewards of this step and 1 if their gradient is finite; not yet transferred to the CPU."""
+        """The rewards of this step, and 1 if their gradient is finite (B+1,). Not transferred to the CPU yet."""
         self.shift: Tensor | None = None
-        """The last shift of x (B,...) in units of the noise, where there is a target."""
+        """The last shift of x (B,...) in units of the noise, if there is a target."""
         self.shift_angle = math.inf
         """The noise angle of that shift."""
         self.calls = 0
         self.first_angle = self.last_angle = -math.inf
-        """The noise angle of the first call since the state was empty, and of the last call."""
+        """The noise angle of the first call since the last reset, and of the last call."""
         self.used = False
         """Whether the gradient has changed any prediction yet."""
 
     def begin_call(self, x: Tensor, sigma: float) -> None:
-        """Reset the state where x is another sample than at the last call: of another shape, or at full noise again.
+        """Reset the state if x (B,...) is another sample than at the last call: of another shape, or at full noise again.
 
-        Samplers that make a video block by block call the model like this, and samplers that change the resolution.
+        Samplers that generate a video in blocks, or change the resolution, call the model this way.
         """
         angle = self.process.angle(sigma)
         restarts = angle >= self.first_angle and angle > self.last_angle
@@ -100,7 +101,10 @@ class Tilt:
         self.check_pending()
 
     def check_pending(self) -> None:
-        """Transfer the rewards to the CPU, which is the only synchronisation of a step with a GPU. Raises NotFiniteError."""
+        """Transfer the rewards to the CPU, the only synchronisation of a step with a GPU.
+
+        Raises NotFiniteError if the rewards or their gradient are not finite.
+        """
         if self.pending is None:
             return
         pending, self.pending = self.pending.cpu(), None
@@ -111,7 +115,7 @@ class Tilt:
             )
 
     def take(self, rows: Tensor) -> None:
-        """Keep the state of these rows (B,) of the batch, after the batch was resampled."""
+        """Keep the state of these batch rows (B,) after resampling."""
         if self.gradient is not None:
             self.gradient, self.scores = (
                 self.gradient[rows.to(self.gradient.device)],
@@ -122,11 +126,11 @@ class Tilt:
 
     @property
     def due(self) -> bool:
-        """Whether it is time for a new gradient."""
+        """Whether the next call needs a new gradient."""
         return self.gradient is None or self.calls % self.settings.every == 0
 
     def refresh(self, denoised: Tensor, sigma: float) -> None:
-        """Take a new gradient at the untilted D where it is due: g = ∇_D log mean_k exp(r(D + radius·s·ξ_k)/β)."""
+        """If due, take a new gradient at the untilted D (B,...): g = ∇_D log mean_k exp(r(D + radius·s·ξ_k)/β)."""
         if self.due:
             std = self.process.posterior_variance(sigma, self.settings.variance) ** 0.5
             offsets = self.settings.smoothing.offsets(denoised, std, self.generator)
@@ -137,7 +141,10 @@ class Tilt:
             self.gradient = fresh if self.gradient is None else torch.lerp(fresh, self.gradient, self.settings.momentum)
 
     def capped(self, sigma: float) -> Tensor:
-        """strength·g (B,...), so that the RMS of the shift of x is at most `cap` times the noise's; near the target, the kept one."""
+        """strength·g (B,...), limited so that the RMS of the shift of x is at most `cap` times the noise.
+
+        Near the target, the kept shift replaces it.
+        """
         assert self.gradient is not None
         self.used = True
         unit = self.process.noise_std(sigma) / self.process.shift_gain(sigma)
@@ -149,10 +156,10 @@ class Tilt:
         )
 
     def kept(self, shift: Tensor, angle: float) -> Tensor:
-        """A new shift (B,...) in units of the noise, replaced by the previous one as far as the last score has reached the target.
+        """A mixture (B,...) of the new shift and the previous one, in units of the noise. At the target it is the previous one.
 
-        At a picture with a good score the gradient says nothing new, but it is as long as the cap allows. The previous shift
-        decays with the noise, whatever the number of model calls.
+        At a high reward the gradient has no useful direction, but the cap still allows its full length. The decay of the
+        previous shift depends on the noise angle, not on the number of model calls.
         """
         missing = column((self.settings.target - self.scores).clamp(0, 1).to(shift), shift)
         passed = max(0.0, self.shift_angle - angle)
@@ -164,7 +171,7 @@ class Tilt:
 def tilt_gradient(
     reward: RewardFunction, denoised: Tensor, offsets: list[Tensor], temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """∇_D log mean_k exp(r(D + offset_k)/β) (B,...) and its value times β (B,). As in LGD-MC (Song et al., ICML 2023)."""
+    """∇_D log mean_k exp(r(D + offset_k)/β) (B,...), and β times the logarithm (B,). LGD-MC (Song et al., ICML 2023)."""
     scores, gradients = zip(*[reward_gradient(reward, denoised + offset) for offset in offsets], strict=True)
     logits = torch.stack(scores) / temperature
     weights = logits.softmax(0)
@@ -174,7 +181,7 @@ def tilt_gradient(
 
 
 def reward_gradient(reward: RewardFunction, point: Tensor) -> tuple[Tensor, Tensor]:
-    """r (B,) and ∇r, shape of point. Raises GuidanceError where there is no gradient."""
+    """r (B,) and ∇r (B,...) at a point (B,...). Raises GuidanceError if the reward has no gradient."""
     point = point.detach().requires_grad_()
     with torch.enable_grad():
         scores = reward(point)

@@ -1,4 +1,4 @@
-"""What a network file says of itself: the model it belongs to, and how it was trained."""
+"""The metadata of a network file: the model it belongs to, and how it was trained."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,26 +10,28 @@ from .forms import FORMS
 
 @dataclass(frozen=True)
 class Base:
-    """The diffusion model that samples, and so a network, belong to."""
+    """The kind of diffusion model that samples and networks belong to."""
 
     model: str
-    """Its family by ComfyUI's name, as "SD3"."""
+    """The model family by ComfyUI's name, such as "SD3"."""
     latents: str
-    """The latent format, as "SD3"."""
+    """The latent format, such as "SD3"."""
     channels: int
+    """Channels of a latent."""
     process: str
-    """Its name, as "Diffusion" or "Flow"."""
+    """The name of the noising process, such as "Diffusion" or "Flow"."""
     target: str = "data"
-    """What is tilted: "data", or the "noise" that a one-step generator begins with."""
+    """The distribution that is tilted: "data", or the "noise" that a one-step generator starts from."""
 
     def require(self, other: "Base", what: str) -> None:
-        """Raise GuidanceError where something made for `self` meets a model of another family, or one that was patched into another kind.
+        """Raise GuidanceError if something made for `self` does not fit `other`.
 
-        Finetunes of a family are not told apart.
+        what: names it in the message. Finetunes of a family are not distinguished.
         """
         if self.model != other.model:
             raise GuidanceError(
-                f"This {what} was made for {short(self.model)}, but the model is {other.model}: use one that was made for it."
+                f"This {what} was made for {short(self.model)}, but the model is {other.model}: "
+                "use one that was made for it."
             )
         for item, name in (
             ("latents", "latents"),
@@ -46,50 +48,51 @@ class Base:
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of a trained network."""
+    """How a network was trained."""
 
     base: Base
     form: str
     objective: str
     temperature: float
-    """In standard deviations of the reward within a prompt."""
+    """β in standard deviations of the reward within a prompt."""
     rewards: tuple[str, ...]
     reward_weights: tuple[float, ...]
     reward_mean: float
     reward_std: float
+    """Standard deviation of the reward within a prompt."""
     prompts: str
     """Digest of the prompts."""
     samples: int
     steps: int
     effective: float
-    """Effective sample size of the labels, as a share."""
+    """Effective sample size of the labels, as a share of the samples."""
     curve: tuple[tuple[int, float], ...]
-    """The last values of the loss on held-out samples, by step."""
+    """Step and held-out loss of the last evaluations."""
     best: tuple[int, float] | None = None
-    """Step and loss of the network that was kept, the best; nothing where no samples were held out."""
+    """Step and held-out loss of the network that was kept. None if no samples were held out."""
     shape: tuple[int, ...] = ()
-    """Of the latents it was trained on (C,H,W) or (C,T,H,W), to which the noising process belongs; empty in files that do not say."""
+    """Shape (C,H,W) or (C,T,H,W) of the latents it was trained on, on which the noising process may depend. Empty if unknown."""
 
     def describe(self) -> str:
-        """What it was trained for, on what, and how that ended, in lines."""
+        """A summary for people, several lines."""
         rewards = " + ".join(
             f"{weight:g} {name}" for name, weight in zip(self.rewards, self.reward_weights, strict=True)
         )
         lines = [
             f"{self.form} network for {self.base.model}: {rewards} at temperature {self.temperature:g}",
             f"{self.samples} samples, of which {self.effective:.1%} count; digest of the prompts {self.prompts}",
-            f"reward {self.reward_mean:+.3f}, with a spread of {self.reward_std:.3f} within a prompt",
+            f"mean reward {self.reward_mean:+.3f}, with a standard deviation of {self.reward_std:.3f} within a prompt",
             f"{self.steps} steps of training by the objective {self.objective}",
         ]
         if self.best is not None:
             step, loss = self.best
-            ended = f"; at the end it was {self.curve[-1][1]:.4f}" if step < self.steps else ""
-            lines.append(f"best at step {step}, with a loss of {loss:.4f} on samples it was not trained on{ended}")
+            last = f"; the last was {self.curve[-1][1]:.4f}" if step < self.steps else ""
+            lines.append(f"best at step {step}, with a held-out loss of {loss:.4f}{last}")
         return "\n".join(lines)
 
 
 def card_from(content: Any) -> Card:
-    """What this version knows of a card: a newer one may say more."""
+    """The card in JSON content. Entries of newer versions are ignored. Raises ValueError if it is damaged."""
     known = {item.name for item in fields(Card)}
     card = record(Card, {name: value for name, value in dict(content).items() if name in known})
     if card.form not in FORMS or len(card.rewards) != len(card.reward_weights):

@@ -1,4 +1,4 @@
-"""Guidance networks as files: one safetensors each, with the card in its metadata."""
+"""Guidance network files: safetensors, with the architecture and the card as JSON in the metadata."""
 
 import json
 from dataclasses import asdict
@@ -19,9 +19,9 @@ VERSION = 1
 
 
 def save_network(
-    path: Path, network: GuidanceNetwork, card: Card, advice: str = "Mend that and save again.", new: bool = False
+    path: Path, network: GuidanceNetwork, card: Card, advice: str = "Correct that and save again.", new: bool = False
 ) -> None:
-    """Whole or not at all. Raises GuidanceError where the disk does not take it, and FileExistsError as `write` does."""
+    """Write a network file atomically. Raises GuidanceError with `advice` if that fails, and FileExistsError as `write` does."""
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -33,40 +33,41 @@ def save_network(
 
 
 def load_network(path: Path) -> tuple[GuidanceNetwork, Card]:
-    """Raises GuidanceError, in a sentence, for whatever is not a guidance network or a damaged one.
+    """Read a network file, in single precision and frozen. Raises GuidanceError if it is damaged or no guidance network.
 
-    Of a damaged one no more is read than its header, and nothing is made that it does not hold.
+    The header is checked before any weights are read or allocated.
     """
     try:
         shapes, metadata = read_header(path)
     except Exception as error:
         pass_out_of_memory(error, f"{path.name} was read")
-        raise GuidanceError(f"{path.name} is not a safetensors file, or only half of one; copy it again.") from error
+        raise GuidanceError(f"{path.name} is not a safetensors file, or an incomplete one: copy it again.") from error
     if metadata.get("format") != FORMAT:
-        raise GuidanceError(f"{path.name} is not a guidance network; Save Guidance Network writes those.")
+        raise GuidanceError(f"{path.name} is not a guidance network. Save Guidance Network writes those.")
     if metadata.get("version") != str(VERSION):
         raise GuidanceError(
-            f"{path.name} has version {short(metadata.get('version'))} of the format; this pack reads {VERSION}. Update the pack."
+            f"{path.name} has version {short(metadata.get('version'))} of the format, but this pack reads version {VERSION}: "
+            "update the pack."
         )
     try:
-        network = GuidanceNetwork.described(record(Architecture, json.loads(metadata["architecture"])))
+        network = GuidanceNetwork.without_weights(record(Architecture, json.loads(metadata["architecture"])))
         card = card_from(json.loads(metadata["card"]))
         _require_fitting(network, card, shapes)
         network.load_state_dict({name: tensor.float() for name, tensor in read_tensors(path).items()}, assign=True)
     except Exception as error:
         pass_out_of_memory(error, f"{path.name} was read")
         raise GuidanceError(
-            f"{path.name} is a guidance network, but a damaged one ({short(error)}); copy it again."
+            f"{path.name} is a guidance network, but it is damaged ({short(error)}): copy it again."
         ) from error
     if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
         raise GuidanceError(
-            f"{path.name} holds weights that are not finite numbers: copy it again, and if that is no help, train it anew."
+            f"{path.name} holds weights that are not finite numbers: copy it again, and if that does not help, train it again."
         )
     return network.eval().requires_grad_(False), card
 
 
 def _require_fitting(network: GuidanceNetwork, card: Card, shapes: Shapes) -> None:
-    """Raise ValueError where a file does not hold the network that it describes."""
+    """Raise ValueError if the tensors of a file do not fit the network that it describes."""
     a = network.architecture
     if (a.inputs, a.scalar) != (FORMS[card.form].inputs, card.form == "potential"):
         raise ValueError("its card and its network contradict each other")

@@ -1,4 +1,4 @@
-"""How the output of a guidance network becomes D_q."""
+"""The forms of guidance: how the output of a guidance network becomes D_q."""
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +8,12 @@ from .unet import Text
 
 
 class Form:
-    """How a network's output becomes D_q. `sigma` is (B,), everything else (B,...)."""
+    """How a network's output becomes D_q. `sigma` is (B,), all other tensors are (B,...)."""
 
     inputs = 2
-    """Latents the network looks at."""
+    """Number of input latents of the network."""
     moves = False
-    """Whether the model is asked elsewhere than at x."""
+    """Whether the model is called at another point than x."""
 
     def __call__(
         self,
@@ -30,7 +30,7 @@ class Form:
 
 
 class CorrectionForm(Form):
-    """D_q = D + s·G(x, D), s the posterior's standard deviation for data of unit variance."""
+    """D_q = D + s·G(x, D), with s the posterior's standard deviation for data of unit variance."""
 
     def __call__(self, network, process, denoise, x, sigma, text, strength=1.0):
         level = column(sigma, x)
@@ -40,7 +40,7 @@ class CorrectionForm(Form):
 
 
 class NoiseCorrectionForm(Form):
-    """D_q = D + s·G(x), for data that is Gaussian noise: D says nothing that x does not."""
+    """D_q = D + s·G(x), for data that is Gaussian noise. D is then proportional to x and is no separate input."""
 
     inputs = 1
 
@@ -51,7 +51,7 @@ class NoiseCorrectionForm(Form):
 
 
 class ShiftForm(Form):
-    """D_q = D(x + noise·G(x)): the model gives the answer, at a point that the network chooses, and so stays on its manifold."""
+    """D_q = D(x + noise·G(x)): the network chooses the point, and the model predicts, so that D_q stays on its manifold."""
 
     inputs = 1
     moves = True
@@ -78,7 +78,7 @@ class PotentialForm(Form):
 
 
 class OneStepForm(Form):
-    """D + G(x) at nothing but noise, whose D is called x itself: it is moved in one step, as far as it is to go (arXiv 2508.09968)."""
+    """D_q = D + G(x) at pure noise, where `denoise` is the identity: the network moves noise in one step (arXiv 2508.09968)."""
 
     inputs = 1
 

@@ -1,4 +1,4 @@
-"""The guidance network: a U-Net over latents. It learns the step from D to D_q, and never differentiates a reward or a model."""
+"""The guidance network: a U-Net over latents, which learns the difference between D and D_q."""
 
 import math
 from collections.abc import Sequence
@@ -13,17 +13,21 @@ from ..errors import GuidanceError, short
 
 @dataclass(frozen=True)
 class Text:
-    """What a diffusion model is told: tokens (B,T,E), all zero where there is none, and a pooled vector (B,P); T, E and P may be 0."""
+    """The text conditioning of a diffusion model: tokens (B,T,E), zero where padded, and a pooled vector (B,P).
+
+    T, E and P may be 0.
+    """
 
     tokens: Tensor
     pooled: Tensor
 
     @staticmethod
     def none(batch: int) -> "Text":
+        """No conditioning, for B batch rows."""
         return Text(torch.zeros(batch, 0, 0), torch.zeros(batch, 0))
 
     def to(self, device: torch.device) -> "Text":
-        """On a device, in single precision."""
+        """A copy on a device, in single precision."""
         return Text(self.tokens.to(device, torch.float32), self.pooled.to(device, torch.float32))
 
     def __getitem__(self, rows) -> "Text":
@@ -32,38 +36,37 @@ class Text:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a network; all that is needed to build it again."""
+    """The sizes of a network, from which it can be rebuilt."""
 
     channels: int
-    """Of a latent."""
+    """Channels of a latent."""
     inputs: int = 2
-    """Latents it looks at: the noisy one, and with 2 the denoised estimate too."""
+    """Number of input latents: 1 for the noisy latent, 2 for the noisy latent and D."""
     tokens: int = 0
-    """Channels of a text token."""
+    """Channels of a text token, E."""
     pooled: int = 0
-    """Channels of the pooled text."""
+    """Channels of the pooled text, P."""
     width: int = 48
     levels: int = 3
-    """Resolutions, each half of the one before and twice as wide."""
+    """Number of resolutions. Each halves the resolution of the previous one and doubles its width."""
     blocks: int = 2
-    """Residual blocks at each."""
+    """Residual blocks per resolution."""
     kernel: int = 3
     scalar: bool = False
-    """One number per sample, read off the lowest resolution; what would be a latent is a guess of the model's answer, to learn to see from."""
+    """Output one number per sample. The latent head then predicts the model's D, as an auxiliary task."""
 
     def __post_init__(self):
         for name, (least, most) in SIZES.items():
             if not least <= getattr(self, name) <= most:
-                raise GuidanceError(
-                    f"A guidance network has {name} of {least} to {most}, not {short(getattr(self, name))}."
-                )
+                given = short(getattr(self, name))
+                raise GuidanceError(f"A guidance network has {name} from {least} to {most}, not {given}.")
         if self.width % GROUPS:
-            raise GuidanceError(f"A guidance network has a width that is a multiple of {GROUPS}, not {self.width}.")
+            raise GuidanceError(f"The width of a guidance network must be a multiple of {GROUPS}, not {self.width}.")
         if self.kernel % 2 == 0:
-            raise GuidanceError(f"A guidance network has an odd kernel, not {self.kernel}.")
+            raise GuidanceError(f"The kernel of a guidance network must be odd, not {self.kernel}.")
 
     def fitted(self, shape: Sequence[int]) -> "Architecture":
-        """Without levels and kernels that latents (C,H,W) of this shape are too small for."""
+        """Fewer levels and a smaller kernel if latents of this shape (C,H,W) or (C,T,H,W) are too small for these."""
         side = min(shape[-2:])
         return replace(
             self, levels=min(self.levels, 1 + int(math.log2(max(side // 2, 1)))), kernel=self.kernel if side > 1 else 1
@@ -71,21 +74,31 @@ class Architecture:
 
 
 GROUPS = 8
-"""Of normalised channels."""
+"""Groups of channels in a normalisation."""
 SIZES = {
-    "channels": (1, 1024), "inputs": (1, 2), "tokens": (0, 2**16), "pooled": (0, 2**16), "width": (1, 1024), "levels": (1, 8), "blocks": (1, 16),
+    "channels": (1, 1024),
+    "inputs": (1, 2),
+    "tokens": (0, 2**16),
+    "pooled": (0, 2**16),
+    "width": (1, 1024),
+    "levels": (1, 8),
+    "blocks": (1, 16),
     "kernel": (1, 7),
-}  # fmt: skip
-"""Least and most of each size of an architecture. The most is several times what any model or training has (latents of 128 channels, texts of
-12,288, a width of 64 at 3 levels of 2 blocks); a network of these sizes is described within a second, and a damaged file can ask for no more."""
+}
+"""Minimum and maximum of each size of an architecture.
+
+The maxima are several times those in use: latents of 128 channels, texts of 12,288, a width of 64 at 3 levels of 2 blocks.
+They limit the time and memory that a damaged file can cost.
+"""
 HEAD = 32
 """Channels of an attention head."""
 
 
 class GuidanceNetwork(nn.Module):
-    """A U-Net over latents, modulated by noise level and pooled text, with attention over places and words at the lowest resolution.
+    """A U-Net over latents. The noise level and the pooled text modulate it; at the lowest resolution it attends to text tokens.
 
-    It begins as exactly "no guidance": the last layer is zero. Any height, width and number of frames; frames meet in the attention.
+    Its output is zero before training, because the last layer is zero. Height, width and number of frames are free. Frames
+    exchange information in the attention alone.
     """
 
     def __init__(self, architecture: Architecture):
@@ -106,8 +119,8 @@ class GuidanceNetwork(nn.Module):
             nn.init.zeros_(parameter)
 
     @staticmethod
-    def described(architecture: Architecture) -> "GuidanceNetwork":
-        """One whose weights have shapes and no values: it takes no memory, until `load_state_dict(..., assign=True)` gives it weights."""
+    def without_weights(architecture: Architecture) -> "GuidanceNetwork":
+        """A network on the meta device, for `load_state_dict(..., assign=True)`."""
         with torch.device("meta"):
             network = GuidanceNetwork(architecture)
         network.embed.frequencies = frequencies(architecture.width)
@@ -115,13 +128,13 @@ class GuidanceNetwork(nn.Module):
 
     @property
     def last(self) -> nn.Module:
-        """The layer that makes what guides."""
+        """The output layer."""
         return self.head if self.value is None else self.value.last
 
-    def forward(self, inputs: Sequence[Tensor], angle: Tensor, text: Text, answers: bool = False):
-        """Latents (B,C,H,W) or (B,C,T,H,W), unit scale; atan(noise/signal) (B,) -> the shape of a latent, or (B,) of a scalar network.
+    def forward(self, inputs: Sequence[Tensor], angle: Tensor, text: Text, with_denoised: bool = False):
+        """Latents (B,C,H,W) or (B,C,T,H,W) of unit scale and noise angles (B,) -> a latent, or (B,) for a scalar network.
 
-        answers: of a scalar network, both.
+        with_denoised: a scalar network returns a pair, its value and the predicted D.
         """
         shape, frames = inputs[0].shape, 1 if inputs[0].ndim == 4 else inputs[0].shape[2]
         x = torch.cat([part.movedim(1, -3).flatten(0, -4) for part in inputs], 1)
@@ -133,7 +146,7 @@ class GuidanceNetwork(nn.Module):
             skips.append(x)
         x = self.middle(x, frames, text.tokens)
         value = None if self.value is None else self.value(x, embedding, frames)
-        if value is not None and not answers:
+        if value is not None and not with_denoised:
             return value
         for stage, skip in zip(reversed(self.up), reversed(skips), strict=True):
             x = stage(torch.cat([skip, resized(x, skip)], 1), embedding)
@@ -150,12 +163,12 @@ def resized(x: Tensor, like: Tensor) -> Tensor:
 
 
 def frequencies(width: int) -> Tensor:
-    """At which a noise level is shown, (width/2,); no part of a file."""
+    """Frequencies (width/2,) of the sinusoidal embedding of the noise angle. They are not stored in files."""
     return torch.logspace(0, 1.5, width // 2)
 
 
 class Embedding(nn.Module):
-    """Noise level and pooled text -> (B,outputs)."""
+    """Noise angle (B,) and pooled text (B,P) -> embedding (B,outputs)."""
 
     def __init__(self, width: int, pooled: int, outputs: int):
         super().__init__()
@@ -173,7 +186,7 @@ class Embedding(nn.Module):
 
 
 class Standardized(nn.Module):
-    """Vectors (B,P) less their mean, in units of their spread: most of a text's vector is common to all texts and says nothing."""
+    """Vectors (B,P), standardized by a mean vector and one spread: most of a text's vector is common to all texts."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -183,7 +196,7 @@ class Standardized(nn.Module):
         self.register_buffer("spread", torch.ones(()))
 
     def fit(self, vectors: Tensor) -> None:
-        """Take mean and spread from vectors (N,P); where they are all alike, their size is the spread."""
+        """Set mean and spread from vectors (N,P). If they are all equal, the spread is their RMS."""
         if not vectors.shape[1]:
             return
         self.mean.copy_(vectors.mean(0))
@@ -195,7 +208,7 @@ class Standardized(nn.Module):
 
 
 class Value(nn.Module):
-    """Maps (B·frames,C,H,W) and their embedding -> a number for each sample (B,)."""
+    """The scalar head: feature maps (B·frames,C,H,W) and their embedding -> one number per sample (B,)."""
 
     def __init__(self, width: int, embedding: int):
         super().__init__()
@@ -208,6 +221,8 @@ class Value(nn.Module):
 
 
 class Stage(nn.Module):
+    """The residual blocks of one resolution."""
+
     def __init__(self, a: Architecture, embedding: int, inputs: int, width: int):
         super().__init__()
         self.blocks = nn.ModuleList(
@@ -221,7 +236,7 @@ class Stage(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block whose second normalisation is scaled and shifted by the embedding."""
+    """A residual block. The embedding scales and shifts its second normalisation."""
 
     def __init__(self, inputs: int, width: int, embedding: int, kernel: int):
         super().__init__()
@@ -238,7 +253,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """A transformer layer over all places of all frames, which also reads the words."""
+    """A transformer layer: self-attention over all positions of all frames, and attention to the text tokens."""
 
     def __init__(self, width: int, tokens: int):
         super().__init__()

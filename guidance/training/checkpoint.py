@@ -1,4 +1,4 @@
-"""Files that interrupted trainings continue from."""
+"""Checkpoint files, from which interrupted trainings continue."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -12,11 +12,11 @@ from ..disk import held
 
 CHECKPOINTS = "training-*.checkpoint"
 KEPT = 3
-"""Checkpoints in a folder: of the trainings that were interrupted last."""
+"""Checkpoints kept in a folder: those of the most recently interrupted trainings."""
 
 
 def same_structure(found: Any, expected: Any) -> bool:
-    """Whether tensors by names have the same names, shapes and types, and are finite numbers."""
+    """Whether nested dictionaries of tensors have the same names, shapes and types, and `found` is finite."""
     if not isinstance(expected, Tensor):
         same = isinstance(found, dict) and found.keys() == expected.keys()
         return same and all(same_structure(found[name], value) for name, value in expected.items())
@@ -26,16 +26,16 @@ def same_structure(found: Any, expected: Any) -> bool:
 
 
 def drop_oldest(path: Path) -> None:
-    """Keep this checkpoint and the newest others beside it, and those that trainings use at this moment."""
-    others = sorted((other for other in path.parent.glob(CHECKPOINTS) if other != path), key=written, reverse=True)
+    """Delete old checkpoints beside this one: all but the KEPT newest, and those in use by other trainings."""
+    others = sorted((other for other in path.parent.glob(CHECKPOINTS) if other != path), key=modified, reverse=True)
     for other in [*others[KEPT - 1 :], *path.parent.glob(f"{CHECKPOINTS}.partial")]:
         with suppress(OSError), held(other) as unused:
             if unused:
                 rmtree(other) if other.is_dir() else other.unlink()
 
 
-def written(path: Path) -> float:
-    """When, in seconds; long ago where it is not there any more."""
+def modified(path: Path) -> float:
+    """Modification time in seconds, 0 if the file does not exist any more."""
     try:
         return path.stat().st_mtime
     except OSError:

@@ -1,4 +1,4 @@
-"""Rewards -> weights exp(r/β), and how many samples count at that temperature."""
+"""Labels of samples: rewards -> weights exp(r/β), and the effective sample size at that temperature."""
 
 from dataclasses import dataclass
 
@@ -8,46 +8,50 @@ from torch import Tensor
 from ..errors import GuidanceError
 
 LOW_SHARE = 0.1
-"""Effective share of the samples below which most of what they cost is wasted."""
+"""Warn if the effective share of the samples is smaller: most of the cost of collecting them is then wasted."""
 FEW = 100
-"""Effective samples whose averages are uncertain by a tenth: fewer teach a network their accidents."""
+"""Warn if the effective sample size is smaller: averages then have a relative error above a tenth."""
 
 
 @dataclass(frozen=True)
 class Health:
-    """What can be said of labels before anything is learned from them."""
+    """Statistics of labels, known before training."""
 
     count: int
     prompts: int
     mean: float
     std: float
-    """Of the reward within a prompt: the unit of the temperature."""
+    """Standard deviation of the reward within a prompt, the unit of the temperature."""
     effective: float
-    """Effective sample size (Σw)²/Σw² over the number of samples."""
+    """Effective share of the samples: (Σw)²/Σw² divided by their number."""
 
     @property
-    def worth(self) -> float:
-        """Effective sample size as a number: so many samples of equal weight say as much. It grows with the count; the share does not."""
+    def effective_size(self) -> float:
+        """Effective sample size (Σw)²/Σw²: as many samples of equal weight have the same information."""
         return self.effective * self.count
 
     def warnings(self) -> list[str]:
+        """Sentences for people about labels that are little to learn from."""
         found = []
         if self.effective < LOW_SHARE:
             found.append(
-                f"Only {self.effective:.1%} of {self.count} samples count at this temperature: raise it to use more of them."
+                f"Only {self.effective:.1%} of {self.count} samples count at this temperature: "
+                "raise it to use more of them."
             )
-        if self.worth < FEW:
+        if self.effective_size < FEW:
             found.append(
-                f"Together the samples count as {self.worth:.0f}, which is little to learn from: collect more, or raise the temperature."
+                f"Together the samples count as {self.effective_size:.0f}, which is little to learn from: "
+                "collect more, or raise the temperature."
             )
         return found
 
 
 def label(rewards: Tensor, prompts: Tensor, temperature: float) -> tuple[Tensor, Health]:
-    """Rewards (N,) and the prompt (N,) each belongs to -> weights (N,) of mean 1, w ∝ exp(r/(β·std)) / E[exp(r/(β·std)) | prompt].
+    """Rewards (N,) and prompt indices (N,) -> weights (N,) of mean 1, w ∝ exp(r/(β·std)) / E[exp(r/(β·std)) | prompt].
 
-    Dividing by a prompt's mean weight changes no minimiser and lets every prompt count alike; of prompts of which little is known it is
-    shrunk towards that of all (empirical Bayes). std is the spread within a prompt. Raises GuidanceError where there is nothing to learn.
+    std is the standard deviation within a prompt. Dividing by a prompt's mean weight changes no minimiser, and gives all
+    prompts the same total weight. The mean weights of prompts with few samples are shrunk towards the mean of all prompts
+    (empirical Bayes). Raises GuidanceError if the rewards are not finite or all equal.
     """
     if not temperature > 0:
         raise GuidanceError(
@@ -69,7 +73,7 @@ def label(rewards: Tensor, prompts: Tensor, temperature: float) -> tuple[Tensor,
 
 
 def spread(rewards: Tensor, group: Tensor, count: Tensor) -> Tensor:
-    """Standard deviation within prompts; of one sample per prompt, that of all."""
+    """Standard deviation within prompts (). With one sample per prompt, that of all samples."""
     if len(rewards) == len(count):
         return rewards.std(correction=min(1, len(rewards) - 1))
     mean = torch.zeros_like(count, dtype=rewards.dtype).index_add(0, group, rewards) / count
@@ -77,13 +81,13 @@ def spread(rewards: Tensor, group: Tensor, count: Tensor) -> Tensor:
 
 
 def log_mean_weight(logits: Tensor, group: Tensor, count: Tensor) -> Tensor:
-    """log E[exp(logit)] of each prompt (P,), shrunk to their mean by the share of its variance that is sampling error."""
+    """log E[exp(logit)] of each prompt (P,), shrunk towards their mean by the share of its variance that is sampling error."""
     highest = torch.full((len(count),), -torch.inf, dtype=logits.dtype).scatter_reduce(0, group, logits, "amax")
     total = torch.zeros_like(highest).index_add(0, group, (logits - highest[group]).exp())
     found = highest + (total / count).log()
     if len(logits) == len(count):
         return found.mean().expand_as(found)
-    relative = (logits - found[group]).exp()  # of mean 1 in each prompt
+    relative = (logits - found[group]).exp()  # mean 1 within each prompt
     error = (relative - 1).square().sum() / (len(logits) - len(count)) / count
     between = ((found - found.mean()).square().mean() - error.mean()).clamp_min(0)
     return torch.lerp(found.mean().expand_as(found), found, between / (between + error))

@@ -1,4 +1,4 @@
-"""The training loop: steps, averaging, held-out loss, checkpoints, several processes."""
+"""The training loop: steps, averaging of weights, held-out evaluation, checkpoints, several processes."""
 
 import copy
 import logging
@@ -28,45 +28,49 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
+    """The state of a training after a step."""
+
     step: int
     loss: float
+    """The loss of this step's batch."""
     check: float | None = None
-    """The loss on held-out samples, where this step looked at them."""
+    """The held-out loss. None if this step had no held-out evaluation."""
     best: bool = False
-    """Whether it is the lowest so far."""
+    """Whether the held-out loss is the lowest so far."""
 
 
 @dataclass
 class Training:
-    """A run of a plan. Iterate it to train; stop at any time; `best` is what has been reached.
+    """A run of a plan. Iterate it to train, and stop at any time; `result()` is the best network so far.
 
-    Under torch.distributed every process takes its part of each batch, and the result is that of one process.
+    Under torch.distributed every process computes its rows of each batch. The result equals that of a single process.
     """
 
     source: Source
     task: Task
     architecture: Architecture
     held_out: Source | None = None
+    """Batches of held-out samples, which select the best network."""
     checkpoint: Path | None = None
-    """Written at every look; a run that finds it goes on from there, bit for bit."""
+    """File that every held-out evaluation writes. A training that finds it continues from it, bit for bit."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     pooled: Tensor | None = None
-    """Texts (N,P) that show what texts have in common."""
+    """Pooled texts (N,P), from which the network's standardization is computed."""
     step_context: Callable[[], AbstractContextManager] = nullcontext
-    """What the loss and its way back happen in; between steps there is time for something else."""
-    batches: int = 8
-    """Held-out ones of a look: few leave it to chance which network is the best."""
+    """Context in which the loss and its gradient are computed, entered anew at each step."""
+    held_out_batches: int = 8
+    """Batches per held-out evaluation. With few, the choice of the best network is random."""
     step: int = field(default=0, init=False)
     curve: list[tuple[int, float]] = field(default_factory=list, init=False)
-    """Loss on held-out samples by step; on those it is trained on where none are held out."""
+    """Step and held-out loss of each evaluation; the loss of the training batch if no samples are held out."""
     loss: float = field(default=math.nan, init=False)
-    """On the last batch."""
+    """Loss of the last batch."""
     diverged: bool = field(default=False, init=False)
-    """Whether it had to end early."""
-    used: BinaryIO | None = field(default=None, init=False)
-    """The checkpoint that it has written, while it runs."""
+    """Whether the training ended early because it diverged."""
+    checkpoint_in_use: BinaryIO | None = field(default=None, init=False)
+    """The open checkpoint file, which keeps other trainings from deleting it."""
     unsaved: str = field(default="", init=False)
-    """Why the last checkpoint could not be written; empty where it was."""
+    """Why the last checkpoint could not be written. Empty if it was written."""
 
     def __post_init__(self):
         plan = self.task.plan
@@ -84,6 +88,7 @@ class Training:
             self.restore(state)
 
     def rate(self, step: int) -> float:
+        """Factor of the learning rate: linear warm-up, then cosine decay to 2%."""
         steps = self.task.plan.steps
         return min(1, (step + 1) / min(100, steps)) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
 
@@ -91,7 +96,7 @@ class Training:
         try:
             yield from self.steps()
         finally:
-            self.let_go()
+            self.release_checkpoint()
 
     def steps(self) -> Iterator[Progress]:
         plan = self.task.plan
@@ -100,10 +105,10 @@ class Training:
         )
         while self.step < plan.steps and not self.diverged:
             with self.step_context():
-                batch = self.source.batch(plan.batch, (plan.seed, self.step), own_part(plan.batch))
+                batch = self.source.batch(plan.batch, (plan.seed, self.step), own_rows(plan.batch))
                 loss = OBJECTIVES[plan.objective](network, self.task, batch)
                 loss.backward()
-            if not math.isfinite(nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)):  # of all processes alike
+            if not math.isfinite(nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)):  # equal in all processes
                 self.diverge()
                 return
             self.optimizer.step()
@@ -112,16 +117,13 @@ class Training:
             self.average.update_parameters(self.network)
             self.step += 1
             self.loss = float(loss.detach())
-            yield (
-                self.look()
-                if self.step % plan.check_every == 0 or self.step == plan.steps
-                else Progress(self.step, self.loss)
-            )
+            due = self.step % plan.check_every == 0 or self.step == plan.steps
+            yield self.evaluate() if due else Progress(self.step, self.loss)
 
     @torch.no_grad()
-    def look(self) -> Progress:
-        """Judge the averaged network by samples it has not seen, keep it if it is the best, and write a checkpoint."""
-        check = self.loss if self.held_out is None else self.judge(self.held_out)
+    def evaluate(self) -> Progress:
+        """Evaluate the averaged network on held-out samples, keep it if it is the best, and write a checkpoint."""
+        check = self.loss if self.held_out is None else self.held_out_loss(self.held_out)
         if not math.isfinite(check):
             self.diverge()
             return Progress(self.step, self.loss)
@@ -129,54 +131,53 @@ class Training:
         self.curve.append((self.step, check))
         if best:
             self.best = copy.deepcopy(self.average.module.state_dict())
-        if self.checkpoint is not None and leads():
+        if self.checkpoint is not None and is_main_process():
             self.save(self.checkpoint)
         return Progress(self.step, self.loss, None if self.held_out is None else check, best)
 
     def diverge(self) -> None:
-        """End with the best network so far. Raises GuidanceError where there is none yet."""
+        """End the training with the best network so far. Raises GuidanceError if there is none yet."""
         if not self.curve:
             raise GuidanceError(
                 f"The training diverged at step {self.step + 1}: lower the learning rate, or raise the temperature."
             )
         self.diverged = True
 
-    def judge(self, held_out: Source) -> float:
-        """The averaged network's loss on the same batches at every look."""
-        plan = self.task.plan
-        batches = (held_out.batch(plan.batch, (plan.seed, -1, i)) for i in range(self.batches))
+    def held_out_loss(self, held_out: Source) -> float:
+        """The loss of the averaged network, on the same batches at every evaluation."""
+        plan, count = self.task.plan, self.held_out_batches
+        objective = OBJECTIVES[plan.objective]
+        batches = (held_out.batch(plan.batch, (plan.seed, -1, i)) for i in range(count))
         with self.step_context():
-            return (
-                sum(float(OBJECTIVES[plan.objective](self.average.module, self.task, batch)) for batch in batches)
-                / self.batches
-            )
+            return sum(float(objective(self.average.module, self.task, batch)) for batch in batches) / count
 
     def pause(self) -> None:
-        """Stopped between two looks: look, so that what has been reached since the last one counts."""
+        """Evaluate the network after the training was stopped between two evaluations."""
         if self.step and (not self.curve or self.curve[-1][0] != self.step):
-            self.look()
-            self.let_go()
+            self.evaluate()
+            self.release_checkpoint()
 
     def result(self) -> GuidanceNetwork:
-        """The best network so far."""
+        """The best network so far, frozen."""
         network = copy.deepcopy(self.network)
         network.load_state_dict(self.best)
         return network.eval().requires_grad_(False)
 
     def state(self) -> dict[str, Any]:
+        """The content of a checkpoint."""
         parts = {name: getattr(self, name).state_dict() for name in ("network", "average", "optimizer", "schedule")}
         return parts | {"best": self.best, "step": self.step, "curve": self.curve, "plan": asdict(self.task.plan)}
 
     def save(self, path: Path) -> None:
-        """Whole or not at all; where the disk does not take it, the training goes on without."""
-        self.let_go()
+        """Write a checkpoint atomically. If that fails, the training continues without, and logs a warning once."""
+        self.release_checkpoint()
         try:
             write(
                 path,
                 lambda partial: torch.save(self.state(), partial),
-                "The training goes on without it, and tries again.",
+                "The training continues without it, and tries again.",
             )
-            self.used = in_use(path)
+            self.checkpoint_in_use = in_use(path)
             self.unsaved = ""
             drop_oldest(path)
         except (GuidanceError, OSError) as error:
@@ -184,37 +185,37 @@ class Training:
                 log.warning("%s", error)
             self.unsaved = str(error)
 
-    def let_go(self) -> None:
-        """Stop using the checkpoint, which may then be deleted for newer ones."""
-        if self.used is not None:
-            self.used.close()
-        self.used = None
+    def release_checkpoint(self) -> None:
+        """Close the checkpoint file, so that other trainings may delete it."""
+        if self.checkpoint_in_use is not None:
+            self.checkpoint_in_use.close()
+        self.checkpoint_in_use = None
 
     def saved(self) -> dict[str, Any] | None:
-        """The state to go on from. The process that writes it reads it for all: the others may be on machines of their own."""
-        found = [self.read(self.checkpoint) if self.checkpoint is not None and leads() else None]
+        """The state to continue from, if any. The main process reads it for all, which may run on other machines."""
+        found = [self.read_checkpoint(self.checkpoint) if self.checkpoint is not None and is_main_process() else None]
         if distributed.is_initialized():
             distributed.broadcast_object_list(found, device=self.device)
         return found[0]
 
-    def read(self, path: Path) -> dict[str, Any] | None:
-        """The state in a checkpoint; none where there is none. Raises GuidanceError where it is not one of this training."""
+    def read_checkpoint(self, path: Path) -> dict[str, Any] | None:
+        """The state in a checkpoint, None if there is no file. Raises GuidanceError if it does not fit this training."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             return None
         except OSError as error:
             pass_out_of_memory(error, f"{path.name} was read")
-            told = f"{shown(path)} cannot be read ({reason(error)})"
-            raise GuidanceError(f"{told}: mend that, or take it away to train from the start.") from error
+            what = f"{shown(path)} cannot be read ({reason(error)})"
+            raise GuidanceError(f"{what}: correct that, or move it away to train from the start.") from error
         except Exception as error:
             pass_out_of_memory(error, f"{path.name} was read")
             raise self.damaged(path) from error
         if not isinstance(state, dict) or "plan" not in state:
             raise self.damaged(path)
         if unknown := state.keys() - self.state().keys():
-            told = f"{shown(path)} has {quoted(min(map(str, unknown)))}, which this version of the pack does not know"
-            raise GuidanceError(f"{told}: update the pack, or delete it to train from the start.")
+            what = f"{shown(path)} has {quoted(min(map(str, unknown)))}, which this version of the pack does not know"
+            raise GuidanceError(f"{what}: update the pack, or delete it to train from the start.")
         try:
             other = state["plan"] != asdict(self.task.plan)
             if not other:
@@ -223,20 +224,20 @@ class Training:
             raise self.damaged(path) from error
         if other:
             raise GuidanceError(
-                f"{shown(path)} belongs to a training with other settings: delete it, or go back to those settings."
+                f"{shown(path)} belongs to a training with other settings: delete it, or restore those settings."
             )
         return state
 
     def damaged(self, path: Path) -> GuidanceError:
-        return GuidanceError(f"{path.name} is damaged; delete it to train from the start. It lies in {path.parent}.")
+        return GuidanceError(f"{path.name} is damaged: delete it to train from the start. It is in {path.parent}.")
 
     def require_fitting(self, state: dict[str, Any]) -> None:
-        """Raise ValueError, KeyError or TypeError where this training cannot have left a state."""
+        """Raise ValueError, KeyError or TypeError if a state is not one of this training."""
         expected, found = self.state(), state["optimizer"]["state"]
         moments = {
             i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(self.network.parameters())
         }
-        moments = {i: like for i, like in moments.items() if i in found}  # what has no gradient has none
+        moments = {i: like for i, like in moments.items() if i in found}  # parameters without a gradient have none
         pairs = [(state[name], expected[name]) for name in ("network", "average", "best")]
         if not all(same_structure(given, like) for given, like in [*pairs, (found, moments)]):
             raise ValueError("its tensors are not those of this network")
@@ -245,10 +246,10 @@ class Training:
         if not 1 <= step <= self.task.plan.steps or state["average"]["n_averaged"] != step:
             raise ValueError("its steps contradict each other")
         if steps != sorted(set(steps)) or steps[-1:] != [step]:
-            raise ValueError("its curve is another's")
+            raise ValueError("its curve is not that of its steps")
 
     def restore(self, state: dict[str, Any]) -> None:
-        """What follows from the step, as the learning rate, is not read."""
+        """Continue from a state. What follows from the step, such as the learning rate, is computed and not read."""
         self.best, self.step, self.curve = state["best"], state["step"], [tuple(point) for point in state["curve"]]
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
@@ -258,24 +259,24 @@ class Training:
             group["lr"] = group["initial_lr"] * self.rate(self.step)
 
 
-def leads() -> bool:
-    """Whether this process is the one that writes and speaks."""
+def is_main_process() -> bool:
+    """Whether this process writes files and messages."""
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
-def own_part(size: int) -> slice:
-    """This process's rows of a batch."""
+def own_rows(size: int) -> slice:
+    """The rows of a batch that this process computes. Raises GuidanceError if the batch cannot be divided equally."""
     if not distributed.is_initialized():
         return slice(None)
     if size % distributed.get_world_size():
         raise GuidanceError(
-            f"A batch of {size} cannot be shared by {distributed.get_world_size()} processes; choose a multiple."
+            f"A batch of {size} cannot be shared by {distributed.get_world_size()} processes: choose a multiple."
         )
     return slice(distributed.get_rank(), None, distributed.get_world_size())
 
 
 def fit(training: Training) -> GuidanceNetwork:
-    """Train to the end."""
+    """Train to the end, and return the best network."""
     for _ in training:
         pass
     return training.result()

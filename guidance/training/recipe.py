@@ -1,4 +1,4 @@
-"""From a collection of samples to a training with good defaults: what the node and the command line share."""
+"""Trainings with good defaults from collected samples, for the node and the command line."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,32 +24,32 @@ from .objectives import Plan, Task
 from .report import Fitting, digest
 
 WIDTHS = {"small": 24, "medium": 48, "large": 64}
-"""Of the sizes a network comes in: about 2, 6 and 10 million parameters."""
+"""Widths of the network sizes, which have about 2, 6 and 10 million parameters."""
 BATCH = 64
 HELD_OUT = 0.1
-"""Share of the samples that judge the network and do not train it."""
-MOST_BATCHES = 64
-"""Of held-out samples at one look."""
+"""Share of the samples that are held out from training."""
+MAX_HELD_OUT_BATCHES = 64
+"""Largest number of batches per held-out evaluation."""
 DATA_OBJECTIVES = ("auto", "potential", "weighted", "reward_gradient")
 DATA_FORMS = ("correction", "shift")
 NOISE_FORMS = {"weighted": "noise", "reward_gradient": "leap"}
-"""By objective."""
+"""The form of networks for one-step generators, by objective."""
 
 
 def plan_for(description: Description, objective: str = "auto", form: str = "correction", **options: Any) -> Plan:
-    """A plan that fits what was collected: noise has a form of its own, and so has a potential. `options` are those of Plan.
+    """The plan for a collection. `options` are fields of Plan.
 
-    auto is potential, which makes the most of few samples, but for noise, and for the form shift, weighted: labels are all that is known here.
-    A potential sees fresh noise in every batch, which keeps it from learning few samples by heart.
-
-    A short training is looked at more often, and its average forgets the beginning sooner.
+    auto: the objective potential, which learns most from few samples, but weighted for noise and for the form shift.
+    Potentials train on fresh noise, which reduces overfitting. Short trainings are evaluated more often, and average the
+    weights over fewer steps. Raises GuidanceError for an objective and a form that do not fit together.
     """
     noise = description.base.target == "noise"
     if objective == "auto":
         objective = "weighted" if noise or form == "shift" else "potential"
     if noise and objective not in NOISE_FORMS:
         raise GuidanceError(
-            f"The noise of one-step generators is tilted by the objectives {' and '.join(NOISE_FORMS)}, not by {objective}."
+            f"The noise of one-step generators is tilted by the objectives {' and '.join(NOISE_FORMS)}, "
+            f"not by {objective}."
         )
     if noise or objective == "potential":
         what = "The noise of one-step generators" if noise else "The objective potential"
@@ -64,13 +64,11 @@ def plan_for(description: Description, objective: str = "auto", form: str = "cor
 
 
 def weights_from(text: str) -> tuple[float, ...]:
-    """Numbers with commas between them, as a person writes them; an empty text is no weights."""
+    """The weights in a text such as "1, 0.5"; an empty text has none. Raises GuidanceError for any other text."""
     try:
         return tuple(float(part) for part in text.split(",")) if text.strip() else ()
     except ValueError as error:
-        raise GuidanceError(
-            f"Weights are written as numbers with commas between them, such as 1, 0.5, not as {quoted(text)}."
-        ) from error
+        raise GuidanceError(f"Weights are numbers separated by commas, such as 1, 0.5, not {quoted(text)}.") from error
 
 
 def prepare(
@@ -84,16 +82,17 @@ def prepare(
     reward: Callable[[Tensor, Batch], Tensor] | None = None,
     step_context: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Fitting:
-    """A training that is ready to run. Raises GuidanceError where these samples cannot be learned from.
+    """A training that is ready to run. Raises GuidanceError if nothing can be learned from these samples.
 
-    checkpoints: the folder where a training leaves off and goes on; each finds its own. denoise: x, σ, prompts -> D with a graph, for the form
-    `shift`. reward: denoised latents, batch -> rewards (B,) as CombinedReward has them by these weights; for `reward_gradient`. around: what
-    these are asked in.
+    checkpoints: folder of checkpoints, in which each training finds its own.
+    denoise: x (B,...), σ (B,), prompts (B,) -> D (B,...) with a graph; for the form `shift`.
+    reward: denoised latents (B,...), batch -> rewards (B,), as CombinedReward with these weights; for `reward_gradient`.
+    step_context: the context in which `denoise` and `reward` are called.
     """
     description, device = samples.description, device or torch.device("cpu")
     if plan.form == "shift" and denoise is None:
         raise GuidanceError(
-            "The form shift asks the model itself while it trains: train it in the graph that collects the samples."
+            "The form shift needs the model while it trains: train it in the graph that collects the samples."
         )
     weights, health = label(samples.rewards(reward_weights), samples.prompts, plan.temperature)
     reward_weights = description.weights(reward_weights)
@@ -122,22 +121,25 @@ def prepare(
         device,
         samples.text.pooled,
         step_context,
-        batches_of_a_look(len(held_out), plan.batch) if denoise is None and reward is None else Training.batches,
+        held_out_batches(len(held_out), plan.batch)
+        if denoise is None and reward is None
+        else Training.held_out_batches,
     )
     return Fitting(description, reward_weights, health, training)
 
 
-def batches_of_a_look(held_out: int, batch: int) -> int:
-    """So many that all held-out samples are seen about once, within bounds."""
-    return max(Training.batches, min(MOST_BATCHES, held_out // batch))
+def held_out_batches(samples: int, batch: int) -> int:
+    """The number of batches that contain each held-out sample about once, within bounds."""
+    return max(Training.held_out_batches, min(MAX_HELD_OUT_BATCHES, samples // batch))
 
 
 def architecture(samples: Samples, form: str, size: str) -> Architecture:
+    """The network for these samples, of a size in WIDTHS."""
     text, shape = samples.text[torch.tensor([0])], samples.description.shape
     sizes = {"tokens": text.tokens.shape[2], "pooled": text.pooled.shape[1], "width": WIDTHS[size]}
     return Architecture(shape[0], FORMS[form].inputs, scalar=form == "potential", **sizes).fitted(shape)
 
 
 def bytes_for(description: Description, plan: Plan, size: str) -> int:
-    """Rough memory of a training step: some 30 maps of a latent's resolution, and as much again for the lower ones."""
+    """Approximate memory of a training step: 30 feature maps of a latent's resolution, and as much for lower ones."""
     return plan.batch * 64 * WIDTHS[size] * math.prod(description.shape[1:]) * 4

@@ -1,4 +1,4 @@
-"""What to say of a training and of a collection."""
+"""Reports of trainings and collections, for people and for the card."""
 
 import hashlib
 import math
@@ -14,14 +14,14 @@ from .labels import Health, label
 from .loop import Training
 
 CURVE_END = 20
-"""Values of the loss that go into a card."""
+"""Evaluations that a card lists."""
 NO_GUIDANCE = {"weighted": 0.0, "potential": 1.0}
-"""The least loss of a network that does not guide, by objective."""
+"""The loss of a network without guidance, by objective."""
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """A training of labelled samples, and what to say of it."""
+    """A training on labelled samples, and its reports."""
 
     description: Description
     reward_weights: tuple[float, ...]
@@ -30,18 +30,17 @@ class Fitting:
 
     @property
     def done(self) -> bool:
+        """Whether no steps are left."""
         return self.training.diverged or self.training.step >= self.training.task.plan.steps
 
     def drop_checkpoint(self) -> None:
-        """A training that is done needs it no more; one that is not goes on from it."""
+        """Delete the checkpoint if the training is done."""
         if self.done and self.training.checkpoint is not None:
-            with suppress(
-                OSError
-            ):  # what cannot be deleted could not be written either, and costs no more than its place
+            with suppress(OSError):  # a checkpoint that cannot be deleted does no harm
                 self.training.checkpoint.unlink(missing_ok=True)
 
     def network(self) -> GuidanceNetwork:
-        """The best so far, on the CPU."""
+        """The best network so far, on the CPU."""
         return self.training.result().cpu()
 
     def card(self) -> Card:
@@ -65,52 +64,50 @@ class Fitting:
         )
 
     def best(self) -> tuple[int, float] | None:
-        """Step and loss of the network that is kept, where samples were held out to tell."""
+        """Step and held-out loss of the best network. None if no samples were held out."""
         curve = self.training.curve if self.training.held_out else []
         return min(curve, key=lambda point: point[1], default=None)
 
     def report(self) -> str:
-        """What was trained on what, how it went, and what to be wary of, in lines."""
+        """The card, the outcome and warnings, several lines."""
         return "\n".join([self.card().describe(), *self.outcome(), *self.warnings()])
 
     def outcome(self) -> list[str]:
+        """Sentences about trainings that were stopped, diverged, or have not improved on no guidance."""
         training, plan, best = self.training, self.training.task.plan, self.best()
         none = NO_GUIDANCE.get(plan.objective, math.inf)
         lines = []
         if best is not None and best[1] >= none:
             lines.append(
-                f"That is no better than no guidance, whose loss is {none:g}: collect more samples, or raise the temperature."
+                f"That is no better than no guidance, whose loss is {none:g}: "
+                "collect more samples, or raise the temperature."
             )
-        stopped = f"at step {training.step} of {plan.steps}: this is the best network up to there"
+        stopped = f"at step {training.step} of {plan.steps}: this is the best network until then"
         if training.diverged:
             lines.append(f"The training diverged {stopped}. Lower the learning rate, or raise the temperature.")
         elif not self.done:
-            lines.append(
-                f"stopped {stopped}"
-                + (", and running it again goes on from there" if training.checkpoint and not training.unsaved else "")
-            )
+            saved = training.checkpoint and not training.unsaved
+            lines.append(f"stopped {stopped}" + (", and running it again continues from there" if saved else ""))
         return lines
 
     def warnings(self) -> list[str]:
+        """Sentences about labels, held-out samples and checkpoints that are missing or insufficient."""
         training = self.training
         labels = [] if training.task.plan.objective == "reward_gradient" else self.health.warnings()
-        apart = (
-            []
-            if training.held_out
-            else ["No sample was kept apart of so few, and so nothing says how good the network is: collect more."]
-        )
-        unsaved = (
-            [f"There is no checkpoint to go on from: {training.unsaved}"] if training.unsaved and not self.done else []
-        )
-        return [*labels, *apart, *unsaved]
+        few = "There are too few samples to hold any out, so the quality of the network is unknown: collect more."
+        held_out = [] if training.held_out else [few]
+        unsaved = training.unsaved and not self.done
+        checkpoint = [f"There is no checkpoint to continue from: {training.unsaved}"] if unsaved else []
+        return [*labels, *held_out, *checkpoint]
 
 
 def digest(content: object) -> str:
+    """12 hexadecimal digits of a hash of the content's repr."""
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
 def overview(collection: Collection, temperature: float = 1.0) -> str:
-    """What a collection holds, in lines: how many samples, how every reward judges them, and what could be learned from them."""
+    """A summary of a collection, several lines: samples, scores of each reward, effective sample size and warnings."""
     samples = collection.load()
     scores, description = samples.scores, samples.description
     left_out = f"; {samples.unscored} more could not be scored and are left out" if samples.unscored else ""

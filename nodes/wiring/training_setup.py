@@ -11,7 +11,7 @@ from torch import Tensor
 from ...guidance.data.batches import Batch
 from ...guidance.errors import GuidanceError
 from ...guidance.rewards import CombinedReward
-from ...guidance.training.objectives import Plan, in_parts
+from ...guidance.training.objectives import Plan, in_chunks
 from .autograd import static_clone
 from .decoders import make_decoder
 from .latent_reward import LatentReward, training_through
@@ -53,7 +53,7 @@ def assistants(data: GuidanceData, plan: Plan, weights: Sequence[float]) -> dict
             assert batch.prompts is not None
             prompts = batch.prompts.tolist()
             told = [description.prompts[prompt] for prompt in prompts]
-            return in_parts(
+            return in_chunks(
                 lambda some, part: reward.score(make(some, prompts[part]), told[part]), latents, maker.batch
             )
 

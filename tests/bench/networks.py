@@ -25,7 +25,6 @@ load_comfyui()
 import torch
 from bench.ring import best_of, by_reward, sample
 from comfy.model_patcher import ModelPatcher
-from reward_guidance.guidance.data.batches import LivePairs
 from reward_guidance.guidance.network.card import Card
 from reward_guidance.guidance.network.forms import FORMS
 from reward_guidance.guidance.network.unet import Architecture, GuidanceNetwork
@@ -38,6 +37,7 @@ from reward_guidance.nodes.wiring.model_info import base_of
 from reward_guidance.nodes.wiring.patch_network import NetworkGuidance
 from reward_guidance.tests.standins import objectives
 from reward_guidance.tests.standins.analytic import analytic_model
+from reward_guidance.tests.standins.batches import LivePairs
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance
 from reward_guidance.tests.standins.ring import CLOUD, RING, TiltedRing, ring_reward, truth
 from torch import Tensor

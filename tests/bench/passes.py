@@ -102,7 +102,7 @@ def network(architecture: Architecture, shape: Sequence[int], tokens: int) -> Pr
         words = Text(torch.empty(ROWS, tokens, architecture.tokens), torch.empty(ROWS, architecture.pooled))
 
     def learn(x: Tensor) -> Tensor:
-        value, answer = made((x,), angle, words, answers=True)
+        value, answer = made((x,), angle, words, with_denoised=True)
         return value.sum() + answer.sum()
 
     prices = price("network", learn, latents)

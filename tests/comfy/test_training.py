@@ -601,7 +601,7 @@ OTHERS = {
     "another model's": ({"family": "sd3"}, "few holds other samples: model was Flux and is now SD3"),
     "another shape": (
         {"size": 128},
-        "shape was (16, 8, 8) and is now (16, 8, 16). Choose another folder, or set that back",
+        "shape was (16, 8, 8) and is now (16, 8, 16). Choose another folder, or restore that setting",
     ),
     "other prompts": ({"prompts": "a cat"}, "prompts was a red circle and is now a cat"),
     "another seed": ({"seed": 6}, "few holds other samples: seed was 5 and is now 6. Choose another folder"),
@@ -733,7 +733,7 @@ def test_a_shard_of_another_collection_is_named(refused, few, data_folder, tmp_p
     save_file(parts | {"clean": parts["clean"][..., :4].contiguous()}, shard)
     refused(
         prompt_of_training(few, seed=next(SEEDS)),
-        "shard-00000.safetensors in few belongs to another collection: take it away",
+        "shard-00000.safetensors in few belongs to another collection: move it away",
     )
     shard.write_bytes(kept)
 
@@ -820,7 +820,7 @@ def test_a_full_disk_loses_nothing(refused, few, data_folder, bench):
         prompt_of_collecting(few, count=7, keep_images=True),
         "000001.png could not be written",
         "No space left on device",
-        "goes on from here",
+        "continues from here",
     )
     assert report(collect(bench, "flux", few, count=6, keep_images=True).check())[0].startswith("6 samples")
     seed = next(SEEDS)
@@ -830,9 +830,9 @@ def test_a_full_disk_loses_nothing(refused, few, data_folder, bench):
     full.write_bytes(b"")
     stopped = bench.queue(prompt, on_event=once(bench.client.interrupt))
     assert stopped.error is None and any(
-        line.startswith("stopped") and "goes on from there" not in line for line in report(stopped)
+        line.startswith("stopped") and "continues from there" not in line for line in report(stopped)
     )
-    assert f"There is no checkpoint to go on from: {checkpoint.name} could not be written" in report(stopped)[-1]
+    assert f"There is no checkpoint to continue from: {checkpoint.name} could not be written" in report(stopped)[-1]
     full.unlink()
 
 
@@ -962,7 +962,7 @@ def test_a_network_that_is_not_there(refused):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(b"", "not a safetensors file"), (None, "only half of one")], ids=["empty", "truncated"]
+    ("content", "words"), [(b"", "not a safetensors file"), (None, "an incomplete one")], ids=["empty", "truncated"]
 )
 def test_damaged_networks(refused, networks, network_folder, content, words):
     whole = (network_folder / networks("flux")).read_bytes()

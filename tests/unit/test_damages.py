@@ -97,10 +97,10 @@ def of_others(path: Path) -> None:
 
 FIRST, SECOND, PROMPTS = "shard-00000.safetensors", "shard-00001.safetensors", "prompts.safetensors"
 REDONE, ELSEWHERE = (
-    "is damaged: collect again, which redoes only that shard, or delete it",
-    "belongs to another collection: take it away",
+    "is damaged: collect again, which replaces only that shard, or delete it",
+    "belongs to another collection: move it away",
 )
-ANEW = "is missing or damaged: collect again, which writes it anew"
+ANEW = "is missing or damaged: collect again, which rewrites it"
 INFINITE = "has values that are not finite numbers: delete that file and collect again"
 DAMAGES = {
     "empty": (FIRST, instead(b""), REDONE, again),
@@ -119,17 +119,17 @@ DAMAGES = {
     "whole numbers": (FIRST, changed(scores=lambda part: part.int()), "It must have floating point numbers", again),
     "small numbers": (FIRST, changed(clean=lambda part: part.to(torch.float8_e4m3fn)), REDONE, again),
     "no score that is a number": (FIRST, changed(scores=lambda part: part * math.nan), "None of its samples has a score", again),
-    "negative noise levels": (FIRST, changed(sigma=lambda part: -part), "It has noise levels that there are not", again),
+    "negative noise levels": (FIRST, changed(sigma=lambda part: -part), "It has impossible noise levels", again),
     "no noise": (FIRST, changed(sigma=lambda part: part * 0), REDONE, again),
     "infinite noise": (FIRST, changed(sigma=lambda part: part / 0), REDONE, again),
     "more than all noise": (FIRST, changed(sigma=lambda part: part + 1), REDONE, again),
-    "the last of several": (SECOND, instead(b"half"), "collect again, with a count above 32, which redoes only that shard", again),
+    "the last of several": (SECOND, instead(b"half"), "collect again, with a count above 32, which replaces only that shard", again),
     "other shapes": (FIRST, changed(clean=lambda part: part[..., :2]), ELSEWHERE, taken_away),
     "more in it": (FIRST, changed(more=lambda part: torch.zeros(32)), ELSEWHERE, taken_away),
     "no dimension": (FIRST, changed(scores=lambda part: torch.zeros(())), ELSEWHERE, taken_away),
     "of other samples": (FIRST, of_others, ELSEWHERE, taken_away),
-    "twice": (SECOND, copied(FIRST), "belongs to another place in this collection: take it away", taken_away),
-    "a folder": (FIRST, a_folder, "cannot be read (Is a directory): mend that, or take it away", taken_away),
+    "twice": (SECOND, copied(FIRST), "belongs to another place in this collection: move it away", taken_away),
+    "a folder": (FIRST, a_folder, "cannot be read (Is a directory): correct that, or move it away", taken_away),
     "latents that are no numbers": (FIRST, changed(clean=lambda part: part * math.nan), INFINITE, taken_away),
     "answers that are no numbers": (FIRST, changed(denoised=lambda part: part / 0), INFINITE, taken_away),
     "no text": (PROMPTS, lambda path: path.unlink(), ANEW, again),
@@ -164,7 +164,7 @@ def test_what_a_message_says_helps(folder, name, damage, said, advice):
 def test_a_damaged_shard_is_missing_and_the_others_are_not(folder, name):
     DAMAGES[name][1](folder / FIRST)
     collection = Collection.open(folder)
-    assert list(collection.missing(COUNT)) == [range(SHARD)] and not collection.whole(COUNT)
+    assert list(collection.missing(COUNT)) == [range(SHARD)] and not collection.complete(COUNT)
     assert collection.first(4).numbers.tolist() == [SHARD, SHARD + 1, SHARD + 2, SHARD + 3]
 
 
@@ -172,10 +172,10 @@ def test_a_damaged_shard_is_missing_and_the_others_are_not(folder, name):
 def test_what_is_somebody_elses_is_not_written_over(folder, name):
     DAMAGES[name][1](folder / FIRST)
     before = (folder / FIRST).read_bytes()
-    assert not Collection.open(folder).whole(COUNT)
-    with pytest.raises(GuidanceError, match="take it away"):
+    assert not Collection.open(folder).complete(COUNT)
+    with pytest.raises(GuidanceError, match="move it away"):
         collect(folder)
-    with pytest.raises(GuidanceError, match="take it away"):
+    with pytest.raises(GuidanceError, match="move it away"):
         Collection.open(folder).add(range(SHARD), [sample(number) for number in range(SHARD)])
     assert (folder / FIRST).read_bytes() == before
 
@@ -195,7 +195,7 @@ def test_shards_of_older_versions_say_nothing_of_what_they_belong_to(folder):
     whole = all_of(folder)
     for path in folder.glob("*.safetensors"):
         save_file(load_file(path), path)
-    assert torch.equal(all_of(folder), whole) and Collection.open(folder).whole(COUNT)
+    assert torch.equal(all_of(folder), whole) and Collection.open(folder).complete(COUNT)
 
 
 # collection.json
@@ -323,7 +323,7 @@ def test_seeds_that_could_be_collected_with_still_can(tmp_path, seed):
 
 @pytest.mark.parametrize("name", ["", "Flow x", "Flow 0", "Flow -1", "Flow inf", "flow", "Diffusion 2", "x" * 2**20])
 def test_processes_that_are_not_known_are_named(name):
-    with pytest.raises(GuidanceError, match="knows no noising process") as refused:
+    with pytest.raises(GuidanceError, match="does not know the noising process") as refused:
         process_named(name)
     assert len(str(refused.value)) < 200
 
@@ -355,13 +355,13 @@ def test_a_folder_that_was_replaced_is_not_mixed_with(folder):
     for act in (lambda: collection.add(range(SHARD), [sample(number) for number in range(SHARD)]), collection.load):
         with pytest.raises(GuidanceError, match="likes holds other samples: prompts was a cow and is now a cat"):
             act()
-    assert not collection.whole(1) and before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert not collection.complete(1) and before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_collection_whose_description_is_gone_is_not_success(folder):
     collection = Collection.open(folder)
     (folder / "collection.json").unlink()
-    assert not collection.whole(COUNT)
+    assert not collection.complete(COUNT)
     with pytest.raises(GuidanceError, match="holds no samples"):
         collection.load()
 
@@ -397,7 +397,7 @@ def test_two_servers_that_begin_one_folder_with_other_samples(tmp_path):
         Collection.create(tmp_path / "likes", other, lambda: (collect(tmp_path / "likes"), TEXT)[1])
     assert len(all_of(tmp_path / "likes")) == COUNT
     same = Collection.create(tmp_path / "new", DESCRIPTION, lambda: (collect(tmp_path / "new"), TEXT)[1])
-    assert same.whole(COUNT)
+    assert same.complete(COUNT)
 
 
 def test_a_server_that_wants_fewer_samples_keeps_those_of_another(tmp_path):
@@ -436,7 +436,7 @@ def stopped(tmp_path_factory) -> Path:
 
 
 def put(*names, value):
-    """A value in a state, by the names that lead to it."""
+    """A value in a state, of the names that lead to it."""
 
     def damage(state: dict) -> None:
         for name in names[:-1]:
@@ -504,7 +504,7 @@ def test_a_state_that_a_training_cannot_have_left(stopped, tmp_path, damage):
         damage(state)
         torch.save(state, path)
 
-    assert "is damaged; delete it to train from the start" in damaged_training(stopped, tmp_path, change)
+    assert "is damaged: delete it to train from the start" in damaged_training(stopped, tmp_path, change)
 
 
 @pytest.mark.parametrize("content", FILES.values(), ids=FILES)
@@ -517,7 +517,7 @@ def test_a_checkpoint_that_is_none(stopped, tmp_path, content):
         else:
             torch.save(content, path)
 
-    assert "is damaged; delete it" in damaged_training(stopped, tmp_path, replace)
+    assert "is damaged: delete it" in damaged_training(stopped, tmp_path, replace)
 
 
 def test_a_checkpoint_by_a_newer_version(stopped, tmp_path):
@@ -535,7 +535,7 @@ def test_a_checkpoint_that_is_a_folder(stopped, tmp_path):
     (path,) = copy.glob("*.checkpoint")
     a_folder(path)
     with pytest.raises(
-        GuidanceError, match=r"cannot be read \(Is a directory\): mend that, or take it away to train from the start"
+        GuidanceError, match=r"cannot be read \(Is a directory\): correct that, or move it away to train from the start"
     ):
         begun(copy)
     path.rmdir()

@@ -273,7 +273,7 @@ def sample_ring(ring, seed, guide=None, count=2000, steps=20):
     for sigma, lower in zip(sigmas, sigmas[1:], strict=False):
         denoise = lambda point, sigma=sigma: ring.denoised(point, Flow(), sigma)  # noqa: E731
         denoised = guide(denoise, x, sigma) if guide else denoise(x)
-        x = x + (lower - sigma) * Flow().velocity(x, denoised, sigma)
+        x = x + (lower - sigma) * (x - denoised) / sigma
     return x
 
 

@@ -166,16 +166,16 @@ def test_trainings_of_other_settings_or_samples_have_checkpoints_of_their_own(tm
 def test_many_held_out_samples_are_looked_at_and_models_and_rewards_are_spared(tmp_path):
     samples = collect(tmp_path, count=6 * COUNT).load()
     held_out = len(samples.split(HELD_OUT)[1])
-    assert held_out // 2 > Training.batches
-    assert prepare(samples, quick(batch=2), "small").training.batches == held_out // 2
-    assert prepare(samples, quick(batch=64), "small").training.batches == Training.batches
+    assert held_out // 2 > Training.held_out_batches
+    assert prepare(samples, quick(batch=2), "small").training.held_out_batches == held_out // 2
+    assert prepare(samples, quick(batch=64), "small").training.held_out_batches == Training.held_out_batches
     asked = prepare(
         samples,
         quick(batch=2, objective="reward_gradient"),
         "small",
         reward=lambda latents, batch: latents.flatten(1).mean(1),
     )
-    assert asked.training.batches == Training.batches
+    assert asked.training.held_out_batches == Training.held_out_batches
 
 
 def test_a_pause_keeps_what_was_reached_since_the_last_look(tmp_path, folder):
@@ -199,7 +199,7 @@ def test_with_fresh_noise_the_models_answers_do_not_matter(folder):
 
 
 def test_fresh_noise_is_for_potentials():
-    with pytest.raises(GuidanceError, match="weighted needs the model's answers"):
+    with pytest.raises(GuidanceError, match="weighted needs the model's predictions"):
         quick(objective="weighted", fresh=True)
 
 
@@ -275,7 +275,7 @@ def test_a_report_says_what_is_wrong(tmp_path):
     ((step, loss),) = fitting.training.curve
     assert step == 7 and loss == progress.loss and fitting.card().curve == ()
     report = fitting.report()
-    assert "No sample was kept apart" in report and "held-out" not in report and "not trained on" not in report
+    assert "too few samples to hold any out" in report and "held-out" not in report and "not trained on" not in report
     assert "count as" in report
     json.dumps(dataclasses.asdict(fitting.card()), allow_nan=False)
 
@@ -292,7 +292,7 @@ def test_a_training_that_diverges_returns_what_was_best_before(tmp_path, folder,
     network = fit(fitting.training)
     assert [step for step, _ in fitting.training.curve] == [5] and fitting.done
     assert all(value.isfinite().all() for value in network.state_dict().values())
-    assert "diverged at step 7 of 10: this is the best network up to there. Lower the learning rate" in fitting.report()
+    assert "diverged at step 7 of 10: this is the best network until then. Lower the learning rate" in fitting.report()
     fitting.drop_checkpoint()
     assert not list(tmp_path.iterdir())
     fitting = prepare(Collection.open(folder).load(), quick(check_every=200), "small")
@@ -395,7 +395,10 @@ def test_what_goes_wrong_is_said_in_a_sentence(tmp_path, folder, capsys, caplog,
 
 @pytest.mark.parametrize(
     ("option", "value", "said"),
-    [("--device", "nonsense", "PyTorch knows no device 'nonsense'"), ("--seed", "9" * 20, "is not between 0 and 2^64")],
+    [
+        ("--device", "nonsense", "PyTorch does not know the device 'nonsense'"),
+        ("--seed", "9" * 20, "is not between 0 and 2^64"),
+    ],
 )
 def test_an_option_that_cannot_be_is_refused(tmp_path, folder, capsys, option, value, said):
     with pytest.raises(SystemExit):
@@ -419,7 +422,7 @@ def test_processes_on_machines_of_their_own_go_on_from_the_checkpoint_of_the_fir
         here_each,
     ]
     done = subprocess.run(launch, cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "going on at step" in done.stdout, done.stdout + done.stderr[-2000:]
+    assert done.returncode == 0 and "continuing at step" in done.stdout, done.stdout + done.stderr[-2000:]
     resumed = load_network(tmp_path / "0" / "net.safetensors")[0].state_dict()
     for name, value in expected_of_more.items():
         torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=1e-4)
@@ -449,7 +452,7 @@ def test_a_full_disk_does_not_stop_a_training(tmp_path, folder, expected, monkey
     full_from(number, monkeypatch)
     trained = here(folder, tmp_path / "net.safetensors")
     assert all(torch.equal(value, trained[name]) for name, value in expected.items())
-    assert caplog.text.count("No space left on device") == 1 and "goes on without it" in caplog.text
+    assert caplog.text.count("No space left on device") == 1 and "continues without it" in caplog.text
     assert not list(tmp_path.glob("*.checkpoint")) and not list(tmp_path.glob("*.partial"))
 
 
@@ -461,8 +464,8 @@ def test_a_report_says_that_there_is_no_checkpoint(tmp_path, folder, monkeypatch
             break
     fitting.training.pause()
     report = fitting.report()
-    assert "stopped at step 7 of 10" in report and "goes on from there" not in report
-    assert "There is no checkpoint to go on from: training-" in report and "No space left on device" in report
+    assert "stopped at step 7 of 10" in report and "continues from there" not in report
+    assert "There is no checkpoint to continue from: training-" in report and "No space left on device" in report
 
 
 def on_a_full_disk(*_) -> None:
@@ -476,7 +479,7 @@ def test_a_network_that_cannot_be_written_is_not_trained_again(tmp_path, folder,
         assert main(options) == 1
     assert "net.safetensors could not be written" in caplog.text and "run the same command again" in caplog.text
     caplog.set_level("INFO")
-    assert main(options) == 0 and "going on at step 30" in caplog.text
+    assert main(options) == 0 and "continuing at step 30" in caplog.text
 
 
 def test_a_network_that_no_disk_took_says_that_its_training_is_lost(tmp_path, folder, monkeypatch, caplog):
@@ -508,7 +511,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, folder, caplog):
     fitting = prepare(Collection.open(folder).load(), quick(), "small", checkpoints=tmp_path)
     fit(fitting.training)
     fitting.training.checkpoint.write_bytes(b"half")
-    with pytest.raises(GuidanceError, match="training-.*.checkpoint is damaged; delete it"):
+    with pytest.raises(GuidanceError, match="training-.*.checkpoint is damaged: delete it"):
         prepare(Collection.open(folder).load(), quick(), "small", checkpoints=tmp_path)
 
 

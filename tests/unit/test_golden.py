@@ -58,9 +58,9 @@ def test_a_collection_holds_what_it_did(collection):
 def test_a_collection_goes_on(collection):
     target = collection.description.base.target
     again = Collection.create(collection.folder, make.description(target), lambda: pytest.fail("the text is on disk"))
-    assert again.whole(SHARD) and list(again.missing(SHARD + 3)) == [range(SHARD, SHARD + 3)]
+    assert again.complete(SHARD) and list(again.missing(SHARD + 3)) == [range(SHARD, SHARD + 3)]
     again.add(range(SHARD, SHARD + 3), make.samples(target, range(SHARD, SHARD + 3)))
-    assert again.whole(SHARD + 3) and again.load().numbers.tolist() == list(range(SHARD + 3))
+    assert again.complete(SHARD + 3) and again.load().numbers.tolist() == list(range(SHARD + 3))
 
 
 @pytest.mark.parametrize("trained", TRAINED)

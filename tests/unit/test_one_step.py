@@ -8,6 +8,7 @@ from reward_guidance.guidance import one_step
 from reward_guidance.guidance.data.samples import Texts
 from reward_guidance.guidance.network.forms import FORMS
 from reward_guidance.guidance.network.unet import Architecture, GuidanceNetwork, Text
+from reward_guidance.guidance.process import column
 from reward_guidance.guidance.training.labels import label
 from reward_guidance.guidance.training.objectives import OBJECTIVES, Plan, Task
 
@@ -44,7 +45,8 @@ def test_the_path_is_the_probability_flow_of_the_denoised_form():
     x, angle = randn(6), torch.linspace(0.1, 1.4, 6)
     denoised = one_step.denoise(x, angle)
     tilted = FORMS["noise"](LinearTilt(), one_step.PROCESS, lambda _: denoised, x, angle, Text.none(6))
-    velocity = one_step.PROCESS.velocity(x, tilted, one_step.column(angle, x))
+    level = column(angle, x)
+    velocity = (level.cos() * x - tilted) / level.sin()  # dx/dφ of x = cos(φ)·z + sin(φ)·ε
     torch.testing.assert_close(velocity, -LinearTilt()((x,), angle, Text.none(6)).detach(), rtol=1e-4, atol=1e-5)
 
 

@@ -91,7 +91,7 @@ def test_threshold_and_the_final_look():
     for threshold, final, effective in ((0.79, False, False), (0.81, False, True), (0.0, True, True)):
         one = population(2, threshold=threshold)
         one.resample(rewards, final)
-        assert (one.paid.count_nonzero() > 0) == effective
+        assert (one.last_rewards.count_nonzero() > 0) == effective
 
 
 def test_potentials_multiply_to_the_last_reward():

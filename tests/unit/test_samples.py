@@ -12,7 +12,7 @@ import torch
 from reward_guidance.guidance.data import collection as collections
 from reward_guidance.guidance.data.batches import FreshPairs, StoredPairs
 from reward_guidance.guidance.data.collection import SHARD, Collection
-from reward_guidance.guidance.data.description import Description, change
+from reward_guidance.guidance.data.description import Description, was_and_is
 from reward_guidance.guidance.data.samples import Sample, Texts, noise, states
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.network.card import Base
@@ -123,7 +123,8 @@ def test_another_collection_is_not_mixed_in(tmp_path, changed, said):
 def test_long_prompts_differ_where_they_are_shown():
     before = "masterpiece, best quality, " * 5
     assert (
-        change(before + "a cat", before + "a dog") == "was …ce, best quality, a cat and is now …ce, best quality, a dog"
+        was_and_is(before + "a cat", before + "a dog")
+        == "was …ce, best quality, a cat and is now …ce, best quality, a dog"
     )
 
 
@@ -139,7 +140,7 @@ def test_a_folder_that_was_begun_with_other_prompts_is_begun_anew(tmp_path):
 def test_shards_without_a_description_are_not_adopted(tmp_path):
     collect(tmp_path, 3)
     (tmp_path / "collection.json").unlink()
-    with pytest.raises(GuidanceError, match="no collection.json says of what"):
+    with pytest.raises(GuidanceError, match="no collection.json that describes them"):
         collect(tmp_path, 3)
 
 
@@ -155,7 +156,7 @@ def test_shards_of_another_collection_are_refused(tmp_path, changed):
     for look in (other.load, lambda: overview(other)):
         with pytest.raises(
             GuidanceError,
-            match="shard-00001.safetensors in other belongs to another collection: take it away and collect again",
+            match="shard-00001.safetensors in other belongs to another collection: move it away and collect again",
         ):
             look()
     other.path(1).unlink()
@@ -183,10 +184,10 @@ def test_folders_without_samples_are_refused(tmp_path, damage):
 def test_the_text_of_the_prompts_is_written_anew(tmp_path):
     collection = collect(tmp_path, 3)
     (tmp_path / "prompts.safetensors").write_bytes(b"half")
-    assert not collection.whole(3)
-    with pytest.raises(GuidanceError, match="prompts.safetensors in .* collect again, which writes it anew"):
+    assert not collection.complete(3)
+    with pytest.raises(GuidanceError, match="prompts.safetensors in .* collect again, which rewrites it"):
         collection.load()
-    assert collect(tmp_path, 3).whole(3) and len(collection.load().numbers) == 3
+    assert collect(tmp_path, 3).complete(3) and len(collection.load().numbers) == 3
 
 
 @pytest.mark.parametrize("part", ["clean", "scores", "sigma", "denoised"])
@@ -196,7 +197,7 @@ def test_samples_that_are_not_numbers_are_left_out(tmp_path, part):
     collection = Collection.create(tmp_path, DESCRIPTION, TEXT)
     collection.add(range(4), [sample(0), broken, sample(2), sample(3)])
     loaded = collection.load()
-    assert collection.whole(4) and loaded.numbers.tolist() == [0, 2, 3] and loaded.unscored == 1
+    assert collection.complete(4) and loaded.numbers.tolist() == [0, 2, 3] and loaded.unscored == 1
     torch.testing.assert_close(loaded.clean[torch.tensor([1])][0].float(), sample(2).clean, rtol=1e-3, atol=1e-3)
     assert label(loaded.rewards((1.0, 1.0)), loaded.prompts, 1.0)[0].isfinite().all()
     assert "1 more could not be scored and are left out" in overview(collection)
@@ -212,7 +213,7 @@ def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(collections, "save_file", full)
-    with pytest.raises(GuidanceError, match="No space left.*goes on from here"):
+    with pytest.raises(GuidanceError, match="No space left.*continues from here"):
         collection.add(range(SHARD, SHARD + 1), [sample(SHARD)])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "collection.json",

@@ -5,14 +5,15 @@ import math
 
 import pytest
 import torch
-from reward_guidance.guidance.data.batches import Batch, LivePairs
+from reward_guidance.guidance.data.batches import Batch
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.network.unet import Architecture, Text
 from reward_guidance.guidance.process import Diffusion, Flow
 from reward_guidance.guidance.training.labels import label
 from reward_guidance.guidance.training.loop import Training, fit
-from reward_guidance.guidance.training.objectives import OBJECTIVES, Plan, Task, in_parts
+from reward_guidance.guidance.training.objectives import OBJECTIVES, Plan, Task, in_chunks
 from reward_guidance.tests.standins import objectives
+from reward_guidance.tests.standins.batches import LivePairs
 from reward_guidance.tests.standins.mixture import Mixture
 
 TINY = Architecture(channels=2, width=16, levels=1, blocks=1, kernel=1)
@@ -42,9 +43,9 @@ def test_more_samples_raise_the_number_that_counts_and_not_its_share():
     """One in e at temperature 1: of 100 too few to learn from, of 1000 enough."""
     rewards = torch.randn(1000, generator=rng())
     few, many = (label(rewards[:count], torch.zeros(count), 1.0)[1] for count in (100, 1000))
-    assert few.effective == pytest.approx(many.effective, rel=0.3) and many.worth > 7 * few.worth
+    assert few.effective == pytest.approx(many.effective, rel=0.3) and many.effective_size > 7 * few.effective_size
     (number,) = few.warnings()
-    assert f"count as {few.worth:.0f}" in number and "collect more" in number and not many.warnings()
+    assert f"count as {few.effective_size:.0f}" in number and "collect more" in number and not many.warnings()
 
 
 def test_temperature_is_in_standard_deviations_of_the_reward():
@@ -91,15 +92,15 @@ def test_labels_with_nothing_to_learn_are_refused(rewards, temperature, said):
 
 
 class Constant(torch.nn.Module):
-    """Answers every question alike, so that an objective's minimiser is one number per channel."""
+    """A constant output, so that an objective's minimiser is one number per channel."""
 
     def __init__(self, value: torch.Tensor):
         super().__init__()
         self.value = torch.nn.Parameter(value)
 
-    def forward(self, inputs, angle, text, answers=False):
+    def forward(self, inputs, angle, text, with_denoised=False):
         value = self.value.expand(inputs[0].shape if self.value.ndim else len(inputs[0]))
-        return (value, torch.zeros_like(inputs[0])) if answers else value
+        return (value, torch.zeros_like(inputs[0])) if with_denoised else value
 
 
 MIXTURE = Mixture.random(3, 2, torch.Generator().manual_seed(4), std=0.4)
@@ -141,16 +142,15 @@ def batch_at(process, sigma: float, count: int = 400_000) -> tuple[Batch, torch.
 
 
 @pytest.mark.parametrize("process", [Diffusion(), Flow()])
-@pytest.mark.parametrize("baseline", [0.0, 1.0])
 @pytest.mark.parametrize("sigma", [0.3, 0.9])
-def test_the_weighted_objective_is_least_at_the_reward_weighted_posterior_mean(process, baseline, sigma):
+def test_the_weighted_objective_is_least_at_the_reward_weighted_posterior_mean(process, sigma):
     """400,000 posterior samples: the gradient at the closed form is zero within four standard errors, and there is none to a wrong one."""
     batch, truth = batch_at(process, sigma)
     network = Constant(truth.view(1, 2, 1, 1).clone())
-    OBJECTIVES["weighted"](network, Task(process, Plan(baseline=baseline)), batch).backward()
+    OBJECTIVES["weighted"](network, Task(process, Plan()), batch).backward()
     target = (batch.clean - batch.denoised) / process.posterior_variance(sigma) ** 0.5
     residual = (
-        batch.weights.view(-1, 1, 1, 1) * truth.view(1, 2, 1, 1) - (batch.weights - baseline).view(-1, 1, 1, 1) * target
+        batch.weights.view(-1, 1, 1, 1) * truth.view(1, 2, 1, 1) - (batch.weights - 1).view(-1, 1, 1, 1) * target
     ).flatten(1)
     error = residual.std(0) / len(residual) ** 0.5
     gradient = network.value.grad.flatten()  # the loss is a mean over 2 channels of twice the residual
@@ -158,11 +158,16 @@ def test_the_weighted_objective_is_least_at_the_reward_weighted_posterior_mean(p
     assert truth.norm() > 20 * error.max()
 
 
-def test_the_baseline_takes_noise_away():
-    """Where x says little about the weight, the weight's mean is all there is to explain."""
+def test_the_weighted_objective_has_less_noise_than_plain_regression():
+    """Gradients of single samples at no guidance, beside those of E[w·|y - G|²], where x says little about the weight."""
     batch, _ = batch_at(Flow(), 0.9, count=50_000)
-    weights, target = batch.weights.view(-1, 1), (batch.clean - batch.denoised).flatten(1)
-    assert ((weights - weights.mean()) * target).var() < 0.7 * (weights * target).var()
+    batch = dataclasses.replace(batch, weights=batch.weights / batch.weights.mean())
+    network = Constant(torch.zeros_like(batch.clean))
+    OBJECTIVES["weighted"](network, Task(Flow(), Plan()), batch).backward()
+    plain = torch.zeros_like(batch.clean).requires_grad_()
+    target = (batch.clean - batch.denoised) / Flow().posterior_variance(0.9) ** 0.5
+    (batch.weights.view(-1, 1, 1, 1) * (target - plain).square()).mean().backward()
+    assert network.value.grad.var() < 0.7 * plain.grad.var()
 
 
 @pytest.mark.parametrize(
@@ -179,8 +184,8 @@ def test_potentials_are_least_at_the_log_of_the_mean_weight(objective, right, mo
     assert float(network.value.grad) == pytest.approx(0, abs=1e-6)
 
 
-def test_a_potential_learns_to_answer_as_the_model_does():
-    """D of a mixture, of which nothing in the labels tells."""
+def test_a_potential_learns_to_predict_the_denoised_estimate():
+    """The D of a mixture, while the labels hold no information."""
     clean = MIXTURE.sample(4000, rng()).float().view(-1, 2, 1, 1)
     denoise = lambda x, sigma, _: MIXTURE.denoised(x.flatten(1).double(), Flow(), sigma).view_as(x).to(x)  # noqa: E731
     source = LivePairs(clean, torch.ones(4000), Flow(), denoise, lambda time: time.clamp(0.01, 0.99))
@@ -188,9 +193,9 @@ def test_a_potential_learns_to_answer_as_the_model_does():
     network = fit(Training(source, Task(Flow(), plan), dataclasses.replace(TINY, width=32, inputs=1, scalar=True)))
     batch = source.batch(1000, (1, 2))
     unit = Flow().unit(batch.x, batch.sigma.view(-1, 1, 1, 1))
-    value, answer = network((unit,), Flow().angle(batch.sigma), batch.text, answers=True)
+    value, denoised = network((unit,), Flow().angle(batch.sigma), batch.text, with_denoised=True)
     assert value.abs().mean() < 0.05
-    assert (answer - batch.denoised).square().mean() < 0.1 * batch.denoised.square().mean()
+    assert (denoised - batch.denoised).square().mean() < 0.1 * batch.denoised.square().mean()
 
 
 def test_the_reward_gradient_objective_is_least_at_the_tilt_of_a_linear_reward():
@@ -226,12 +231,12 @@ def test_a_gradient_in_parts_is_that_of_all_at_once():
         (gradient,) = torch.autograd.grad((scores * (1 + weights)).sum(), points)
         return scores, gradient
 
-    whole, parts = gone_back(reward(2 * points, slice(None))), gone_back(in_parts(reward, 2 * points, 2))
+    whole, parts = gone_back(reward(2 * points, slice(None))), gone_back(in_chunks(reward, 2 * points, 2))
     assert seen == [5, 2, 2, 1]
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
     with torch.no_grad():
-        assert torch.equal(in_parts(reward, 2 * points, 2), whole[0])
-    assert not in_parts(lambda some, part: torch.zeros(len(some)), points, 2).requires_grad
+        assert torch.equal(in_chunks(reward, 2 * points, 2), whole[0])
+    assert not in_chunks(lambda some, part: torch.zeros(len(some)), points, 2).requires_grad
 
 
 @pytest.mark.parametrize(

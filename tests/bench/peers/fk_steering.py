@@ -14,7 +14,7 @@ def fk_steering(problem: Problem, particles: int = 4, strength: float = 10.0, lo
         at = {round(steps * (look + 1) / (looks + 1)) for look in range(looks)}
         for i, (sigma, following) in enumerate(zip(sigmas.tolist(), sigmas.tolist()[1:], strict=False)):
             denoised = model(x, sigma * x.new_ones(len(x)), **(extra_args or {}))
-            noise = process.noise(x, denoised, sigma)
+            noise = (x - process.scale(sigma) * denoised) / process.noise_std(sigma)
             if i in at:
                 now = problem.scores(denoised)
                 chosen = torch.multinomial((strength * (now - before)).softmax(0), len(x), replacement=True)
