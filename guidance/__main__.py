@@ -3,8 +3,9 @@
     python -m guidance FOLDER --out likes.safetensors --temperature 0.5
     torchrun --nproc-per-node 8 -m guidance FOLDER --out likes.safetensors --temperature 0.5
 
-It prints its progress, and keeps a checkpoint beside the network until it is done. After an interruption, the same command
-continues from the checkpoint. A folder keeps the checkpoints of running trainings, and of the last 3 interrupted ones.
+It prints its progress, and keeps a checkpoint beside the network until it is done. After an interruption, the same
+command continues from the checkpoint. A folder keeps the checkpoints of running trainings, and of the last 3
+interrupted ones.
 """
 
 import argparse

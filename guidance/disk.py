@@ -18,7 +18,9 @@ def write(
     advice: str = "Correct that and run again: it continues from here.",
     new: bool = False,
 ) -> None:
-    """Write a file atomically: `save` is called with a temporary path. Raises GuidanceError with `advice` if that fails.
+    """Write a file atomically: `save` is called with a temporary path.
+
+    Raises GuidanceError with `advice` if that fails.
 
     new: raise FileExistsError if the file exists, even if another process creates it at the same time.
     """
@@ -112,7 +114,7 @@ else:
         return file
 
     def locked(descriptor: int, kind: int) -> bool:
-        """Lock an open file until it is closed. False if another process has locked it; True on file systems without locks."""
+        """Lock an open file until it is closed. False if another process has locked it."""
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -9,7 +9,8 @@ SHOWN = 80
 """Characters of an input that a message shows."""
 _ACCELERATOR = (torch.cuda.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.cuda.OutOfMemoryError))
 _NO_MEMORY = re.compile(
-    r"out of memory|(can't|cannot|unable to) allocate|not enough memory|paging file is too small|bad_alloc|os error 12\b",
+    r"out of memory|(can't|cannot|unable to) allocate|not enough memory|paging file is too small|bad_alloc"
+    r"|os error 12\b",
     re.I,
 )
 """Matches the messages of PyTorch on the CPU and on accelerators, of safetensors, Linux and Windows."""
@@ -44,8 +45,8 @@ def ran_out_of_memory(error: BaseException) -> bool:
 def pass_out_of_memory(error: Exception, doing: str) -> None:
     """Raise if memory ran out; for handlers that would otherwise report a damaged file.
 
-    doing: what was being done, such as "x was read". An accelerator's error is raised unchanged, because ComfyUI handles it
-    by freeing memory. Any other becomes an OutOfMemoryError.
+    doing: what was being done, such as "x was read". An accelerator's error is raised unchanged, because ComfyUI
+    handles it by freeing memory. Any other becomes an OutOfMemoryError.
     """
     if ran_out_of_memory(error):
         if isinstance(error, (*_ACCELERATOR, OutOfMemoryError)):

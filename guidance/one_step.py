@@ -1,11 +1,12 @@
 """One-step generators: guidance tilts the initial noise, q(z) ∝ N(z)·exp(r(G(z))/β).
 
-Noise is data with a known denoiser, so a guidance network learns its tilt as it does for any other data. On the spherical
-path x = cos(φ)·z + sin(φ)·ε the denoiser is D = cos(φ)·x. With D_q = D + sin(φ)·G, the probability flow from noise (φ = π/2)
-to tilted noise (φ = 0) is dx/dφ = -G(x, φ): the network is the velocity, and without guidance noise does not change.
+Noise is data with a known denoiser, so a guidance network learns its tilt as it does for any other data. On the
+spherical path x = cos(φ)·z + sin(φ)·ε the denoiser is D = cos(φ)·x. With D_q = D + sin(φ)·G, the probability flow from
+noise (φ = π/2) to tilted noise (φ = 0) is dx/dφ = -G(x, φ): the network is the velocity, and without guidance noise
+does not change.
 
-For a differentiable reward, a network can instead learn a single step z -> z + G(z) by the reward's gradient through the
-generator.
+For a differentiable reward, a network can instead learn a single step z -> z + G(z) by the reward's gradient through
+the generator.
 """
 
 import math
@@ -57,7 +58,7 @@ class NoisePairs:
 
 @dataclass(frozen=True)
 class FreshNoise:
-    """Batches of unlabelled new noise z, each with a random prompt. `denoised` is z itself, so that G is the change of z."""
+    """Batches of unlabelled new noise z with random prompts. `denoised` is z itself, so that G is the change of z."""
 
     shape: tuple[int, ...]
     """Shape (C,...) of a latent."""

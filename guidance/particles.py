@@ -1,4 +1,7 @@
-"""Guidance without a gradient: selection of the best samples, and resampling of particles towards q(x0) ∝ p(x0)·exp(r(x0)/β)."""
+"""Guidance without gradients: selection of the best samples, and resampling of particles.
+
+The distribution of resampled particles tends to q(x0) ∝ p(x0)·exp(r(x0)/β).
+"""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +33,8 @@ def at_least(scores: Tensor, threshold: float) -> list[int]:
         highest = scores.max().double()
         reached = (highest * 100).floor() / 100
         raise GuidanceError(
-            f"No score reaches the threshold of {threshold:g}; the best is {highest:g}. Lower the threshold to {reached:.2f}."
+            f"No score reaches the threshold of {threshold:g}; the best is {highest:g}. "
+            f"Lower the threshold to {reached:.2f}."
         )
     return chosen
 
@@ -57,8 +61,8 @@ def effective_size(weights: Tensor) -> Tensor:
 def systematic(weights: Tensor, offsets: Tensor) -> Tensor:
     """Systematic resampling (Kitagawa 1996): ancestors (G, n) in rising order, for normalized weights (G, n).
 
-    The points (i + u)/n, with one uniform offset u (G, 1) per row, select from the cumulative weights. Particle i has n·w_i
-    copies on average, and always one of the two nearest integers.
+    The points (i + u)/n, with one uniform offset u (G, 1) per row, select from the cumulative weights. Particle i has
+    n·w_i copies on average, and always one of the two nearest integers.
     """
     n = weights.shape[-1]
     cumulative = weights.double().cumsum(-1)
@@ -80,7 +84,7 @@ def settled(ancestors: Tensor) -> Tensor:
 
 
 def ranked(rows: Tensor, scores: Sequence[float]) -> list[int]:
-    """Indices that sort one resampled population, rows (n,) with scores (n,): best first, copies after all survivors."""
+    """Indices that sort a resampled population, rows (n,) with scores (n,): best first, copies after survivors."""
     copies = (rows != torch.arange(len(rows))).tolist()
     return sorted(range(len(rows)), key=lambda i: (copies[i], -scores[i]))
 
@@ -97,11 +101,12 @@ class Resampled:
 
 @dataclass
 class Population:
-    """G groups of n particles, resampled separately (FK steering, arXiv 2501.06848). Holds the state of one sampling run.
+    """G groups of n particles, resampled separately (FK steering, arXiv 2501.06848).
 
-    Particle i has the weight exp((r_i - r'_i)/β): r_i is its current reward, r'_i its reward at the last resampling. Along a
-    path, the product of these difference potentials is exp(r(x0)/β), whatever the rewards in between. The population
-    therefore converges to q as it grows. The paper's other potentials, the maximum and the sum, have other limits.
+    It holds the state of one sampling run. Particle i has the weight exp((r_i - r'_i)/β): r_i is its current reward,
+    r'_i its reward at the last resampling. Along a path, the product of these difference potentials is exp(r(x0)/β),
+    whatever the rewards in between. The population therefore converges to q as it grows. The paper's other potentials,
+    the maximum and the sum, have other limits.
     """
 
     size: int
@@ -120,7 +125,8 @@ class Population:
             raise GuidanceError(f"A population needs at least 1 particle, not {self.size}.")
         if not self.temperature > 0:
             raise GuidanceError(
-                f"The temperature must be above 0, not {self.temperature}; smaller values follow the reward more closely."
+                f"The temperature must be above 0, not {self.temperature}; "
+                "smaller values follow the reward more closely."
             )
 
     def resample(self, rewards: Tensor, final: bool = False) -> Resampled:

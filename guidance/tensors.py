@@ -120,7 +120,7 @@ def stored(path: Path) -> dict[str, Stored]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, in memory. Raises as `stored` does, and GuidanceError if the file changes meanwhile."""
+    """The tensors of a file by name, in memory. Raises as `stored` does, and GuidanceError if the file changes."""
     return {name: part[()] for name, part in stored(path).items()}
 
 

@@ -81,7 +81,8 @@ class StoredPairs:
 
 @dataclass(frozen=True)
 class FreshPairs(StoredPairs):
-    """Batches with fresh noise at noise levels of the collection. `denoised` is the clean latent, whose posterior mean is D."""
+    """Batches with fresh noise at noise levels of the collection. D is replaced by the clean latent, whose mean it
+    is."""
 
     def batch(self, size: int, key: tuple[int, ...], part: slice = slice(None)) -> Batch:
         rng = generator(*key)

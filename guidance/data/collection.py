@@ -4,8 +4,8 @@
     prompts.safetensors      the conditioning of each prompt
     shard-00000.safetensors  up to 32 samples: clean latents, scores, and the noise level and D of K noised states
 
-The noise of a noised state is not stored, but drawn again from the sample's seed. Training reads latents as it needs them,
-so a collection may be larger than memory.
+The noise of a noised state is not stored, but drawn again from the sample's seed. Training reads latents as it needs
+them, so a collection may be larger than memory.
 """
 
 import math
@@ -59,7 +59,9 @@ class Collection:
 
     @staticmethod
     def create(folder: Path, description: Description, text: "Text | Texts | Callable[[], Texts]") -> "Collection":
-        """Start a collection, or continue one with the same description. Raises GuidanceError if the folder has another.
+        """Start a collection, or continue one with the same description.
+
+        Raises GuidanceError if the folder has another.
 
         text: the conditioning of each prompt. A function is called only if it is not on disk yet.
         """
@@ -151,7 +153,7 @@ class Collection:
             return False
 
     def add(self, numbers: range, samples: Sequence[Sample]) -> None:
-        """Write one shard. Samples with numbers that are not finite are written without scores, and `load` leaves them out.
+        """Write one shard. Samples that are not finite are written without scores, and `load` leaves them out.
 
         Raises GuidanceError if no sample is finite, the disk is full, or the folder was removed. Existing files stay.
         """
@@ -196,8 +198,8 @@ class Collection:
     def shard(self, number: int) -> Shard:
         """One shard, checked.
 
-        Raises FileNotFoundError if there is none, DamagedError if it must be rewritten, and GuidanceError for another file
-        by its name, which must not be overwritten.
+        Raises FileNotFoundError if there is none, DamagedError if it must be rewritten, and GuidanceError for another
+        file by its name, which must not be overwritten.
         """
         path, expected = self.path(number), self.shapes()
         try:
@@ -260,7 +262,10 @@ class Collection:
         return sorted(number for number in numbers if self.path(number).name in names)
 
     def load(self) -> "Samples":
-        """All scored samples; latents are not read yet. Raises GuidanceError if there are none, or a shard cannot be used."""
+        """All scored samples, whose latents are not read yet.
+
+        Raises GuidanceError if there are none, or a shard cannot be used.
+        """
         self.require_description()
         if not (found := list(self.shards())):
             raise GuidanceError(f"{self.folder.name} holds no samples yet: collect some first.")

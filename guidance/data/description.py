@@ -155,7 +155,7 @@ def not_default(values: Any) -> dict[str, Any]:
 
 
 def description_from(content: str) -> Description:
-    """The description in the content of a collection.json. Raises ValueError if it is damaged, NewerError if it is newer."""
+    """The description in the content of a collection.json. Raises ValueError, or NewerError for unknown entries."""
     values = json.loads(content, object_pairs_hook=unique_names)
     if not isinstance(values, dict):
         raise ValueError("it has no names")

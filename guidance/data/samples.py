@@ -42,8 +42,8 @@ def states(
 ) -> list[Sample]:
     """Samples of clean latents (N,C,...) with scores (N,R), noised to levels σ (N,K).
 
-    denoise: x (N,C,...), σ (N,) -> the model's D (N,C,...). Latents are rounded to half precision first, so that training
-    draws the same noised states from the stored latents.
+    denoise: x (N,C,...), σ (N,) -> the model's D (N,C,...). Latents are rounded to half precision first, so that
+    training draws the same noised states from the stored latents.
     """
     clean = half(clean.cpu()).float()
     denoised = []
@@ -54,7 +54,7 @@ def states(
 
 
 def percents(seed: int, levels: int) -> Tensor:
-    """Sampling percents (K,) of the noised states of a sample, 0 noise and 1 clean: one in each of K equal intervals."""
+    """Sampling percents (K,) of a sample's noised states, 0 noise and 1 clean: one in each of K equal intervals."""
     return (torch.arange(levels) + torch.rand(levels, generator=generator(seed, -1))) / max(levels, 1)
 
 
@@ -113,7 +113,7 @@ class Texts:
     """Pooled vectors (N,P)."""
 
     def __getitem__(self, rows: Tensor) -> Text:
-        """The conditioning of some prompts, padded with zeros to the longest. Raises GuidanceError if it is not finite."""
+        """The conditioning of some prompts, padded with zeros to the longest. Raises GuidanceError if not finite."""
         tokens = torch.nn.utils.rnn.pad_sequence([self.tokens[row] for row in rows], batch_first=True)
         if not is_finite(tokens):
             raise not_finite(self.tokens)

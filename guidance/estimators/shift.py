@@ -1,7 +1,7 @@
 """The estimators `shift` and `shift_two_pass`: D_q = D(x + (σ²/a)·g), a model call at a shifted point.
 
-p(x0|x)·exp(g·x0) is the posterior at x + (σ²/a)·g. The formula is therefore exact for a reward linear in x0 and any data.
-The model is not differentiated.
+p(x0|x)·exp(g·x0) is the posterior at x + (σ²/a)·g. The formula is therefore exact for a reward linear in x0 and any
+data. The model is not differentiated.
 """
 
 from .base import Estimator

@@ -34,18 +34,19 @@ class Settings:
     cap: float = 0.5
     """Largest RMS of the shift of x per sample, in units of the noise."""
     target: float = math.inf
-    """Standardized reward that is good enough. From one unit below it, the previous shift gradually replaces the new one and
-    decays with the noise."""
+    """Standardized reward that is good enough. From one unit below it, the previous shift gradually replaces the new
+    one and decays with the noise."""
     every: int = 1
     """Model calls from one reward gradient to the next. In between, the last gradient is used again."""
     variance: float = 0.2
-    """Per-element variance of the data, for the variance of the posterior. Latents have a variance of about 1, but their
-    elements depend on each other."""
+    """Per-element variance of the data, for the variance of the posterior. Latents have a variance of about 1, but
+    their elements depend on each other."""
 
     def __post_init__(self):
         if not self.temperature > 0:
             raise GuidanceError(
-                f"The temperature must be above 0, not {self.temperature}; smaller values follow the reward more closely."
+                f"The temperature must be above 0, not {self.temperature}; "
+                "smaller values follow the reward more closely."
             )
         for name in ("strength", "cap", "variance"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -85,7 +86,7 @@ class Tilt:
         """Whether the gradient has changed any prediction yet."""
 
     def begin_call(self, x: Tensor, sigma: float) -> None:
-        """Reset the state if x (B,...) is another sample than at the last call: of another shape, or at full noise again.
+        """Reset the state if x (B,...) is a new sample: of another shape, or at full noise again.
 
         Samplers that generate a video in blocks, or change the resolution, call the model this way.
         """
@@ -156,10 +157,11 @@ class Tilt:
         )
 
     def kept(self, shift: Tensor, angle: float) -> Tensor:
-        """A mixture (B,...) of the new shift and the previous one, in units of the noise. At the target it is the previous one.
+        """A mixture (B,...) of the new shift and the previous one, which it equals at the target. In units of the
+        noise.
 
-        At a high reward the gradient has no useful direction, but the cap still allows its full length. The decay of the
-        previous shift depends on the noise angle, not on the number of model calls.
+        At a high reward the gradient has no useful direction, but the cap still allows its full length. The decay of
+        the previous shift depends on the noise angle, not on the number of model calls.
         """
         missing = column((self.settings.target - self.scores).clamp(0, 1).to(shift), shift)
         passed = max(0.0, self.shift_angle - angle)
@@ -171,7 +173,10 @@ class Tilt:
 def tilt_gradient(
     reward: RewardFunction, denoised: Tensor, offsets: list[Tensor], temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """∇_D log mean_k exp(r(D + offset_k)/β) (B,...), and β times the logarithm (B,). LGD-MC (Song et al., ICML 2023)."""
+    """∇_D log mean_k exp(r(D + offset_k)/β) (B,...), and β times the logarithm (B,).
+
+    As in LGD-MC (Song et al., ICML 2023).
+    """
     scores, gradients = zip(*[reward_gradient(reward, denoised + offset) for offset in offsets], strict=True)
     logits = torch.stack(scores) / temperature
     weights = logits.softmax(0)

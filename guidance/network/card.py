@@ -71,7 +71,7 @@ class Card:
     best: tuple[int, float] | None = None
     """Step and held-out loss of the network that was kept. None if no samples were held out."""
     shape: tuple[int, ...] = ()
-    """Shape (C,H,W) or (C,T,H,W) of the latents it was trained on, on which the noising process may depend. Empty if unknown."""
+    """Shape (C,H,W) or (C,T,H,W) of the latents in training, on which the process may depend. Empty if unknown."""
 
     def describe(self) -> str:
         """A summary for people, several lines."""

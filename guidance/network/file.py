@@ -21,7 +21,10 @@ VERSION = 1
 def save_network(
     path: Path, network: GuidanceNetwork, card: Card, advice: str = "Correct that and save again.", new: bool = False
 ) -> None:
-    """Write a network file atomically. Raises GuidanceError with `advice` if that fails, and FileExistsError as `write` does."""
+    """Write a network file atomically.
+
+    Raises GuidanceError with `advice` if that fails, and FileExistsError as `write` does.
+    """
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -33,9 +36,10 @@ def save_network(
 
 
 def load_network(path: Path) -> tuple[GuidanceNetwork, Card]:
-    """Read a network file, in single precision and frozen. Raises GuidanceError if it is damaged or no guidance network.
+    """Read a network file, in single precision and frozen.
 
-    The header is checked before any weights are read or allocated.
+    Raises GuidanceError if it is damaged, or of another kind. The header is checked before any weights are read or
+    allocated.
     """
     try:
         shapes, metadata = read_header(path)
@@ -46,8 +50,8 @@ def load_network(path: Path) -> tuple[GuidanceNetwork, Card]:
         raise GuidanceError(f"{path.name} is not a guidance network. Save Guidance Network writes those.")
     if metadata.get("version") != str(VERSION):
         raise GuidanceError(
-            f"{path.name} has version {short(metadata.get('version'))} of the format, but this pack reads version {VERSION}: "
-            "update the pack."
+            f"{path.name} has version {short(metadata.get('version'))} of the format, "
+            f"but this pack reads version {VERSION}: update the pack."
         )
     try:
         network = GuidanceNetwork.without_weights(record(Architecture, json.loads(metadata["architecture"])))
@@ -61,7 +65,8 @@ def load_network(path: Path) -> tuple[GuidanceNetwork, Card]:
         ) from error
     if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
         raise GuidanceError(
-            f"{path.name} holds weights that are not finite numbers: copy it again, and if that does not help, train it again."
+            f"{path.name} holds weights that are not finite numbers: copy it again, "
+            "and if that does not help, train it again."
         )
     return network.eval().requires_grad_(False), card
 

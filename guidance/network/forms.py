@@ -51,7 +51,10 @@ class NoiseCorrectionForm(Form):
 
 
 class ShiftForm(Form):
-    """D_q = D(x + noise·G(x)): the network chooses the point, and the model predicts, so that D_q stays on its manifold."""
+    """D_q = D(x + noise·G(x)): the network chooses a point, and the model predicts there.
+
+    D_q therefore stays on the model's manifold.
+    """
 
     inputs = 1
     moves = True
@@ -64,7 +67,10 @@ class ShiftForm(Form):
 
 
 class PotentialForm(Form):
-    """D_q = D + (noise²/a)·∇f, with a scalar network f ≈ log E[w|x] (arXiv 2405.16876). The model is not differentiated."""
+    """D_q = D + (noise²/a)·∇f, with a scalar network f ≈ log E[w|x] (arXiv 2405.16876).
+
+    The model is not differentiated.
+    """
 
     inputs = 1
 
@@ -78,7 +84,10 @@ class PotentialForm(Form):
 
 
 class OneStepForm(Form):
-    """D_q = D + G(x) at pure noise, where `denoise` is the identity: the network moves noise in one step (arXiv 2508.09968)."""
+    """D_q = D + G(x) at pure noise, where `denoise` is the identity (arXiv 2508.09968).
+
+    The network moves noise in a single step.
+    """
 
     inputs = 1
 

@@ -87,18 +87,19 @@ SIZES = {
 }
 """Minimum and maximum of each size of an architecture.
 
-The maxima are several times those in use: latents of 128 channels, texts of 12,288, a width of 64 at 3 levels of 2 blocks.
-They limit the time and memory that a damaged file can cost.
+The maxima are several times those in use: latents of 128 channels, texts of 12,288, a width of 64 at 3 levels of 2
+blocks. They limit the time and memory that a damaged file can cost.
 """
 HEAD = 32
 """Channels of an attention head."""
 
 
 class GuidanceNetwork(nn.Module):
-    """A U-Net over latents. The noise level and the pooled text modulate it; at the lowest resolution it attends to text tokens.
+    """A U-Net over latents, conditioned on noise level and text.
 
-    Its output is zero before training, because the last layer is zero. Height, width and number of frames are free. Frames
-    exchange information in the attention alone.
+    Noise level and pooled text modulate it. At the lowest resolution it attends to text tokens. Its output is zero
+    before training, because the last layer is zero. Height, width and number of frames are free. Frames exchange
+    information in the attention alone.
     """
 
     def __init__(self, architecture: Architecture):
@@ -132,9 +133,9 @@ class GuidanceNetwork(nn.Module):
         return self.head if self.value is None else self.value.last
 
     def forward(self, inputs: Sequence[Tensor], angle: Tensor, text: Text, with_denoised: bool = False):
-        """Latents (B,C,H,W) or (B,C,T,H,W) of unit scale and noise angles (B,) -> a latent, or (B,) for a scalar network.
+        """Latents (B,C,H,W) or (B,C,T,H,W) of unit scale, noise angles (B,) -> the output, of a latent's shape.
 
-        with_denoised: a scalar network returns a pair, its value and the predicted D.
+        A scalar network returns (B,). with_denoised: it returns a pair, that and the predicted D.
         """
         shape, frames = inputs[0].shape, 1 if inputs[0].ndim == 4 else inputs[0].shape[2]
         x = torch.cat([part.movedim(1, -3).flatten(0, -4) for part in inputs], 1)

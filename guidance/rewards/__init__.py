@@ -1,5 +1,5 @@
 from .aesthetic import AestheticReward
-from .base import Reward, RewardError, evaluate, judge, require_prompt
+from .base import Reward, RewardError, evaluate, evaluate_unchecked, require_prompt
 from .clip import CLIP_KINDS, ClipReward
 from .combine import CombinedReward, breakdown, parts_of
 from .files import LoadOptions
@@ -25,7 +25,7 @@ __all__ = [
     "RewardError",
     "breakdown",
     "evaluate",
-    "judge",
+    "evaluate_unchecked",
     "load_reward",
     "parts_of",
     "require_prompt",

@@ -1,4 +1,7 @@
-"""LAION's aesthetic predictor v2 (github.com/christophschuhmann/improved-aesthetic-predictor): a head on OpenAI's CLIP ViT-L/14."""
+"""LAION's aesthetic predictor v2, a head on OpenAI's CLIP ViT-L/14.
+
+Source: github.com/christophschuhmann/improved-aesthetic-predictor
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,22 +16,22 @@ from .files import LoadOptions, Shapes, StateDict, Weights, find, read
 from .published import CLIPS
 
 _LAYERS = (0, 2, 4, 6, 7)
-"""Places of the linear layers among dropouts."""
+"""Indices of the linear layers; the others are dropouts."""
 _POSITIONS = 257
-"""Of a ViT with 14 pixel patches at 224 pixels. OpenAI's L/14 for 336 pixels has a space of its own."""
+"""Position embeddings of L/14 at 224 pixels. OpenAI's L/14 for 336 pixels has another embedding space."""
 
 
 class AestheticReward(Reward):
-    """How pleasing people find a picture, from 1 to 10, whatever its prompt. The head is float32 around a tower of any precision."""
+    """How pleasing people find a picture, from 1 to 10, independent of the prompt. The head is float32."""
 
     name = "LAION aesthetic"
     reference_mean = 5.85
     reference_std = 0.6
-    """Of pictures made by diffusion models; the spread is assumed."""
+    """Typical of pictures of diffusion models. The standard deviation is assumed."""
     tower: Any
 
     def __init__(self, tower: Any, weight: Tensor, bias: Tensor):
-        """tower: open_clip's VisionTransformer; weight (E,), bias (): the score is affine in its unit vectors."""
+        """tower: open_clip's VisionTransformer. weight (E,), bias (): the affine head on its unit vectors."""
         super().__init__()
         self.tower = tower
         self.weight = nn.Parameter(weight.float(), requires_grad=False)
@@ -41,11 +44,15 @@ class AestheticReward(Reward):
 
 
 def is_aesthetic_head(keys: Shapes | StateDict) -> bool:
+    """Whether these are the keys of an aesthetic head."""
     return set(keys) == {f"layers.{i}.{part}" for i in _LAYERS for part in ("weight", "bias")}
 
 
 def collapse(state: StateDict) -> tuple[Tensor, Tensor]:
-    """The linear layers, between which there is no activation, as one: (E,) and ()."""
+    """The linear layers as a single one, weight (E,) and bias (): there are no activations between them.
+
+    Raises RewardError if their shapes do not fit, or the head has more than one output.
+    """
     layers = [(state[f"layers.{i}.weight"].double(), state[f"layers.{i}.bias"].double()) for i in _LAYERS]
     widths = [layers[0][0].shape[-1:], *(bias.shape for _, bias in layers)]
     if any(
@@ -62,7 +69,7 @@ def collapse(state: StateDict) -> tuple[Tensor, Tensor]:
 
 
 def load_aesthetic(weights: Weights, options: LoadOptions) -> AestheticReward:
-    """The head, with the image tower that is named or else found."""
+    """The reward of a head and an image tower, which is given or found. Raises RewardError if no tower fits."""
     check_floats(weights.state)
     weight, bias = collapse(weights.state)
     folders = [weights.path.parent, *options.image_folders]

@@ -1,4 +1,7 @@
-"""CLIP dual encoders (arXiv 2103.00020) as rewards: CLIP score, PickScore v1 (arXiv 2305.01569), HPS v2 and v2.1 (arXiv 2306.09341)."""
+"""Rewards of CLIP dual encoders (arXiv 2103.00020).
+
+CLIP score, PickScore v1 (arXiv 2305.01569), HPS v2 and v2.1 (arXiv 2306.09341).
+"""
 
 import functools
 import math
@@ -35,16 +38,18 @@ _H14_WIDTH = 1280
 
 @dataclass(frozen=True)
 class ClipKind:
-    """What is made of a dual encoder."""
+    """How a dual encoder is used as a reward."""
 
     cosine_mean: float
+    """Typical cosine of a picture and its prompt."""
     cosine_std: float
+    """Typical standard deviation of the cosine."""
     scaled: bool = True
     """Whether the score is the cosine times exp(logit_scale)."""
     whole: bool = False
-    """Whether the whole picture is seen, between black bars, and not the square at its centre."""
+    """Whether the picture is padded to a square with black bars, instead of cropped at its centre."""
     rounded: Callable[[float], int] = round
-    """Where that square begins."""
+    """Rounding of the crop's position."""
 
 
 CLIP_KINDS = {
@@ -53,24 +58,24 @@ CLIP_KINDS = {
     "HPS v2": ClipKind(0.275, 0.0075, scaled=False, whole=True),
     "HPS v2.1": ClipKind(0.285, 0.03, scaled=False, whole=True),
 }
-"""Means: pictures with their own prompts are reported at 25 to 35 by CLIP; 21.5 on Pick-a-Pic v2 by PickScore, at a scale of 100; for HPS,
-of the models from Stable Diffusion 1.4 up in the benchmarks of its authors. The spreads are assumed; over all models of those benchmarks
-HPS v2 spreads a fourth as far as v2.1."""
+"""Sources of the means: CLIP scores of pictures with their own prompts are reported as 25 to 35; PickScore has 21.5 on
+Pick-a-Pic v2, at a scale of 100; for HPS they are those of Stable Diffusion 1.4 and later in its authors' benchmarks.
+The standard deviations are assumed. Over all models of those benchmarks, HPS v2 has a fourth of the spread of v2.1."""
 
 
 @functools.cache
 def tokenizer() -> Any:
-    """CLIP's own, whose vocabulary ships with open_clip."""
+    """CLIP's tokenizer, whose vocabulary ships with open_clip."""
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer()
 
 
 def preprocess(pixels: Tensor, image_size: int, whole: bool = False, rounded: Callable[[float], int] = round) -> Tensor:
-    """Pixels (B,3,H,W) in [0,1] -> (B,3,S,S), normalised, on tensors: CLIP's resize and centre crop, or the whole picture as HPS sees it.
+    """Pixels (B,3,H,W) in [0,1] -> normalised (B,3,S,S): CLIP's resize and centre crop, or HPS's padding (whole).
 
-    Against the same steps in PIL, photographs differ by less than half of one of 255 levels on average (PIL rounds, and clips bicubic
-    overshoot at edges, which has no gradient).
+    The difference to PIL is less than half of one of 255 levels on average for photographs. PIL rounds, and clips
+    bicubic overshoot at edges, which would have no gradient.
     """
     square = (
         fit_square(pixels, image_size)
@@ -83,20 +88,20 @@ def preprocess(pixels: Tensor, image_size: int, whole: bool = False, rounded: Ca
 def embed(
     tower: Any, pixels: Tensor, image_size: int, whole: bool = False, rounded: Callable[[float], int] = round
 ) -> Tensor:
-    """Pixels (B,3,H,W) -> unit vectors (B,E), float32 around a tower of any precision."""
+    """Pixels (B,3,H,W) -> unit vectors (B,E) in float32, with a tower of any precision."""
     prepared = preprocess(at_least_float32(pixels), image_size, whole, rounded)
     return F.normalize(at_least_float32(tower(prepared.to(tower.conv1.weight.dtype))), dim=1)
 
 
 class ClipReward(Reward):
-    """A multiple of cosine(picture, prompt). The towers may be bfloat16 or float16; what follows them is float32."""
+    """A multiple of cosine(picture, prompt). The towers may be bfloat16 or float16; the rest is float32."""
 
     name = "CLIP"
     needs_prompt = True
     model: Any
 
     def __init__(self, model: Any, kind: ClipKind = CLIP_KINDS["CLIP score"]):
-        """model: open_clip.CLIP with weights."""
+        """model: open_clip.CLIP with weights. Raises RewardError if its logit_scale is damaged."""
         super().__init__()
         self.model = model
         self.kind = kind
@@ -117,14 +122,14 @@ class ClipReward(Reward):
         return embed(self.model.visual, pixels, self.model.visual.image_size[0], self.kind.whole, self.kind.rounded)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Unit vectors (B,E) on the CPU, where they survive the model's moves between devices; a change of its precision makes them anew."""
+        """Unit vectors (B,E) on the CPU, cached per prompt and precision of the model."""
         precision = self.model.token_embedding.weight.dtype
         return torch.stack(self._text_features([(precision, prompt) for prompt in prompts], self._encode))
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _encode(self, keys: list[tuple[torch.dtype, str]]) -> Tensor:
-        # Outside inference mode, since a later backward pass reads the features.
+        # Outside inference mode, because a later backward pass reads the features.
         prompts = [prompt for _, prompt in keys]
         warn_of_truncated_text(self, prompts)
         tokens = tokenizer()(prompts, self.model.context_length).to(self.model.token_embedding.weight.device)
@@ -135,17 +140,19 @@ class ClipReward(Reward):
 
 
 def vit_activation_bytes(tower: Any) -> int:
-    """Per picture, of open_clip's VisionTransformer with a graph."""
+    """Memory per picture of open_clip's VisionTransformer with a graph."""
     tokens, width = tower.positional_embedding.shape
     return tower.transformer.layers * layer_activation_bytes(tokens, width, tower.conv1.weight.element_size())
 
 
 def layer_activation_bytes(tokens: int, width: int, element_size: int) -> int:
-    """A frozen transformer layer keeps 10 numbers per token and channel for its backward pass; the rest is for what a step holds in passing."""
+    """Memory of a frozen transformer layer: 10 numbers per token and channel for the backward pass, 2 temporary
+    ones."""
     return 12 * tokens * width * element_size
 
 
 def load_clip(weights: Weights, options: LoadOptions) -> ClipReward:
+    """The reward of a dual encoder in one file."""
     kind, quick_gelu = recognise_kind(weights, options.kind), uses_quick_gelu(weights)
     reward = ClipReward(build(prepare(weights.state, options.precision), weights.hints, quick_gelu), CLIP_KINDS[kind])
     reward.description = f"{kind}, with {'QuickGELU' if quick_gelu else 'GELU'}"
@@ -153,12 +160,15 @@ def load_clip(weights: Weights, options: LoadOptions) -> ClipReward:
 
 
 def recognise_kind(weights: Weights, wanted: str | None = None) -> str:
-    """Which of CLIP_KINDS a dual encoder is.
+    """Which of CLIP_KINDS a dual encoder is. Raises RewardError if `wanted`, or the metadata, names none.
 
-    Its weights cannot say: PickScore, HPS and LAION's CLIP are all a ViT-H/14. So what was asked for decides, then the metadata entry
-    `kind`, then how the published files are packed (HPS lies under `state_dict`, without the optimizer of a checkpoint to go on training
-    from; LAION's CLIP lies bare), then the name of the file or its folder. What is left is a CLIP score, but a ViT-H/14 in transformers'
-    layout is PickScore, the one used as a reward.
+    Shapes cannot decide, because PickScore, HPS and LAION's CLIP are all a ViT-H/14. In order of precedence:
+
+    1. `wanted`, then the metadata entry `kind`.
+    2. The name of the file or its folder contains "hps", or the file is packed as HPS is published: a ViT-H/14 under
+       `state_dict` without an optimizer. LAION's CLIP has no `state_dict` key.
+    3. The name contains "pickscore", or the file is a ViT-H/14 in transformers' layout without "clip" in its name.
+    4. Otherwise it is a CLIP score.
     """
     if stated := wanted or weights.hints.get("kind"):
         if stated not in CLIP_KINDS:
@@ -179,7 +189,7 @@ def recognise_kind(weights: Weights, wanted: str | None = None) -> str:
 
 
 def load_clip_of_towers(weights: Weights, options: LoadOptions) -> ClipReward:
-    """An image tower, with the text tower that is named or else found by the width of its embedding."""
+    """The reward of an image tower and a text tower, which is given or found by the width of its embedding."""
     width = image_embedding(weights.shapes)
     if width is None:
         raise RewardError(
@@ -193,7 +203,8 @@ def load_clip_of_towers(weights: Weights, options: LoadOptions) -> ClipReward:
     if file is None:
         folder = options.text_folders[0] if options.text_folders else weights.path.parent
         raise RewardError(
-            f"it is an image tower alone; put a text tower with a text_projection to {width} into {folder}, or use {whole}."
+            f"it is an image tower alone; put a text tower with a text_projection to {width} into {folder}, "
+            f"or use {whole}."
         )
     text = read(file)
     if (found := text_embedding(text.shapes)) != width:

@@ -1,14 +1,16 @@
-"""CLIP checkpoints -> open_clip's module. Nobody chooses an architecture: it is read off the shapes of the weights.
+"""CLIP checkpoints -> open_clip's module. The architecture is inferred from the shapes of the weights.
 
-Both published layouts are read, open_clip's (and OpenAI's, which is the same) and transformers' CLIPModel, whole or one tower alone.
-Two things leave no trace in a shape:
+Two layouts are read, that of open_clip and OpenAI, and that of transformers' CLIPModel, with both towers or one. Two
+properties cannot be inferred from shapes:
 
-- Attention heads. All published ViTs have 64 wide heads, but at most 16 of them in the image tower (H, g, bigG: 80, 88 and 104 wide).
-- The activation. OpenAI trained with QuickGELU, LAION with GELU; OpenAI's archives are known by their `input_resolution` entry. Else the name
-  of the file or its folder decides where it says openai, laion or quickgelu, and at last the size: in transformers' layout those that OpenAI
-  published (up to L/14) are taken for theirs.
+- Attention heads. Published ViTs have heads 64 wide, but at most 16 in the image tower. Those of H, g and bigG are 80,
+  88 and 104 wide.
+- The activation. OpenAI trained with QuickGELU, LAION with GELU. OpenAI's archives have an `input_resolution` entry.
+  For other files the name of the file or its folder decides, if it contains openai, laion or quickgelu. Otherwise
+  files in transformers' layout count as OpenAI's up to the size of L/14, the largest that OpenAI published.
 
-Hints override both rules: vision_heads, text_heads and quick_gelu in the safetensors metadata, or a folder's config.json.
+Hints override both rules: vision_heads, text_heads and quick_gelu in the safetensors metadata, or a folder's
+config.json.
 """
 
 import math
@@ -53,9 +55,9 @@ _TEXT_PREFIXES = (
 )
 _OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
 _OPENAI_WIDTH = 1024
-"""Of the image tower of L/14, the widest ViT OpenAI published."""
+"""Width of the image tower of L/14, the widest ViT that OpenAI published."""
 _WORDS = {"quickgelu": True, "openai": True, "laion": False}
-"""In a name: whether the weights count as OpenAI's own, as some of LAION's do, which were trained with QuickGELU too."""
+"""Words in a file name, and whether they mean QuickGELU, as in OpenAI's own weights and some of LAION's."""
 _UNSUPPORTED = {
     "visual.layer1.": "a CLIP with a ResNet for its image tower",
     "visual.trunk.": "a CLIP with an image tower of timm's",
@@ -66,12 +68,14 @@ _UNSUPPORTED = {
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _VOCABULARY = 49408
 _LARGEST, _LONGEST = 2048, 1024
-"""Pixels a side, and tokens: several times those of any that are published (560 and 248). What a few numbers in a file claim beyond that
-would take all memory."""
+"""Largest supported numbers of pixels a side and of tokens, several times those of published models (560 and 248). They
+limit the memory that a damaged file can cost."""
 
 
 @dataclass(frozen=True)
 class VisionArchitecture:
+    """The sizes of an image tower. Raises RewardError if they are impossible."""
+
     image_size: int
     patch_size: int
     width: int
@@ -86,6 +90,8 @@ class VisionArchitecture:
 
 @dataclass(frozen=True)
 class TextArchitecture:
+    """The sizes of a text tower. Raises RewardError if they are impossible or not supported."""
+
     context_length: int
     vocabulary: int
     width: int
@@ -104,18 +110,22 @@ class TextArchitecture:
 
 
 def check_image_size(pixels: int) -> None:
+    """Raise RewardError if an image size is not supported."""
     if not 0 < pixels <= _LARGEST:
         raise RewardError(f"the image tower sees pictures of {pixels} pixels a side; 1 to {_LARGEST} are supported.")
 
 
 def check_heads(tower: str, width: int, heads: int) -> None:
+    """Raise RewardError if the width is not a multiple of the number of heads."""
     if heads < 1 or width % heads:
         raise RewardError(
-            f"a {tower} tower {width} wide cannot have {short(heads)} heads; state {tower}_heads in the file's metadata."
+            f"a {tower} tower {width} wide cannot have {short(heads)} heads; "
+            f"state {tower}_heads in the file's metadata."
         )
 
 
 def check_floats(state: StateDict) -> None:
+    """Raise RewardError if a tensor is sparse, or not of a supported floating point type."""
     if sparse := next((key for key, tensor in state.items() if tensor.layout != torch.strided), None):
         raise RewardError(f"{short(sparse)} is stored as a sparse tensor; save it as a dense one.")
     if unreadable := {tensor.dtype for tensor in state.values()}.difference(_FLOATS):
@@ -133,7 +143,7 @@ def has_text_tower(keys: Iterable[str]) -> bool:
 
 
 def unsupported(keys: Iterable[str]) -> str | None:
-    """What a model is that resembles a CLIP but is built otherwise; None for all else."""
+    """The kind of a model that resembles a CLIP but is not supported, for a message. None for all others."""
     return next((kind for prefix, kind in _UNSUPPORTED.items() if any(key.startswith(prefix) for key in keys)), None)
 
 
@@ -142,12 +152,12 @@ def has_transformers_layout(keys: Iterable[str]) -> bool:
 
 
 def image_embedding(shapes: Shapes) -> int | None:
-    """Width of the embedding that an image tower ends in; None where there is no such tower."""
+    """Width of an image tower's embedding. None if there is no image tower."""
     return _columns(shapes, "visual.proj", "visual_projection.weight") if has_image_tower(shapes) else None
 
 
 def text_embedding(shapes: Shapes) -> int | None:
-    """Width of the embedding that a text tower ends in; None where there is no such tower, or no projection after it."""
+    """Width of a text tower's embedding. None if there is no text tower, or no projection after it."""
     return _columns(shapes, "text_projection", "text_projection.weight") if has_text_tower(shapes) else None
 
 
@@ -159,7 +169,7 @@ def _columns(shapes: Shapes, projection: str, transposed: str) -> int | None:
 
 
 def is_openai(file: Path, shapes: Shapes) -> bool:
-    """Whether the weights count as OpenAI's own (see above)."""
+    """Whether the weights count as OpenAI's (see the module's docstring)."""
     if "input_resolution" in shapes:
         return True
     name = f"{file.parent.name}/{file.name}".lower()
@@ -171,7 +181,7 @@ def is_openai(file: Path, shapes: Shapes) -> bool:
 
 
 def uses_quick_gelu(weights: Weights) -> bool:
-    """Whether the activation is QuickGELU (see above)."""
+    """Whether the activation is QuickGELU (see the module's docstring)."""
     return weights.hints.get("quick_gelu", str(is_openai(weights.path, weights.shapes))).lower() == "true"
 
 
@@ -184,7 +194,7 @@ def text_part(state: StateDict) -> StateDict:
 
 
 def to_open_clip_layout(state: StateDict) -> StateDict:
-    """Renames; stacks the query, key and value projections; transposes the two final projections."""
+    """Renames keys, stacks the query, key and value projections, and transposes the two final projections."""
     state = {key: tensor for key, tensor in state.items() if not key.endswith("position_ids")}
     for query in [key for key in state if ".self_attn.q_proj." in key]:
         parts = [state.pop(query.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
@@ -202,7 +212,7 @@ def _open_clip_key(key: str) -> str:
 
 
 def infer_vision(state: StateDict, hints: Hints) -> VisionArchitecture:
-    """From a state dict in open_clip's layout."""
+    """The architecture of a state dict in open_clip's layout."""
     width, _, patch_size, _ = state["visual.conv1.weight"].shape
     patches, _ = state["visual.positional_embedding"].shape
     return VisionArchitecture(
@@ -216,7 +226,7 @@ def infer_vision(state: StateDict, hints: Hints) -> VisionArchitecture:
 
 
 def infer_text(state: StateDict, hints: Hints) -> TextArchitecture:
-    """From a state dict in open_clip's layout."""
+    """The architecture of a state dict in open_clip's layout."""
     vocabulary, width = state["token_embedding.weight"].shape
     return TextArchitecture(
         context_length=len(state["positional_embedding"]),
@@ -233,7 +243,7 @@ def _count_layers(state: StateDict, tower: str) -> int:
 
 
 def build(state: StateDict, hints: Hints, quick_gelu: bool) -> nn.Module:
-    """open_clip.CLIP on the given tensors themselves, in open_clip's layout; nothing is allocated twice."""
+    """open_clip.CLIP with the tensors of a state dict in open_clip's layout. They are not copied."""
     text = infer_text(state, hints)
     model = _on_meta(state, infer_vision(state, hints), text, quick_gelu)
     model.load_state_dict(state, assign=True)
@@ -242,7 +252,7 @@ def build(state: StateDict, hints: Hints, quick_gelu: bool) -> nn.Module:
 
 
 def build_image_tower(state: StateDict, hints: Hints, quick_gelu: bool) -> nn.Module:
-    """open_clip.transformer.VisionTransformer on the tensors of an image tower, likewise."""
+    """open_clip.transformer.VisionTransformer with the tensors of an image tower. They are not copied."""
     tower = _on_meta(state, infer_vision(state, hints), None, quick_gelu).visual
     tower.load_state_dict({key.removeprefix("visual."): tensor for key, tensor in state.items()}, assign=True)
     return tower.eval().requires_grad_(False)
@@ -255,7 +265,7 @@ def _on_meta(state: StateDict, vision: VisionArchitecture, text: TextArchitectur
         raise RewardError(
             "CLIP rewards need the package open_clip_torch; install it with: pip install open_clip_torch"
         ) from error
-    # Half a unit guards the width of the MLP, int(width * ratio), against rounding.
+    # The half keeps int(width * ratio), the width of the MLP, from rounding down.
     vision_cfg = CLIPVisionCfg(
         layers=vision.layers,
         width=vision.width,
@@ -279,7 +289,7 @@ def _on_meta(state: StateDict, vision: VisionArchitecture, text: TextArchitectur
 
 
 def prepare(state: StateDict, precision: Callable[[torch.dtype], torch.dtype]) -> StateDict:
-    """A state dict in either layout -> open_clip's, in one precision chosen from that of the image tower."""
+    """A state dict in either layout -> open_clip's layout, in one precision chosen by that of the image tower."""
     state = {key: tensor for key, tensor in state.items() if key not in _OPENAI_SIZES}
     if has_transformers_layout(state):
         state = to_open_clip_layout(state)

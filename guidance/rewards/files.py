@@ -1,4 +1,4 @@
-"""Weights files: read without running any code in them, and found by the shapes they hold."""
+"""Reads weights files without running code in them, and finds files by the shapes of their tensors."""
 
 import json
 import os
@@ -23,28 +23,28 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _WEIGHT_NAMES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 _CONFIGURATIONS = ("config.json", "open_clip_config.json")
-"""transformers' and open_clip's."""
+"""Configurations of transformers and of open_clip."""
 _SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.)")
-"""What Hugging Face puts into the names of the parts of a large file."""
+"""Marks the shards of a large file in Hugging Face's file names."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file, or all shards of one, holds."""
+    """The content of a weights file, or of all its shards."""
 
     path: Path
     state: StateDict
     hints: Hints = field(default_factory=dict)
-    """The safetensors metadata, and what a config.json beside the weights says."""
+    """The safetensors metadata, and settings of a config.json beside the weights."""
     wrapper: tuple[str, ...] = ()
-    """Names beside the `state_dict` under which a checkpoint keeps its weights, itself among them."""
+    """The keys of a checkpoint that has its weights under `state_dict`. Empty if it has no such key."""
     files: tuple[Path, ...] = ()
-    """All that was read, and a configuration that would have been read if it were there."""
+    """All files that were read, and configurations that would be read if they existed."""
 
     @property
     def name(self) -> str:
-        """As people call it: the folder's name where the file has the same name in every folder."""
+        """The name for people: the file's stem, or its folder's name if the file has a standard name."""
         return self.path.parent.name if _named_alike(self.path) else self.path.stem
 
     @property
@@ -54,19 +54,20 @@ class Weights:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What a reward is made with, beside its own file."""
+    """Options for building a reward from a file."""
 
     image_folders: tuple[Path, ...] = ()
-    """Where an image tower may lie, beside the file's own folder."""
+    """Folders to search for an image tower, after the file's own."""
     text_folders: tuple[Path, ...] = ()
-    """Where a text tower may lie, beside the file's own folder."""
+    """Folders to search for a text tower, after the file's own."""
     image_tower: Path | None = None
-    """The file to take it from, rather than searching."""
+    """The image tower's file, instead of a search."""
     text_tower: Path | None = None
+    """The text tower's file, instead of a search."""
     kind: str | None = None
-    """Of a dual encoder, one of clip.CLIP_KINDS; None to recognise it."""
+    """The kind of a dual encoder, one of clip.CLIP_KINDS. None recognises it."""
     precision: Callable[[torch.dtype], torch.dtype] = lambda stored: stored
-    """Of the towers, from that of the file. What follows them is float32."""
+    """The precision of the towers, from that of the file. What follows them is float32."""
 
 
 def _named_alike(file: Path) -> bool:
@@ -74,7 +75,11 @@ def _named_alike(file: Path) -> bool:
 
 
 def read(path: str | Path) -> Weights:
-    """A weights file (safetensors, or a PyTorch checkpoint without code), one of its shards, or a Hugging Face folder."""
+    """Read a weights file, with all its shards, or a Hugging Face folder.
+
+    A weights file is a safetensors file, or a PyTorch checkpoint without code. Raises RewardError if it is missing,
+    damaged, or contains code.
+    """
     file = _weights_file(Path(path))
     state: StateDict = {}
     configurations = [file.with_name(name) for name in _CONFIGURATIONS] if _named_alike(file) else []
@@ -88,7 +93,7 @@ def read(path: str | Path) -> Weights:
 
 
 def find(folders: Iterable[Path], fits: Callable[[Path, Shapes], bool]) -> Path | None:
-    """The first file below the folders that fits, by its name and shapes."""
+    """The first file in the folders, at any depth, for which fits(file, shapes) is true."""
     files = (file for folder in dict.fromkeys(folders) for file in _below(folder))
     return next(
         (file for file in files if file.suffix.lower() in _SUFFIXES and file.is_file() and fits(file, shapes(file))),
@@ -97,7 +102,7 @@ def find(folders: Iterable[Path], fits: Callable[[Path, Shapes], bool]) -> Path 
 
 
 def _below(folder: Path) -> list[Path]:
-    """The files below a folder, also in folders that are linked, as people share models; of links that lead round, each folder once."""
+    """All files in a folder at any depth, also through links, which may be circular."""
     files, seen = list[Path](), set[str]()
     for place, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(place)) in seen:
@@ -109,7 +114,7 @@ def _below(folder: Path) -> list[Path]:
 
 
 def shapes(file: Path) -> Shapes:
-    """Of every tensor in a file, for which only its header is read; none if that is not possible."""
+    """The shapes of all tensors of a file, from its header. Empty if it cannot be read."""
     try:
         with file.open("rb") as stream:
             start = stream.read(9)
@@ -118,14 +123,14 @@ def shapes(file: Path) -> Shapes:
         if start.startswith(b"PK"):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             return {key: tuple(tensor.shape) for key, tensor in _unwrap(content)[0].items()}
-    except Exception as error:  # whatever is wrong with it, another file may fit
+    except Exception as error:  # another file may fit
         pass_out_of_memory(error, f"{file.name} was read")
         return {}
     return {}
 
 
 def one_line(error: Exception) -> str:
-    """An error in a line; of PyTorch's lists of keys only the first."""
+    """An error on one line, with only the first entry of PyTorch's lists of keys."""
     words = " ".join(f"{type(error).__name__}: {error}".split())
     listed = re.search(r"(?:Missing|Unexpected) key\(s\) in state_dict: \"[^\"]+\"|size mismatch for [^.]+[^:]*", words)
     return shorten(listed[0] if listed else words, 200, placeholder=" ...")
@@ -149,7 +154,8 @@ def _shards(file: Path) -> list[Path]:
     files = [file.with_name(_SHARD.sub(f"-{i:05}-of-{found[1]}", file.name)) for i in range(1, int(found[1]) + 1)]
     if missing := [shard.name for shard in files if not shard.is_file()]:
         raise RewardError(
-            f"{missing[0]} is missing: {file.name} is one of {len(files)} parts; download the others into the same folder."
+            f"{missing[0]} is missing: {file.name} is one of {len(files)} parts; "
+            "download the others into the same folder."
         )
     return files
 
@@ -205,7 +211,10 @@ def _read_checkpoint(file: Path, bare_pickle: bool) -> Any:
 
 
 def _unwrap(content: Any) -> tuple[StateDict, tuple[str, ...]]:
-    """A state dict, bare or as training checkpoints wrap it: under `state_dict`, with the `module.` of data-parallel training."""
+    """The state dict of a checkpoint, and the checkpoint's keys if it is under `state_dict`.
+
+    Removes the prefix `module.` of data-parallel training.
+    """
     wrapper: tuple[str, ...] = ()
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content, wrapper = content["state_dict"], tuple(map(str, content))
@@ -214,7 +223,7 @@ def _unwrap(content: Any) -> tuple[StateDict, tuple[str, ...]]:
 
 
 def _read_config(files: Iterable[Path]) -> dict[str, str]:
-    """What the weights cannot tell, from the first configuration that is there, with the defaults of its library for entries left out."""
+    """Hints from the first configuration that exists. Missing entries have the defaults of its library."""
     for file in files:
         if file.is_file():
             try:

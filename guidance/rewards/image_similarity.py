@@ -21,13 +21,13 @@ def _grid(pixels: Tensor, size: int) -> Tensor:
 
 
 def colour_likeness(pixels: Tensor, reference: Tensor) -> Tensor:
-    """Minus the RMS distance in YCbCr, averaged over grids of 4, 8, 16 and 32 cells a side: the same colours in the same places."""
+    """Minus the RMS distance in YCbCr (B,), averaged over grids of 4, 8, 16 and 32 cells a side."""
     differences = [ycbcr(_grid(pixels, size) - _grid(reference, size)) for size in (4, 8, 16, 32)]
     return -torch.stack([(d.square().sum(1).mean((1, 2)) + _EPSILON).sqrt() for d in differences]).mean(0)
 
 
 def structure_likeness(pixels: Tensor, reference: Tensor) -> Tensor:
-    """Correlation of luma, averaged over the octaves of grids from 1 to 64 cells a side: the same shapes in any colours."""
+    """Correlation of luma (B,), averaged over the octaves of grids from 1 to 64 cells a side: shapes in any colours."""
     return torch.stack([_correlation(a, b) for a, b in zip(_bands(pixels), _bands(reference), strict=True)]).mean(0)
 
 
@@ -47,6 +47,8 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Likeness:
+    """A measure of likeness, two pictures (B,3,H,W) -> (B,), with its typical mean and standard deviation."""
+
     function: Callable[[Tensor, Tensor], Tensor]
     reference_mean: float
     reference_std: float
@@ -56,11 +58,11 @@ LIKENESSES = {
     "colour": Likeness(colour_likeness, -0.30, 0.07),
     "structure": Likeness(structure_likeness, 0.0, 0.10),
 }
-"""The reference values are measured over all pairs of the photographs named in image_statistics.py."""
+"""Reference values are measured over all pairs of the photographs named in image_statistics.py."""
 
 
 class ImageSimilarity(Reward):
-    """Likeness in colour or in structure to a reference picture (1,3,H,W); both are stretched to the same square grids."""
+    """Likeness in colour or structure to a reference picture (1,3,H,W). Both are resized to the same square grids."""
 
     reference: Tensor
 
@@ -83,12 +85,12 @@ class ImageSimilarity(Reward):
 
 
 class ClipImageSimilarity(Reward):
-    """Cosine of CLIP image embeddings to a reference picture (1,3,H,W): the same subject and style in any composition."""
+    """Cosine of CLIP image embeddings with a reference (1,3,H,W): subject and style in any composition."""
 
     name = "CLIP image likeness"
     reference_mean = 0.5
     reference_std = 0.1
-    """Assumed: unrelated photographs lie near .5 in the image space of OpenAI's ViT-L/14."""
+    """Assumed. Unrelated photographs have a cosine near .5 with OpenAI's ViT-L/14."""
     reference: Tensor
 
     def __init__(self, clip: ClipReward, reference: Tensor):

@@ -1,7 +1,8 @@
 """Rewards that need no weights: colour toward a target, brightness, contrast, saturation, sharpness.
 
-All are computed in YCbCr (see image.py). The reference values are measured on the colour photographs in scikit-image (astronaut, chelsea,
-coffee, rocket, motorcycle), whole and in quarters, sharpness on the whole ones, colours against the corners of the RGB cube.
+All are computed in YCbCr (see image.py). The reference values are measured on the colour photographs of scikit-image
+(astronaut, chelsea, coffee, rocket, motorcycle) and their quarters; sharpness on the whole photographs, and colours
+against the corners of the RGB cube.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,26 +18,29 @@ from .image import constant, luma, resize_shortest_side, ycbcr
 
 _SHARPNESS_SIZE = 512
 _EPSILON = 1e-6
-"""Keeps the gradient of a square root finite where a picture is flat."""
+"""Keeps the gradient of a square root finite for flat pictures."""
 
 
 def brightness(pixels: Tensor) -> Tensor:
-    """Mean luma."""
+    """Mean luma (B,)."""
     return luma(pixels).mean((1, 2, 3))
 
 
 def contrast(pixels: Tensor) -> Tensor:
-    """RMS contrast: the standard deviation of luma."""
+    """RMS contrast (B,): the standard deviation of luma."""
     return (luma(pixels).var((1, 2, 3), correction=0) + _EPSILON).sqrt()
 
 
 def saturation(pixels: Tensor) -> Tensor:
-    """RMS chroma."""
+    """RMS chroma (B,)."""
     return (ycbcr(pixels)[:, 1:].square().sum(1).mean((1, 2)) + _EPSILON).sqrt()
 
 
 def sharpness(pixels: Tensor) -> Tensor:
-    """RMS of the finest detail of luma with the shortest side at 512 pixels, so that an enlarged small picture counts as blurred."""
+    """RMS (B,) of the finest detail of luma, at a shortest side of 512 pixels.
+
+    An enlarged small picture therefore counts as blurred.
+    """
     plane = luma(resize_shortest_side(pixels, _SHARPNESS_SIZE))
     binomial = constant([0.25, 0.5, 0.25], plane)
     blurred = F.conv2d(F.pad(plane, (1, 1, 1, 1), mode="replicate"), torch.outer(binomial, binomial)[None, None])
@@ -45,6 +49,8 @@ def sharpness(pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Statistic:
+    """A function of pixels (B,3,H,W) -> (B,), with its typical mean and standard deviation."""
+
     function: Callable[[Tensor], Tensor]
     reference_mean: float
     reference_std: float
@@ -59,7 +65,7 @@ STATISTICS = {
 
 
 class ImageStatistic(Reward):
-    """One of STATISTICS; more is better. For less, give it a negative weight in a combination."""
+    """One of STATISTICS; higher is better. To lower it, use a negative weight in a combination."""
 
     def __init__(self, statistic: str):
         super().__init__()
@@ -78,7 +84,7 @@ class ImageStatistic(Reward):
 class ColourReward(Reward):
     """Minus the distance in YCbCr to an RGB colour in [0,1]: of the picture's mean colour, or the RMS over its pixels.
 
-    The mean leaves the composition free; every pixel pulls the whole picture to one flat colour.
+    The mean leaves the composition free. The RMS over pixels favours a flat picture.
     """
 
     reference_std = 0.08

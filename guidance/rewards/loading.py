@@ -1,4 +1,4 @@
-"""Reward files: what kind they are is read from their content, and no code in them is run."""
+"""Loads reward files. Their kind is recognised from their content, and no code in them is run."""
 
 import logging
 import math
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 _SUPPORTED = "PickScore, HPS v2 and v2.1, any CLIP with ViT towers, LAION's aesthetic heads (v2) and ImageReward"
 
-# A new kind of reward adds its line here: how its keys look, and what makes a Reward of them.
+# A new kind of reward adds a line here: a test of its keys, and a function that builds the reward.
 _KINDS: tuple[tuple[Callable[[Shapes], bool], Callable[[Weights, LoadOptions], Reward]], ...] = (
     (lambda keys: has_image_tower(keys) and has_text_tower(keys), load_clip),
     (has_image_tower, load_clip_of_towers),
@@ -30,13 +30,14 @@ _KINDS: tuple[tuple[Callable[[Shapes], bool], Callable[[Weights, LoadOptions], R
 
 @torch.inference_mode(False)
 def load_reward(path: str | Path, options: LoadOptions | None = None) -> Reward:
-    """A weights file (safetensors, or a PyTorch checkpoint without code), or a Hugging Face folder -> Reward on the CPU.
+    """The reward of a weights file or a Hugging Face folder, on the CPU.
 
-    The safetensors metadata may state kind, reference_mean, reference_std, vision_heads, text_heads and quick_gelu. Weights that are not
-    finite are not searched for (it would read every page of the file); `evaluate` refuses the first score they spoil.
+    A weights file is a safetensors file, or a PyTorch checkpoint without code. The safetensors metadata may give kind,
+    reference_mean, reference_std, vision_heads, text_heads and quick_gelu. Weights are not checked for finite numbers;
+    `evaluate` refuses the first score that is not finite. Raises RewardError if the file cannot be used.
     """
     weights = read(path)
-    reward = build(weights, options or LoadOptions())
+    reward = build_reward(weights, options or LoadOptions())
     reward.name, reward.files = weights.name, (*weights.files, *reward.files)
     reward.reference_mean = _number(weights.hints, "reference_mean", reward.reference_mean)
     reward.reference_std = _number(weights.hints, "reference_std", reward.reference_std)
@@ -48,12 +49,13 @@ def load_reward(path: str | Path, options: LoadOptions | None = None) -> Reward:
     return reward
 
 
-def build(weights: Weights, options: LoadOptions) -> Reward:
-    """The reward of the first kind that recognises the keys. Raises RewardError where none does, or the weights do not fit."""
+def build_reward(weights: Weights, options: LoadOptions) -> Reward:
+    """The reward of weights that were read. Raises RewardError if they are of no known kind, or damaged."""
     name, shapes = weights.path.name, weights.shapes
     if other := unsupported(shapes):
         raise RewardError(
-            f"{name} is {other}, which cannot be read; of CLIPs only those with ViT towers and CLIP's own text tower can."
+            f"{name} is {other}, which cannot be read; "
+            "of CLIPs only those with ViT towers and CLIP's own text tower can."
         )
     for recognises, build in _KINDS:
         if recognises(shapes):

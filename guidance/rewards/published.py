@@ -1,4 +1,4 @@
-"""Where the published files are to be had, for the messages that ask for them."""
+"""Sources of the published reward files, for messages about missing files."""
 
 import re
 from dataclasses import dataclass
@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
+    """A published file."""
+
     file: str
     repository: str
     site: str = "Hugging Face"
     needs: str = ""
-    """What it does not work without."""
+    """Other files that it needs."""
 
     def __str__(self) -> str:
         return f"{self.file} of {self.repository} ({self.site})" + (f", and {self.needs}" if self.needs else "")
@@ -22,7 +24,7 @@ CLIPS = {
     1024: Published("model.safetensors", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
     1280: Published("model.safetensors", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"),
 }
-"""By the width of the embedding."""
+"""CLIPs by the width of their embedding."""
 _HPS = "xswu/HPSv2"
 _HEAD = "sac+logos+ava1-l14-linearMSE.pth"
 _NAMES = (
@@ -39,16 +41,16 @@ _NAMES = (
     ("clipvith14", CLIPS[1024]),
     ("clipvitbigg14", CLIPS[1280]),
 )
-"""By the letters and digits that are in the names of such files and folders; the first that fits."""
+"""Files by letters and digits that occur in their names or their folders' names. The first match counts."""
 
 
 def published(name: str) -> Published | None:
-    """What a file of this name, or in a folder of it, most likely is."""
+    """The published file that a file or folder of this name most likely is."""
     letters = re.sub(r"[^a-z0-9]", "", name.lower())
     return next((source for part, source in _NAMES if part in letters), None)
 
 
 def advice(name: str, folder: str) -> str:
-    """How to come by a file that is not there."""
+    """Where to get a missing file, as a phrase for a message."""
     source = published(name)
     return f"put {source} into {folder}, saved as {name}" if source else f"put it into {folder}"

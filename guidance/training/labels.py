@@ -49,9 +49,9 @@ class Health:
 def label(rewards: Tensor, prompts: Tensor, temperature: float) -> tuple[Tensor, Health]:
     """Rewards (N,) and prompt indices (N,) -> weights (N,) of mean 1, w ∝ exp(r/(β·std)) / E[exp(r/(β·std)) | prompt].
 
-    std is the standard deviation within a prompt. Dividing by a prompt's mean weight changes no minimiser, and gives all
-    prompts the same total weight. The mean weights of prompts with few samples are shrunk towards the mean of all prompts
-    (empirical Bayes). Raises GuidanceError if the rewards are not finite or all equal.
+    std is the standard deviation within a prompt. Dividing by a prompt's mean weight changes no minimiser, and gives
+    all prompts the same total weight. The mean weights of prompts with few samples are shrunk towards the mean of all
+    prompts (empirical Bayes). Raises GuidanceError if the rewards are not finite or all equal.
     """
     if not temperature > 0:
         raise GuidanceError(
@@ -81,7 +81,7 @@ def spread(rewards: Tensor, group: Tensor, count: Tensor) -> Tensor:
 
 
 def log_mean_weight(logits: Tensor, group: Tensor, count: Tensor) -> Tensor:
-    """log E[exp(logit)] of each prompt (P,), shrunk towards their mean by the share of its variance that is sampling error."""
+    """log E[exp(logit)] of each prompt (P,), shrunk to their mean by the share of sampling error in its variance."""
     highest = torch.full((len(count),), -torch.inf, dtype=logits.dtype).scatter_reduce(0, group, logits, "amax")
     total = torch.zeros_like(highest).index_add(0, group, (logits - highest[group]).exp())
     found = highest + (total / count).log()

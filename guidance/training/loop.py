@@ -199,7 +199,7 @@ class Training:
         return found[0]
 
     def read_checkpoint(self, path: Path) -> dict[str, Any] | None:
-        """The state in a checkpoint, None if there is no file. Raises GuidanceError if it does not fit this training."""
+        """The state in a checkpoint, None if there is no file. Raises GuidanceError if it does not fit."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:

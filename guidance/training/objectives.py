@@ -1,12 +1,12 @@
 """The objectives that fit a guidance network, and the plan of a training.
 
-Draw x0 ~ p, label it with a weight w = exp(r(x0)/β), noise it to x. The reward-weighted posterior mean then solves a weighted
-least-squares regression, in which no reward and no model is differentiated:
+Draw x0 ~ p, label it with a weight w = exp(r(x0)/β), noise it to x. The reward-weighted posterior mean then solves a
+weighted least-squares regression, in which no reward and no model is differentiated:
 
     D_q = D + s·G,    G = argmin E[ w·|y - G(x)|² ],    y = (x0 - D)/s
 
-As E[y|x] = 0 without weights, E[ w·|G|² - 2(w - 1)·y·G ] has the same minimiser. Its gradient has far less noise where w
-depends little on x.
+As E[y|x] = 0 without weights, E[ w·|G|² - 2(w - 1)·y·G ] has the same minimiser. Its gradient has far less noise where
+w depends little on x.
 """
 
 import math
@@ -40,8 +40,8 @@ class Plan:
     denoised_weight: float = 1.0
     """Weight of the auxiliary loss of a potential: its latent head predicts D, which needs no labels."""
     fresh: bool = False
-    """Whether a potential trains on fresh noise in every batch, with clean latents as targets of D, instead of the collected
-    states."""
+    """Whether a potential trains on fresh noise in every batch, with clean latents as targets of D, instead of the
+    collected states."""
     seed: int = 0
 
     def __post_init__(self):
@@ -97,7 +97,8 @@ def weighted(network: nn.Module, task: Task, batch: Batch) -> Tensor:
 def reward_gradient(network: nn.Module, task: Task, batch: Batch) -> Tensor:
     """E[ |G|²/2 - r(D_q)/β ], the amortised KL-regularised step (arXiv 2508.09968).
 
-    For differentiable rewards with few labels. Raises GuidanceError if the task has no reward, or one without a gradient.
+    For differentiable rewards with few labels. Raises GuidanceError if the task has no reward, or one without a
+    gradient.
     """
     if task.reward is None:
         raise GuidanceError(

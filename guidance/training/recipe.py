@@ -40,8 +40,8 @@ def plan_for(description: Description, objective: str = "auto", form: str = "cor
     """The plan for a collection. `options` are fields of Plan.
 
     auto: the objective potential, which learns most from few samples, but weighted for noise and for the form shift.
-    Potentials train on fresh noise, which reduces overfitting. Short trainings are evaluated more often, and average the
-    weights over fewer steps. Raises GuidanceError for an objective and a form that do not fit together.
+    Potentials train on fresh noise, which reduces overfitting. Short trainings are evaluated more often, and average
+    the weights over fewer steps. Raises GuidanceError for an objective and a form that do not fit together.
     """
     noise = description.base.target == "noise"
     if objective == "auto":
@@ -84,10 +84,10 @@ def prepare(
 ) -> Fitting:
     """A training that is ready to run. Raises GuidanceError if nothing can be learned from these samples.
 
-    checkpoints: folder of checkpoints, in which each training finds its own.
-    denoise: x (B,...), σ (B,), prompts (B,) -> D (B,...) with a graph; for the form `shift`.
-    reward: denoised latents (B,...), batch -> rewards (B,), as CombinedReward with these weights; for `reward_gradient`.
-    step_context: the context in which `denoise` and `reward` are called.
+    checkpoints: folder of checkpoints, in which each training finds its own. denoise: x (B,...), σ (B,), prompts (B,)
+    -> D (B,...) with a graph; for the form `shift`. reward: denoised latents (B,...), batch -> rewards (B,), as
+    CombinedReward with these weights; for `reward_gradient`. step_context: the context in which `denoise` and `reward`
+    are called.
     """
     description, device = samples.description, device or torch.device("cpu")
     if plan.form == "shift" and denoise is None:

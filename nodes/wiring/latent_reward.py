@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...guidance.errors import GuidanceError
-from ...guidance.rewards import Reward, RewardError, evaluate, judge, require_prompt
+from ...guidance.rewards import Reward, RewardError, evaluate, evaluate_unchecked, require_prompt
 from .autograd import GradientPatcher, differentiable_model, manage, normal_weights
 from .decoders import Decoder
 from .loaded import LoadedReward
@@ -41,7 +41,7 @@ class LatentReward:
                 f"{reward.name} has no gradient to guide by. Use it to choose among pictures, or guide by another reward."
             )
         # An estimator that takes the gradient looks at the end of its step whether all is finite.
-        return self.score(latents, [self.prompt], judge if latents.requires_grad else evaluate)
+        return self.score(latents, [self.prompt], evaluate_unchecked if latents.requires_grad else evaluate)
 
     def score(
         self, latents: Tensor, prompts: Sequence[str], by: Callable[[Reward, Tensor, Sequence[str]], Tensor] = evaluate

@@ -17,7 +17,7 @@ from reward_guidance.guidance.rewards import (
     LoadOptions,
     aesthetic,
     evaluate,
-    judge,
+    evaluate_unchecked,
     loading,
 )
 from reward_guidance.guidance.rewards.clip import preprocess
@@ -29,7 +29,7 @@ PROMPTS = ["a large red circle on a blue ground", "two cats, 8k, masterpiece"]
 
 
 def load(name, path, **weights):
-    return loading.build(Weights(Path(path), PUBLISHED[name].state(), **weights), LoadOptions())
+    return loading.build_reward(Weights(Path(path), PUBLISHED[name].state(), **weights), LoadOptions())
 
 
 def shapes_of(module):
@@ -85,7 +85,7 @@ def test_no_score_waits_for_the_device(tmp_path, monkeypatch, name):
     reward = load(name, tmp_path / f"{name}.pt", wrapper=("state_dict",) if name == "HPS" else ())
     monkeypatch.setattr(ClipReward, "text_features", lambda self, prompts: torch.zeros(len(prompts), 1024))
     pixels = torch.empty(2, 3, 96, 64, device="meta", requires_grad=True)
-    scores = judge(
+    scores = evaluate_unchecked(
         CombinedReward([reward, ImageStatistic("sharpness"), ImageStatistic("saturation")], [1, 1, 1]), pixels, PROMPTS
     )
     (gradient,) = torch.autograd.grad(scores.sum(), pixels)
@@ -163,7 +163,7 @@ def test_image_reward_as_its_authors_pack_it(tmp_path):
     torch.save(OrderedDict(load_file(tmp_path / "tiny.safetensors")), tmp_path / "ImageReward.pt")
     (tmp_path / "tiny.safetensors").unlink()
     state = torch.load(tmp_path / "ImageReward.pt", weights_only=True)
-    reward = loading.build(
+    reward = loading.build_reward(
         Weights(tmp_path / "ImageReward.pt", state, {"vision_heads": "2", "text_heads": "3"}), LoadOptions()
     )
     pixels = torch.rand(2, 3, 24, 24)

@@ -196,7 +196,7 @@ def published(layout: str, kind: str | None, reduced: bool) -> Reward:
     with tempfile.TemporaryDirectory() as folder:
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(30522 - 5))]
         Path(folder, "vocab.txt").write_text("\n".join(words))
-        return loading.build(Weights(Path(folder, f"{layout}.safetensors"), state), LoadOptions(kind=kind))
+        return loading.build_reward(Weights(Path(folder, f"{layout}.safetensors"), state), LoadOptions(kind=kind))
 
 
 def number(key: str, shape: list[int]) -> Tensor:
