@@ -884,8 +884,8 @@ def test_collections_that_make_no_sense(refused, change, words):
 
 
 TRAININGS = {
-    "weights": ({"reward_weights": "1, 2"}, "scores of brightness: give one weight for each, not 2 in all"),
-    "no weights": ({"reward_weights": "one"}, "Weights are written as numbers with commas"),
+    "weights": ({"reward_weights": "1, 2"}, "scores of brightness: give one weight for each reward, not 2 in all"),
+    "no weights": ({"reward_weights": "one"}, "Weights are numbers separated by commas"),
     "weights that are no numbers": ({"reward_weights": "nan"}, "Weights must be finite numbers and not all 0, not nan"),
     "no weight": ({"reward_weights": "0"}, "Weights must be finite numbers and not all 0, not 0"),
     "two forms": (
@@ -990,6 +990,6 @@ def test_a_folder_that_has_no_samples_yet(refused, data_folder):
     """As after an interrupt in the first shard."""
     data_folder("begun").mkdir(parents=True, exist_ok=True)
     shutil.copy(data_folder("few") / "collection.json", data_folder("begun"))
-    refused(prompt_of_training("begun"), "begun holds no samples yet; collect some first")
+    refused(prompt_of_training("begun"), "begun holds no samples yet: collect some first")
     (data_folder("begun") / "collection.json").write_text(json.dumps({}))
     refused(prompt_of_training("begun", seed=next(SEEDS)), "collection.json in begun is damaged")

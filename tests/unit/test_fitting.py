@@ -99,7 +99,7 @@ def test_a_form_is_not_overruled_in_silence(description, objective):
 
 def test_weights_are_numbers_with_commas():
     assert weights_from("1, -0.5") == (1.0, -0.5) and weights_from("  ") == ()
-    with pytest.raises(GuidanceError, match="numbers with commas"):
+    with pytest.raises(GuidanceError, match="numbers separated by commas"):
         weights_from("1; 2")
 
 
@@ -138,7 +138,7 @@ def test_weights_can_be_changed_without_sampling_again(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ("1, 1, 1", "scores of likes, blue: give one weight for each, not 3 in all"), ("1", "not 1 in all"), ("nan, 1", "finite numbers"),
+        ("1, 1, 1", "scores of likes, blue: give one weight for each reward, not 3 in all"), ("1", "not 1 in all"), ("nan, 1", "finite numbers"),
         ("1, -inf", "finite numbers"), ("0, 0", "not all 0, not 0, 0"),
     ],
 )  # fmt: skip
@@ -379,7 +379,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path, folder, expected_of_more
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--temperature", "0"), "must be above 0"), (("--weights", "a"), "numbers with commas"), (("--temperature", "0.01"), ""),
+        (("--temperature", "0"), "must be above 0"), (("--weights", "a"), "numbers separated by commas"), (("--temperature", "0.01"), ""),
         (("--steps", "0"), "at least 1 step"), (("--batch", "0"), "a batch of at least 1"), (("--learning-rate", "nan"), "learning rate above 0"),
         (("--out", "network"), "not a name for a network"), (("--weights", "0, 0"), "not all 0"),
         (("--out", f"{__file__}/net.safetensors"), "net.safetensors.probe could not be written"),
