@@ -20,6 +20,7 @@ from reward_guidance.guidance.process import Flow, process_named
 from reward_guidance.guidance.training.checkpoint import KEPT
 from reward_guidance.guidance.training.loop import fit
 from reward_guidance.guidance.training.recipe import plan_for, prepare
+from reward_guidance.tests.unit.shared import collected, random_sample
 from safetensors.torch import load_file, save_file
 
 DESCRIPTION = Description(
@@ -31,16 +32,11 @@ COUNT = SHARD + 8
 
 
 def sample(number: int) -> Sample:
-    rng = torch.Generator().manual_seed(number)
-    draw = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
-    return Sample(draw(4, 4, 4), draw(2), torch.rand(2, generator=rng) * 0.9 + 0.05, draw(2, 4, 4, 4))
+    return random_sample(number, DESCRIPTION)
 
 
 def collect(folder: Path, description: Description = DESCRIPTION, count: int = COUNT) -> Collection:
-    collection = Collection.create(folder, description, TEXT)
-    for numbers in collection.missing(count):
-        collection.add(numbers, [sample(number) for number in numbers])
-    return collection
+    return collected(folder, description, TEXT, count)
 
 
 @pytest.fixture

@@ -6,14 +6,11 @@ from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.estimators import ESTIMATORS, NotFiniteError, Settings, Smoothing, tilt_gradient
 from reward_guidance.guidance.process import Diffusion, Flow
 from reward_guidance.tests.standins.mixture import Mixture, energy_distance, resample
+from reward_guidance.tests.unit.shared import generator
 
 PLAIN = Smoothing(samples=0)
 LEVELS = [(Flow(), 0.2), (Flow(), 0.9), (Diffusion(), 0.5), (Diffusion(), 8.0)]
 CASES = [(dims, process, sigma) for dims in (2, 64) for process, sigma in LEVELS]
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def setup(dims, process, sigma, seed=0):

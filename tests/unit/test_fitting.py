@@ -25,8 +25,8 @@ from reward_guidance.guidance.training.loop import Training, fit
 from reward_guidance.guidance.training.objectives import OBJECTIVES, Plan
 from reward_guidance.guidance.training.recipe import HELD_OUT, WIDTHS, plan_for, prepare, weights_from
 from reward_guidance.guidance.training.report import overview
+from reward_guidance.tests.unit.shared import CHECKOUT, collected
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 DESCRIPTION = Description(
     base=Base("SD3", "SD3", 4, "Flow"), shape=(4, 4, 4), levels=2, prompts=("a cat", "a dog"), rewards=("likes", "blue"),
     reward_means=(0.0, 0.0), reward_stds=(1.0, 1.0), seed=3, reward_weights=(1.0, 0.0),
@@ -48,10 +48,7 @@ def sample(number: int, description: Description) -> Sample:
 
 
 def collect(folder: Path, description: Description = DESCRIPTION, count: int = COUNT) -> Collection:
-    collection = Collection.create(folder, description, TEXT)
-    for numbers in collection.missing(count):
-        collection.add(numbers, [sample(number, description) for number in numbers])
-    return collection
+    return collected(folder, description, TEXT, count, sample)
 
 
 @pytest.fixture(scope="module")

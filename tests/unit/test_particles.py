@@ -15,12 +15,9 @@ from reward_guidance.guidance.particles import (
     settled,
     systematic,
 )
+from reward_guidance.tests.unit.shared import generator
 
 INF = math.inf
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def population(size, temperature=1.0, threshold=0.5, seed=0):

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import open_clip
 import pytest
@@ -18,10 +17,9 @@ import transformers
 from reward_guidance.guidance.rewards import ClipReward, ImageReward, LoadOptions, RewardError, evaluate, load_reward
 from reward_guidance.tests.standins import rewards as standins
 from reward_guidance.tests.standins.files import run_with_little_memory, sparse
+from reward_guidance.tests.unit.shared import CHECKOUT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def tiny_state():
@@ -543,7 +541,3 @@ def test_damaged_files_are_scored_or_refused_in_a_sentence(targets, watch, name)
 @pytest.mark.parametrize("name", NUMBERS)
 def test_files_with_other_numbers_are_scored_or_refused_in_a_sentence(targets, watch, name):
     assert 0 < count_refused(targets, name, watch, VALUES, with_other_numbers) < VALUES
-
-
-def test_there_are_many_mutations():
-    assert (len(LOADS) - 1) * MUTATIONS + len(NUMBERS) * VALUES >= 500

@@ -24,8 +24,7 @@ from reward_guidance.guidance.rewards.clip import preprocess
 from reward_guidance.guidance.rewards.files import Weights
 from reward_guidance.tests.standins.published import PUBLISHED
 from reward_guidance.tests.standins.rewards import save_image_reward, tokens
-
-PROMPTS = ["a large red circle on a blue ground", "two cats, 8k, masterpiece"]
+from reward_guidance.tests.unit.shared import PROMPTS
 
 
 def load(name, path, **weights):

@@ -26,10 +26,10 @@ from reward_guidance.guidance.rewards import (
 from reward_guidance.guidance.rewards.clip import preprocess
 from reward_guidance.guidance.rewards.image_reward import find_vocabulary
 from reward_guidance.tests.standins import rewards as standins
+from reward_guidance.tests.unit.shared import PROMPTS
 from timm.models.vision_transformer import VisionTransformer
 from torch.profiler import ProfilerActivity, profile
 
-PROMPTS = ["a large red circle on a blue ground", "two cats, 8k, masterpiece"]
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
 
 

@@ -5,7 +5,6 @@ import math
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from reward_guidance.guidance.data import collection as collections
 from reward_guidance.guidance.data.batches import FreshPairs, StoredPairs
 from reward_guidance.guidance.data.collection import SHARD, Collection
 from reward_guidance.guidance.data.description import Description, was_and_is
-from reward_guidance.guidance.data.samples import Sample, Texts, noise, states
+from reward_guidance.guidance.data.samples import Sample, Texts, states
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.network.card import Base
 from reward_guidance.guidance.network.unet import Architecture, Text
@@ -23,8 +22,8 @@ from reward_guidance.guidance.training.labels import label
 from reward_guidance.guidance.training.loop import Training, fit
 from reward_guidance.guidance.training.objectives import Plan, Task
 from reward_guidance.guidance.training.report import overview
+from reward_guidance.tests.unit.shared import CHECKOUT, collected, random_sample
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 DESCRIPTION = Description(
     base=Base("SD3", "SD3", 4, "Flow"), shape=(4, 8, 8), levels=2, prompts=("a cat", "a dog", "a hat"), rewards=("likes", "blue"),
     reward_means=(1.0, 0.0), reward_stds=(2.0, 1.0), seed=11, settings="likes.safetensors\n20 steps",
@@ -32,22 +31,12 @@ DESCRIPTION = Description(
 TEXT = Text(torch.randn(3, 5, 6), torch.randn(3, 7))
 
 
-def sample(number: int, description: Description = DESCRIPTION) -> Sample:
-    rng, shape, levels = torch.Generator().manual_seed(number), description.shape, description.levels
-    draw = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
-    return Sample(
-        draw(*shape),
-        draw(len(description.rewards)),
-        torch.rand(levels, generator=rng) * 0.9 + 0.05,
-        draw(levels, *shape),
-    )
+def sample(number: int) -> Sample:
+    return random_sample(number, DESCRIPTION)
 
 
 def collect(folder, count: int, description: Description = DESCRIPTION) -> Collection:
-    collection = Collection.create(folder, description, TEXT)
-    for numbers in collection.missing(count):
-        collection.add(numbers, [sample(number, description) for number in numbers])
-    return collection
+    return collected(folder, description, TEXT, count)
 
 
 def test_samples_come_back_in_half_precision(tmp_path):
@@ -223,18 +212,23 @@ def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
     assert len(collection.load().clean) == SHARD
 
 
-def test_stored_states_are_noised_as_they_were_when_collected(tmp_path):
-    collection = collect(tmp_path, 6)
-    loaded = collection.load()
+def test_stored_states_are_one_for_each_sample_and_noise_level(tmp_path):
+    """x = (1-σ)·x0 + σ·ε, with an ε that is the same in every batch, and has nothing in common with that of other states."""
+    loaded = collect(tmp_path, 6).load()
     clean, denoised = loaded.clean[torch.arange(6)].float(), loaded.denoised[torch.arange(6)].float()
-    batch = StoredPairs(loaded, torch.ones(6), Flow()).batch(16, (3, 4))
-    for i in range(16):
-        row = int((clean - batch.clean[i]).flatten(1).norm(dim=1).argmin())
-        level = int((loaded.sigma[row] - batch.sigma[i]).abs().argmin())
-        drawn = noise((4, 8, 8), DESCRIPTION.seed_of(row), level)
-        torch.testing.assert_close(batch.x[i], Flow().add_noise(batch.clean[i], drawn, float(batch.sigma[i])))
-        assert torch.equal(batch.denoised[i], denoised[row, level])
-        assert torch.equal(batch.text.tokens[i], loaded.text.tokens[row % 3].float())
+    drawn: dict[tuple[int, int], torch.Tensor] = {}
+    for step in range(4):
+        batch = StoredPairs(loaded, torch.ones(6), Flow()).batch(16, (3, step))
+        for i, sigma in enumerate(batch.sigma.tolist()):
+            row = int((clean - batch.clean[i]).flatten(1).norm(dim=1).argmin())
+            level = int((loaded.sigma[row] - sigma).abs().argmin())
+            noise = (batch.x[i] - (1 - sigma) * clean[row]) / sigma
+            torch.testing.assert_close(noise, drawn.setdefault((row, level), noise), rtol=0, atol=1e-4)
+            assert torch.equal(batch.denoised[i], denoised[row, level])
+            assert torch.equal(batch.text.tokens[i], loaded.text.tokens[row % 3].float())
+    states = torch.stack(list(drawn.values())).flatten(1)
+    assert len(states) == 12 and states.std() == pytest.approx(1, abs=0.1)
+    assert (torch.corrcoef(states) - torch.eye(12)).abs().max() < 0.3
 
 
 def test_fresh_noise_is_new_in_every_batch_at_levels_of_the_collection(tmp_path):

@@ -3,10 +3,7 @@
 import pytest
 import torch
 from reward_guidance.tests.standins.shapesworld import autoencoder, clip, compact, oracle, text, world
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from reward_guidance.tests.unit.shared import generator
 
 
 def scenes(n: int, seed: int = 0) -> torch.Tensor:
@@ -99,17 +96,17 @@ def test_the_full_vocabulary_holds_the_trained_words():
 
 def test_compact_weights_are_close():
     weight = torch.randn(32, 16, 3, 3, generator=generator())
-    packed = compact._pack("w", weight)
+    packed = compact.pack("w", weight)
     assert packed["w"].dtype == torch.int8
-    torch.testing.assert_close(compact._unpack(packed["w"], packed["w/scale"]).float(), weight, rtol=0, atol=0.02)
+    torch.testing.assert_close(compact.unpack(packed["w"], packed["w/scale"]).float(), weight, rtol=0, atol=0.02)
 
 
 def test_a_difference_in_four_bits_is_close():
     origin = torch.randn(32, 18, generator=generator()).half()
     weight = origin + 0.1 * torch.randn(32, 18, generator=generator(1))
-    packed = compact._pack("w", weight, origin)
+    packed = compact.pack("w", weight, origin)
     assert packed["w"].dtype == torch.uint8 and packed["w"].numel() == weight.numel() // 2
-    error = compact._unpack(packed["w"], packed["w/scale"], origin).float() - weight
+    error = compact.unpack(packed["w"], packed["w/scale"], origin).float() - weight
     assert error.square().mean() < 0.15**2 * (weight - origin).square().mean()
 
 

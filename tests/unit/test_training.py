@@ -15,17 +15,14 @@ from reward_guidance.guidance.training.objectives import OBJECTIVES, Plan, Task,
 from reward_guidance.tests.standins import objectives
 from reward_guidance.tests.standins.batches import LivePairs
 from reward_guidance.tests.standins.mixture import Mixture
+from reward_guidance.tests.unit.shared import generator
 
 TINY = Architecture(channels=2, width=16, levels=1, blocks=1, kernel=1)
 
 
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def test_effective_sample_size_of_gaussian_rewards_is_known():
     """exp(-1/β²) of the samples count, for rewards of spread 1."""
-    rewards = torch.randn(200_000, generator=rng())
+    rewards = torch.randn(200_000, generator=generator())
     for temperature in (1.0, 2.0, 4.0):
         weights, health = label(rewards, torch.zeros(200_000), temperature)
         assert weights.mean() == pytest.approx(1, abs=1e-4)
@@ -33,7 +30,7 @@ def test_effective_sample_size_of_gaussian_rewards_is_known():
 
 
 def test_few_effective_samples_are_warned_of():
-    rewards = torch.randn(10_000, generator=rng())
+    rewards = torch.randn(10_000, generator=generator())
     assert not label(rewards, torch.zeros(10_000), 1.0)[1].warnings()
     (share,) = label(rewards, torch.zeros(10_000), 0.5)[1].warnings()
     assert "of 10000 samples count at this temperature: raise it" in share and "collect" not in share
@@ -41,7 +38,7 @@ def test_few_effective_samples_are_warned_of():
 
 def test_more_samples_raise_the_number_that_counts_and_not_its_share():
     """One in e at temperature 1: of 100 too few to learn from, of 1000 enough."""
-    rewards = torch.randn(1000, generator=rng())
+    rewards = torch.randn(1000, generator=generator())
     few, many = (label(rewards[:count], torch.zeros(count), 1.0)[1] for count in (100, 1000))
     assert few.effective == pytest.approx(many.effective, rel=0.3) and many.effective_size > 7 * few.effective_size
     (number,) = few.warnings()
@@ -49,7 +46,7 @@ def test_more_samples_raise_the_number_that_counts_and_not_its_share():
 
 
 def test_temperature_is_in_standard_deviations_of_the_reward():
-    rewards, prompts = torch.randn(1000, generator=rng()), torch.zeros(1000)
+    rewards, prompts = torch.randn(1000, generator=generator()), torch.zeros(1000)
     torch.testing.assert_close(
         label(100 * rewards - 7, prompts, 0.5)[0], label(rewards, prompts, 0.5)[0], rtol=1e-4, atol=1e-4
     )
@@ -57,7 +54,7 @@ def test_temperature_is_in_standard_deviations_of_the_reward():
 
 def test_prompts_that_are_liked_better_do_not_count_more():
     prompts = torch.arange(4000) % 4
-    rewards = torch.randn(4000, generator=rng()) + 10 * prompts
+    rewards = torch.randn(4000, generator=generator()) + 10 * prompts
     weights, health = label(rewards, prompts, 1.0)
     assert health.prompts == 4 and health.std == pytest.approx(1, abs=0.05)
     for prompt in range(4):
@@ -68,7 +65,7 @@ def test_rare_prompts_do_not_decide_everything():
     """32 prompts with 8 samples each, of very different rewards: at a low temperature every prompt still has its say."""
     prompts = torch.arange(256) % 32
     weights, health = label(
-        torch.randn(256, generator=rng()) + 2 * torch.randn(32, generator=rng(1))[prompts], prompts, 0.3
+        torch.randn(256, generator=generator()) + 2 * torch.randn(32, generator=generator(1))[prompts], prompts, 0.3
     )
     shares = torch.zeros(32).index_add(0, prompts, weights) / 256
     assert shares.max() < 0.15 and health.effective > 0.05
@@ -114,11 +111,11 @@ def posterior(process, sigma: float, x: torch.Tensor, count: int) -> torch.Tenso
     chosen = (
         (MIXTURE.logits - residual.pow(2).sum(1) / (2 * (a * a * v + s2)))
         .softmax(0)
-        .multinomial(count, True, generator=rng())
+        .multinomial(count, True, generator=generator())
     )
     mean = MIXTURE.means + a * v / (a * a * v + s2) * residual
     std = (v * s2 / (a * a * v + s2)) ** 0.5
-    return mean[chosen] + std * torch.randn(count, 2, generator=rng(1), dtype=torch.float64)
+    return mean[chosen] + std * torch.randn(count, 2, generator=generator(1), dtype=torch.float64)
 
 
 def batch_at(process, sigma: float, count: int = 400_000) -> tuple[Batch, torch.Tensor]:
@@ -186,7 +183,7 @@ def test_potentials_are_least_at_the_log_of_the_mean_weight(objective, right, mo
 
 def test_a_potential_learns_to_predict_the_denoised_estimate():
     """The D of a mixture, while the labels hold no information."""
-    clean = MIXTURE.sample(4000, rng()).float().view(-1, 2, 1, 1)
+    clean = MIXTURE.sample(4000, generator()).float().view(-1, 2, 1, 1)
     denoise = lambda x, sigma, _: MIXTURE.denoised(x.flatten(1).double(), Flow(), sigma).view_as(x).to(x)  # noqa: E731
     source = LivePairs(clean, torch.ones(4000), Flow(), denoise, lambda time: time.clamp(0.01, 0.99))
     plan = Plan("potential", "potential", 400, batch=128, ema=0.97)
@@ -219,7 +216,7 @@ def test_reward_gradient_without_a_reward_is_refused():
 
 
 def test_a_gradient_in_parts_is_that_of_all_at_once():
-    points = torch.randn(5, 2, 3, 3, generator=rng(), dtype=torch.float64).requires_grad_()
+    points = torch.randn(5, 2, 3, 3, generator=generator(), dtype=torch.float64).requires_grad_()
     weights = torch.arange(5.0, dtype=torch.float64)
     seen = []
 
@@ -248,7 +245,7 @@ def test_plans_that_do_not_fit_together_are_refused(options):
 
 
 def source(seed: int = 0, count: int = 2000) -> LivePairs:
-    clean = MIXTURE.sample(count, rng(seed)).float()
+    clean = MIXTURE.sample(count, generator(seed)).float()
     weights, _ = label(clean @ TILT.float(), torch.zeros(count), 1.0)
 
     def denoise(x: torch.Tensor, sigma: torch.Tensor, text: Text) -> torch.Tensor:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from reward_guidance.guidance.disk import held, write
+from reward_guidance.tests.unit.shared import CHECKOUT
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 SAVES = {"in place": "partial.write_bytes(b'x' * 1000)", "safetensors": "save_file({'a': torch.zeros(2**26)}, partial)"}
 
 

@@ -22,7 +22,7 @@ def save(name: str, weights: dict[str, Tensor], base: str | None = None) -> None
     origin = load(base) if base else {}
     packed: dict[str, Tensor] = {}
     for key, weight in weights.items():
-        packed |= _pack(key, weight.detach().float(), origin.get(key))
+        packed |= pack(key, weight.detach().float(), origin.get(key))
     save_file(packed, path(name), {"base": base} if base else None)
 
 
@@ -31,7 +31,7 @@ def load(name: str) -> dict[str, Tensor]:
     stored, base = load_file(path(name)), notes(name).get("base")
     origin = load(base) if base else {}
     return {
-        key: _unpack(value, stored.get(f"{key}/scale"), origin.get(key))
+        key: unpack(value, stored.get(f"{key}/scale"), origin.get(key))
         for key, value in stored.items()
         if not key.endswith("/scale")
     }
@@ -47,7 +47,7 @@ def note(name: str, notes: dict[str, str]) -> None:
     save_file(load_file(path(name)), path(name), notes)
 
 
-def _pack(key: str, weight: Tensor, origin: Tensor | None = None) -> dict[str, Tensor]:
+def pack(key: str, weight: Tensor, origin: Tensor | None = None) -> dict[str, Tensor]:
     """A matrix as whole multiples of a scale per row; of the difference to `origin`, if there is one, as pairs of four bits."""
     if weight.ndim < 2:
         return {key: weight.half()}
@@ -73,7 +73,7 @@ def _best_scale(weight: Tensor, most: int) -> Tensor:
     return scales.gather(0, errors.argmin(0)[None])[0]
 
 
-def _unpack(value: Tensor, scale: Tensor | None, origin: Tensor | None = None) -> Tensor:
+def unpack(value: Tensor, scale: Tensor | None, origin: Tensor | None = None) -> Tensor:
     if scale is None:
         return value.half()
     steps = value if origin is None else _unpaired(value).view(origin.shape)
