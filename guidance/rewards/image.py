@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-# BT.601, as in JPEG. It is linear in gamma-encoded RGB, which is already close to perceptually uniform, so distances are useful
-# and the gradient is constant; CIELAB and OKLab have roots that fail below zero and explode at it.
+# BT.601, as in JPEG. It is linear in gamma-encoded RGB, which is close to perceptually uniform, so distances are useful and
+# the gradient is constant. CIELAB and OKLab contain roots, which are undefined below zero and have infinite slope at it.
 _YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 _LONGEST = 16
+"""Largest aspect ratio that is kept whole."""
 
 
 def constant(values: Sequence, like: Tensor) -> Tensor:
-    """A few numbers beside `like`. What is so small has left the host's memory when the call returns, and nobody waits for the GPU."""
+    """A few numbers as a tensor with the type and device of `like`, without waiting for a GPU."""
     return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
@@ -30,7 +31,7 @@ def luma(pixels: Tensor) -> Tensor:
 def resize_shortest_side(pixels: Tensor, size: int) -> Tensor:
     """(B,C,H,W): the shorter side becomes `size` and the aspect ratio is kept, as torchvision's Resize does.
 
-    Of pictures longer than 16 times their width only the middle is kept, which bounds the memory.
+    Pictures with an aspect ratio above 16 are cropped to their middle first, which limits the memory.
     """
     height, width = pixels.shape[-2:]
     middle = functional.center_crop(pixels, [min(height, _LONGEST * width), min(width, _LONGEST * height)])

@@ -1,4 +1,4 @@
-"""ImageReward v1.0 (arXiv 2304.05977): BLIP reads the prompt while it looks at the picture, a head scores what it read."""
+"""ImageReward v1.0 (arXiv 2304.05977): a head on BLIP, whose text encoder attends to the picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,19 +17,20 @@ from .files import LoadOptions, Shapes, StateDict, Weights, one_line
 from .published import BERT
 
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072
-"""Of the head's output on the training set, from the published code."""
+"""Mean and standard deviation of the head's output on its training set, from the published code."""
 _TOKENS = 35
+"""Tokens of a prompt that are read."""
 _ADDED_WORDS = 2
-"""BLIP's [DEC] and [ENC], which BERT's vocabulary lacks."""
+"""BLIP's tokens [DEC] and [ENC], which BERT's vocabulary does not have."""
 _UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
-"""Left over from BLIP's own training."""
+"""Prefixes of tensors from BLIP's training that the reward does not use."""
 _VOCABULARIES = ("vocab.txt", "tokenizer.json")
-"""The first that is there is read."""
+"""Vocabulary files, in order of preference."""
 _SPECIAL = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
 
 
 class Vocabulary:
-    """bert-base-uncased's words."""
+    """The tokenizer of bert-base-uncased."""
 
     def __init__(self, tokenizer: Any):
         """tokenizer: tokenizers.Tokenizer."""
@@ -39,10 +40,11 @@ class Vocabulary:
         self.start, self.end, self.padding = map(tokenizer.token_to_id, ("[CLS]", "[SEP]", "[PAD]"))
 
     def __call__(self, prompt: str) -> list[int]:
-        """The tokens that are read."""
+        """The tokens of a prompt, truncated to 35."""
         return [self.start, *self._encode(prompt).ids[: _TOKENS - 2], self.end]
 
     def truncated_text(self, prompt: str) -> str:
+        """The end of a prompt beyond the tokens that are read."""
         offsets = self._encode(prompt).offsets[_TOKENS - 2 :]
         return prompt[offsets[0][0] :].strip() if offsets else ""
 
@@ -51,7 +53,7 @@ class Vocabulary:
 
 
 class ImageReward(Reward):
-    """How well a picture shows its prompt and how good it is. The encoders may be bfloat16 or float16; the head is float32."""
+    """How well a picture fits its prompt, and its quality. The encoders may have half precision; the head is float32."""
 
     name = "ImageReward"
     description = "ImageReward"
@@ -65,7 +67,7 @@ class ImageReward(Reward):
         bias: Tensor,
         vocabulary: Vocabulary,
     ):
-        """The encoders are blip.py's; weight (W,), bias (): the head, which is affine in the first token's state."""
+        """The encoders are those of blip.py. weight (W,), bias (): the affine head on the first token's state."""
         super().__init__()
         self.visual_encoder = visual_encoder
         self.text_encoder = text_encoder
@@ -84,7 +86,7 @@ class ImageReward(Reward):
         return state @ self.weight.to(state) + self.bias.to(state)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Tokens (B,N), padded to the longest prompt, and where they are text."""
+        """Tokens (B,N), padded to the longest prompt, and a mask (B,N), true where they are text."""
         rows = self._tokens(prompts, self._tokenize)
         longest = max(map(len, rows))
         tokens = torch.tensor([row + [self.vocabulary.padding] * (longest - len(row)) for row in rows])
@@ -99,7 +101,7 @@ class ImageReward(Reward):
 
 
 def _activation_bytes(vision: Any, text: Any) -> int:
-    """Per picture. A text layer reads at most 35 tokens, but makes keys and values of the whole picture."""
+    """Memory per picture. A text layer has at most 35 tokens, but keys and values of the whole picture."""
     size = vision.cls_token.element_size()
     tokens, width = vision.pos_embed.shape[1:]
     text_width, layers = text.embeddings.word_embeddings.embedding_dim, len(text.encoder.layer)
@@ -108,12 +110,14 @@ def _activation_bytes(vision: Any, text: Any) -> int:
 
 
 def is_image_reward(keys: Shapes) -> bool:
+    """Whether these are the keys of an ImageReward checkpoint."""
     return all(
         f"blip.{key}" in keys for key in ("visual_encoder.pos_embed", "text_encoder.embeddings.word_embeddings.weight")
     )
 
 
 def load_image_reward(weights: Weights, options: LoadOptions) -> ImageReward:
+    """The reward of a checkpoint. Raises RewardError if it has unknown tensors, or there is no vocabulary."""
     state = {key: tensor for key, tensor in weights.state.items() if not key.startswith(_UNUSED)}
     check_floats(state)
     precision = options.precision(state["blip.visual_encoder.cls_token"].dtype)
@@ -137,7 +141,7 @@ def _under(prefix: str, state: StateDict) -> StateDict:
 
 
 def find_vocabulary(folder: Path, words: int) -> Vocabulary:
-    """The vocabulary beside the weights, whose embedding has `words` rows."""
+    """The vocabulary beside the weights, whose embedding has `words` rows. Raises RewardError if there is none."""
     for file in (folder / name for name in _VOCABULARIES):
         if file.is_file():
             return _read_vocabulary(file, words)
@@ -147,7 +151,7 @@ def find_vocabulary(folder: Path, words: int) -> Vocabulary:
 def _read_vocabulary(file: Path, words: int) -> Vocabulary:
     try:
         tokenizer = _read_tokenizer(file)
-    except Exception as error:  # tokenizers raises nothing more special
+    except Exception as error:  # tokenizers raises no more specific type
         pass_out_of_memory(error, f"{file.name} was read")
         raise RewardError(f"{file.name} beside it is damaged; download it again ({one_line(error)}).") from error
     known = tokenizer.get_vocab(with_added_tokens=False)
