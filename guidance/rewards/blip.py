@@ -1,7 +1,7 @@
 """BLIP's encoders (arXiv 2201.12086): timm's ViT, and transformers' BERT with cross-attention to the image.
 
-Both have the parameter names of the published weights. They are built on the meta device and take over the given tensors, so
-nothing is allocated twice. Their sizes are read from the shapes of the weights.
+Both have the parameter names of the published weights. They are built on the meta device and take over the given
+tensors, so nothing is allocated twice. Their sizes are read from the shapes of the weights.
 """
 
 import math

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-# BT.601, as in JPEG. It is linear in gamma-encoded RGB, which is close to perceptually uniform, so distances are useful and
-# the gradient is constant. CIELAB and OKLab contain roots, which are undefined below zero and have infinite slope at it.
+# BT.601, as in JPEG. It is linear in gamma-encoded RGB, which is close to perceptually uniform, so distances are useful
+# and the gradient is constant. CIELAB and OKLab contain roots: undefined below zero, and with infinite slope at it.
 _YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 _LONGEST = 16
 """Largest aspect ratio that is kept whole."""

@@ -53,7 +53,7 @@ class Vocabulary:
 
 
 class ImageReward(Reward):
-    """How well a picture fits its prompt, and its quality. The encoders may have half precision; the head is float32."""
+    """How well a picture fits its prompt, and its quality. The encoders may have half precision, not the head."""
 
     name = "ImageReward"
     description = "ImageReward"

@@ -57,7 +57,7 @@ class Training:
     pooled: Tensor | None = None
     """Pooled texts (N,P), from which the network's standardization is computed."""
     step_context: Callable[[], AbstractContextManager] = nullcontext
-    """Context in which the loss and its gradient are computed, entered anew at each step."""
+    """Context in which the loss and its gradient are computed, entered at each step."""
     held_out_batches: int = 8
     """Batches per held-out evaluation. With few, the choice of the best network is random."""
     step: int = field(default=0, init=False)
