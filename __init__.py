@@ -3,7 +3,7 @@
 from comfy_api.v0_0_2 import ComfyExtension, io
 
 from .nodes import guidance_data, guidance_network, particles, reward_guidance, rewards, scores, selection, training
-from .nodes.wiring import public, replacements, reporting
+from .nodes.wiring import folders, public, replacements, reporting
 
 GROUPS = rewards, scores, reward_guidance, guidance_network, guidance_data, training, selection, particles
 WEB_DIRECTORY = "./nodes/web"
@@ -11,8 +11,8 @@ WEB_DIRECTORY = "./nodes/web"
 
 class RewardGuidanceExtension(ComfyExtension):
     async def on_load(self) -> None:
-        for folder in (rewards.FOLDER, guidance_network.FOLDER):
-            rewards.register_folder(folder)
+        for folder in (folders.REWARDS, folders.NETWORKS):
+            folders.register_folder(folder)
         reporting.serve_steps()
         public.publish()
         await replacements.register()

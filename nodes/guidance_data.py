@@ -1,57 +1,28 @@
 """The nodes that make and find labelled samples: what a guidance network is trained on."""
 
 from collections import Counter
-from pathlib import Path
 
-import folder_paths
-import torch
 from comfy_api.v0_0_2 import io, ui
 
 from ..guidance.data.collection import SHARD, Collection
-from ..guidance.data.description import Description
-from ..guidance.errors import GuidanceError, quoted
 from ..guidance.training.report import overview
-from .wiring.collector import collect, remarks_on
-from .wiring.decoders import check_belongs
+from .wiring.collector import collect, collection_remarks
+from .wiring.folders import COLLECTIONS, collection_folder, collection_names
 from .wiring.inputs import DATA, REWARD, sampler_inputs
-from .wiring.latents import samples_of
+from .wiring.latents import empty_latent, samples_of
 from .wiring.loaded import LoadedReward
-from .wiring.model_info import base_of, name_of, require_unguided
+from .wiring.model_info import require_unguided
 from .wiring.node import prepares_inputs
-from .wiring.sample_maker import GuidanceData, SampleMaker, encoder
-from .wiring.scoring import weighted_parts
+from .wiring.prompts import prompt_lines
+from .wiring.sample_maker import GuidanceData, SampleMaker, describe, encoder
+from .wiring.vae_decoder import require_matching_vae
 from .wiring.watching import identity
 
 CATEGORY = "reward guidance/training"
-FOLDER = "guidance_data"
-LONGEST = 200
-"""Bytes of a folder's name."""
 _collected: dict[str, tuple[Collection, int]] = {}
 """Node -> what it filled up, and to how many samples."""
 _damaged: Counter[str] = Counter()
 """Node -> how often something was gone of that when it was queued again. It is collected anew instead of being taken from ComfyUI's cache."""
-
-
-def lines(text: str) -> tuple[str, ...]:
-    """The prompts of a text, one on each line."""
-    found = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not found:
-        raise GuidanceError("There is no prompt: write one on each line.")
-    return found
-
-
-def folder_named(name: str) -> Path:
-    """output/guidance_data/NAME"""
-    name = name.strip()
-    if not name or name != Path(name).name or name == ".." or "\0" in name or len(name.encode()) > LONGEST:
-        raise GuidanceError(
-            f"{quoted(name)} is not a name for a folder in output/{FOLDER}: write a short one without slashes."
-        )
-    return folder_root() / name
-
-
-def folder_root() -> Path:
-    return Path(folder_paths.get_output_directory()) / FOLDER
 
 
 @prepares_inputs
@@ -127,7 +98,7 @@ class CollectData(io.ComfyNode):
                     "folder",
                     default="guidance",
                     optional=True,
-                    tooltip=f"Where in output/{FOLDER} the samples go: a folder of its own for each model and way of sampling.",
+                    tooltip=f"Where in output/{COLLECTIONS} the samples go: a folder of its own for each model and way of sampling.",
                 ),
                 io.Int.Input(
                     "levels",
@@ -180,39 +151,17 @@ class CollectData(io.ComfyNode):
         keep_images: bool,
     ) -> io.NodeOutput:
         require_unguided(model)
-        check_belongs(vae, model.get_model_object("latent_format"))
-        samples, told = samples_of(latent_image), lines(prompts)
-        empty = {name: value for name, value in latent_image.items() if name.startswith("downscale_ratio")}
-        empty["samples"] = torch.zeros_like(samples[:1])
-        how = (steps, cfg, sampler_name, scheduler)
-        maker = SampleMaker(model, told, encoder(clip), negative_prompt, *how, empty, len(samples), vae, reward)
-        parts = weighted_parts(reward.reward)
-        description = Description(
-            base=base_of(model, target, maker.start().shape[1:]),
-            shape=tuple(maker.start().shape[1:]),
-            levels=levels if target == "data" else 0,
-            prompts=told,
-            rewards=tuple(part.name for part, _ in parts),
-            reward_means=tuple(float(part.reference_mean) for part, _ in parts),
-            reward_stds=tuple(float(part.reference_std) for part, _ in parts),
-            seed=seed,
-            settings="\n".join(
-                [
-                    name_of(model),
-                    f"{steps} steps",
-                    sampler_name,
-                    scheduler,
-                    f"cfg {cfg:g}",
-                    f"negative prompt {negative_prompt!r}",
-                    *(f"{part.name} {part.compared_with}" for part, _ in parts if part.compared_with),
-                ]
-            ),
-            reward_weights=tuple(weight for _, weight in parts),
-        )
-        collection = Collection.create(folder_named(folder), description, maker.text)
+        require_matching_vae(vae, model.get_model_object("latent_format"))
+        settings = steps, cfg, sampler_name, scheduler
+        lines = prompt_lines(prompts)
+        start = empty_latent(latent_image)
+        batch = len(samples_of(latent_image))
+        maker = SampleMaker(model, lines, encoder(clip), negative_prompt, *settings, start, batch, vae, reward)
+        description = describe(maker, target, levels, seed)
+        collection = Collection.create(collection_folder(folder), description, maker.text)
         collect(cls.hidden.unique_id, maker, collection, count, keep_images)
         _collected[cls.hidden.unique_id] = collection, count
-        report = "\n".join([overview(collection), *remarks_on(told, reward)])
+        report = "\n".join([overview(collection), *collection_remarks(lines, reward)])
         return io.NodeOutput(GuidanceData(collection, maker), report, ui=ui.PreviewText(report))
 
     @classmethod
@@ -232,13 +181,13 @@ class LoadData(io.ComfyNode):
             node_id="RewardGuidanceLoadData",
             display_name="Load Guidance Data",
             category=CATEGORY,
-            description=f"Finds samples that were collected before, or on another machine, in output/{FOLDER}.",
+            description=f"Finds samples that were collected before, or on another machine, in output/{COLLECTIONS}.",
             search_aliases=["training data", "dataset", "shards"],
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=sorted(path.parent.name for path in folder_root().glob("*/collection.json")),
-                    tooltip=f"A folder in output/{FOLDER} with samples.",
+                    options=collection_names(),
+                    tooltip=f"A folder in output/{COLLECTIONS} with samples.",
                 )
             ],
             outputs=[
@@ -252,14 +201,16 @@ class LoadData(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder: str) -> io.NodeOutput:
-        collection = Collection.open(folder_named(folder))
+        collection = Collection.open(collection_folder(folder))
         report = overview(collection)
         return io.NodeOutput(GuidanceData(collection), report, ui=ui.PreviewText(report))
 
     @classmethod
     def fingerprint_inputs(cls, folder: str) -> list:
         """Samples may have been added or exchanged, or the rewards weighted anew."""
-        files = (path for path in sorted(folder_named(folder).glob("*")) if path.suffix in (".safetensors", ".json"))
+        files = (
+            path for path in sorted(collection_folder(folder).glob("*")) if path.suffix in (".safetensors", ".json")
+        )
         return [(path.name, identity(path)) for path in files]
 
 

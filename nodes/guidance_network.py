@@ -1,31 +1,20 @@
 """Nodes that sample with a guidance network, and keep it in a file."""
 
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-
-import comfy.sample
 import folder_paths
 import torch
 from comfy_api.v0_0_2 import io, ui
-from torch import Tensor
 
-from ..guidance.errors import GuidanceError, quoted, short
-from ..guidance.network.file import load_network, save_network
+from ..guidance.network.file import load_network
+from .wiring.folders import NETWORKS, network_path, save_numbered
 from .wiring.inputs import NETWORK, TILTS, interval_inputs, noise_steps_input, sampler_inputs, strength_input
-from .wiring.latents import sampled, samples_of
+from .wiring.latents import sampled_latent, samples_of
 from .wiring.loaded import LoadedNetwork, manage_network
 from .wiring.node import prepares_inputs
-from .wiring.patch_network import NetworkGuidance, followed, tilt
+from .wiring.patch_network import GuidedNoise, NetworkGuidance, guided_sampling
 from .wiring.sampling import Sampling
 from .wiring.watching import ReadFiles
 
-FOLDER = "guidance_networks"
 CATEGORY = "reward guidance/network"
-LONGEST = 200
-"""Bytes of a file's name, and of a folder's."""
-ATTEMPTS = 100
-"""To find a number that no other server takes."""
 _read = ReadFiles()
 
 
@@ -43,7 +32,7 @@ class LoadNetwork(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "network_name",
-                    options=folder_paths.get_filename_list(FOLDER),
+                    options=folder_paths.get_filename_list(NETWORKS),
                     tooltip="A file that Save Guidance Network or the command line wrote into models/guidance_networks.",
                 )
             ],
@@ -67,15 +56,6 @@ class LoadNetwork(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **choices) -> int:
         return _read.fingerprint()
-
-
-def network_path(name: str | None) -> Path:
-    if (path := folder_paths.get_full_path(FOLDER, name) if name else None) is None:
-        folder = folder_paths.get_folder_paths(FOLDER)[0]
-        raise GuidanceError(
-            f"There is no guidance network {quoted(name or '')} in {folder}: put it there, press R, and choose it."
-        )
-    return Path(path)
 
 
 @prepares_inputs
@@ -103,35 +83,8 @@ class SaveNetwork(io.ComfyNode):
 
     @classmethod
     def execute(cls, network: LoadedNetwork, filename_prefix: str) -> io.NodeOutput:
-        path = save_under(filename_prefix, network)
+        path = save_numbered(filename_prefix, network)
         return io.NodeOutput(ui=ui.PreviewText(f"{path}\n{network.card.describe()}"))
-
-
-def save_under(prefix: str, network: LoadedNetwork) -> Path:
-    """Save in models/guidance_networks, by the first number that is free. Another server may take a number in the same moment."""
-    for _ in range(ATTEMPTS):
-        with suppress(FileExistsError):
-            save_network(path := free_path(prefix), network.network, network.card, new=True)
-            return path
-    raise GuidanceError(f"No number after {quoted(prefix)} is free: write another filename_prefix.")
-
-
-def free_path(prefix: str) -> Path:
-    """A path in models/guidance_networks that no file has."""
-    root = Path(folder_paths.get_folder_paths(FOLDER)[0])
-    parts = Path(prefix).parts
-    short_enough = parts and max(len(part.encode(errors="replace")) for part in parts) <= LONGEST
-    if not short_enough or "\0" in prefix or not (root / prefix).resolve().is_relative_to(root.resolve()):
-        raise GuidanceError(
-            f"{quoted(prefix)} is not a name for a file in models/{FOLDER}: write a short one without leading slashes and '..'."
-        )
-    try:
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(root))
-    except OSError as error:
-        raise GuidanceError(
-            f"{quoted(prefix)} cannot be a file in models/{FOLDER} ({short(error.strerror)}): write another name."
-        ) from error
-    return Path(folder) / f"{name}_{counter:05}_.safetensors"
 
 
 @prepares_inputs
@@ -158,21 +111,6 @@ class ApplyNetwork(io.ComfyNode):
         cls, model, network: LoadedNetwork, strength: float, start_percent: float, end_percent: float
     ) -> io.NodeOutput:
         return io.NodeOutput(NetworkGuidance(network, strength, start_percent, end_percent).attach(model))
-
-
-@dataclass(frozen=True)
-class GuidedNoise:
-    """What travels along a NOISE link."""
-
-    network: LoadedNetwork
-    conditioning: list
-    seed: int
-    steps: int
-    strength: float
-
-    def generate_noise(self, input_latent: dict) -> Tensor:
-        noise = comfy.sample.prepare_noise(samples_of(input_latent), self.seed, input_latent.get("batch_index"))
-        return tilt(self.network, noise, self.conditioning, self.steps, self.strength, input_latent.get("noise_mask"))
 
 
 @prepares_inputs
@@ -256,9 +194,9 @@ class NetworkKSampler(io.ComfyNode):
         noise_steps: int,
     ) -> io.NodeOutput:
         plain = Sampling(model, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
-        sampling = followed(plain, network, strength, start_percent, end_percent, noise_steps)
+        sampling = guided_sampling(plain, network, strength, start_percent, end_percent, noise_steps)
         samples = sampling(latent_image, [seed], sampling.progress(1)(0))
-        return io.NodeOutput(sampled(latent_image, list(range(len(samples_of(latent_image)))), samples))
+        return io.NodeOutput(sampled_latent(latent_image, list(range(len(samples_of(latent_image)))), samples))
 
 
 NODES = [LoadNetwork, SaveNetwork, ApplyNetwork, Noise, NetworkKSampler]

@@ -1,25 +1,21 @@
 """A KSampler whose samples are particles: copied and dropped on the way so that they follow a reward, which needs no gradient."""
 
-from dataclasses import replace
 from typing import Any
 
 import comfy.samplers
-import torch
 from comfy_api.v0_0_2 import io
 
 from ..guidance.errors import GuidanceError
 from .selection import CATEGORY
 from .wiring.decoders import make_decoder
-from .wiring.inputs import HIDDEN, REWARD, judging_inputs, sampler_inputs
+from .wiring.inputs import HIDDEN, REWARD, sampler_inputs, scoring_inputs
 from .wiring.latent_reward import LatentReward
-from .wiring.latents import fitted, sampled
 from .wiring.loaded import LoadedReward
 from .wiring.node import prepares_inputs
-from .wiring.particle_run import SAMPLERS, ParticleRun, ParticleStep, particle_report, require_noise
-from .wiring.patch_reward import RewardBeside
+from .wiring.particle_run import SAMPLERS, ParticleRun, require_noise
 from .wiring.reporting import Reporter
-from .wiring.sampling import Sampling, seeds_from
-from .wiring.scoring import remarks
+from .wiring.sampling import Sampling
+from .wiring.scoring import prompt_remarks
 
 
 @prepares_inputs
@@ -112,7 +108,7 @@ class ParticlesKSampler(io.ComfyNode):
                     tooltip="How many particles the model sees at once, 1 to 16; 0 is all. Lower it if memory runs out.",
                     **rare,
                 ),
-                *judging_inputs(),
+                *scoring_inputs(),
             ],
             outputs=[
                 io.Latent.Output(
@@ -158,33 +154,15 @@ class ParticlesKSampler(io.ComfyNode):
             raise GuidanceError("With a denoise of 0 there is nothing to sample; raise it.")
         if particles > 1:
             require_noise(sampler_name)
-        latent_reward = LatentReward(
-            reward, make_decoder(decoder, model.get_model_object("latent_format"), vae), prompt, frames
-        )
-        watched = LatentReward(held_out, latent_reward.decoder, prompt, frames) if held_out else None
-        begun = fitted(model, latent_image)
-        beside = RewardBeside(latent_reward, chunk, watched).attach(model)
-        sampling = Sampling(beside, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
-        originals = sampling.each(begun)
-        run_particles = ParticleRun(sampling, latent_reward, temperature, resample_below, every, keep, watched)
-        reporter, looks = Reporter(cls.hidden, decoder=latent_reward.decoder.name), list[ParticleStep]()
-        callbacks = sampling.progress(len(originals))
-        seeds = seeds_from(seed, particles * len(originals))
-        kept, scores, origins = [], [], []
-        for i, (alone, latent) in enumerate(originals):
-
-            def report(look: ParticleStep, done: int = i) -> None:
-                looks.append(replace(look, step=done * look.steps + look.step, steps=len(originals) * look.steps))
-                reporter(looks[-1])
-
-            own = seeds[i * particles : (i + 1) * particles]
-            samples, rewards = replace(run_particles, sampling=alone)(latent, own, callbacks(i), report)
-            kept.append(samples)
-            scores += rewards
-            origins += [i] * len(rewards)
-        out = sampled(begun, origins, torch.cat(kept), seeds if particles == 1 else None)
-        text = "\n".join([particle_report(looks), *remarks(prompt, reward, held_out)])
-        return io.NodeOutput(out, scores, text, ui={"reward_guidance": reporter.history})
+        pixels = make_decoder(decoder, model.get_model_object("latent_format"), vae)
+        latent_reward = LatentReward(reward, pixels, prompt, frames)
+        held_out_reward = LatentReward(held_out, pixels, prompt, frames) if held_out else None
+        sampling = Sampling(model, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
+        run = ParticleRun(sampling, latent_reward, temperature, resample_below, every, keep, held_out_reward)
+        reporter = Reporter(cls.hidden, decoder=pixels.name)
+        kept = run.run(latent_image, seed, particles, chunk, reporter)
+        report = "\n".join([kept.report(), *prompt_remarks(prompt, reward, held_out)])
+        return io.NodeOutput(kept.latent, kept.scores, report, ui={"reward_guidance": reporter.history})
 
 
 NODES = [ParticlesKSampler]

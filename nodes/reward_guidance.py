@@ -1,56 +1,17 @@
 """Nodes that sample from the reward-weighted distribution."""
 
-import logging
-import math
 from collections.abc import Callable
 
 from comfy_api.v0_0_2 import io
 
 import nodes as comfy_nodes
 
-from ..guidance.estimators import Settings, Smoothing
-from .wiring.decoders import make_decoder
-from .wiring.inputs import HIDDEN, NO_TARGET, reward_inputs, sampler_inputs, tuning_inputs
-from .wiring.latent_reward import LatentReward
+from .wiring.guided_model import guided_model
+from .wiring.inputs import HIDDEN, reward_inputs, sampler_inputs, tuning_inputs
 from .wiring.loaded import LoadedReward
 from .wiring.node import prepares_inputs
-from .wiring.patch_reward import RewardGuidance
-from .wiring.reporting import Reporter
-from .wiring.scoring import remarks
 
 CATEGORY = "reward guidance"
-
-
-def guide(
-    hidden, model, reward: LoadedReward | None, prompt: str, strength: float, tuning: dict
-) -> tuple[object, Reporter | None]:
-    """The guided clone of a model, and the reporter that hears of its steps."""
-    if reward is None or strength == 0:
-        return model, None
-    decoder = make_decoder(tuning["decoder"], model.get_model_object("latent_format"), tuning.get("vae"))
-    logging.info(f"Reward guidance decodes by {decoder.name}.")
-    reporter = Reporter(hidden, decoder=decoder.name)
-    held_out = tuning.get("held_out")
-    for remark in remarks(prompt, reward, held_out):
-        logging.info(remark)
-    guidance = RewardGuidance(
-        reward=LatentReward(reward, decoder, prompt, tuning["frames"]),
-        estimator=tuning["estimator"],
-        settings=Settings(
-            strength=strength,
-            temperature=tuning["temperature"],
-            smoothing=Smoothing(tuning["smoothing"], tuning["radius"]),
-            momentum=tuning["momentum"],
-            cap=tuning["cap"],
-            target=math.inf if tuning["target"] == NO_TARGET else tuning["target"],
-            every=tuning["every"],
-        ),
-        start=tuning["start_percent"],
-        end=tuning["end_percent"],
-        report=reporter,
-        held_out=LatentReward(held_out, decoder, prompt, tuning["frames"]) if held_out else None,
-    )
-    return guidance.attach(model), reporter
 
 
 @prepares_inputs
@@ -78,7 +39,7 @@ class RewardGuidanceModel(io.ComfyNode):
     def execute(
         cls, model, prompt: str, strength: float, reward: LoadedReward | None = None, **tuning
     ) -> io.NodeOutput:
-        return io.NodeOutput(guide(cls.hidden, model, reward, prompt, strength, tuning)[0])
+        return io.NodeOutput(guided_model(cls.hidden, model, reward, prompt, strength, tuning)[0])
 
 
 @prepares_inputs
@@ -119,7 +80,7 @@ class RewardGuidanceKSampler(io.ComfyNode):
         reward: LoadedReward | None = None,
         **tuning,
     ) -> io.NodeOutput:
-        guided, reporter = guide(cls.hidden, model, reward, prompt, strength, tuning)
+        guided, reporter = guided_model(cls.hidden, model, reward, prompt, strength, tuning)
         sample: Callable = comfy_nodes.common_ksampler
         (latent,) = sample(
             guided, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise

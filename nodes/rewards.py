@@ -1,16 +1,11 @@
 """Nodes that make and combine rewards."""
 
-import os
-import re
-from pathlib import Path
-from textwrap import shorten
-
 import folder_paths
 import torch
 from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
-from ..guidance.errors import GuidanceError, quoted, short
+from ..guidance.errors import GuidanceError
 from ..guidance.rewards import (
     CLIP_KINDS,
     LIKENESSES,
@@ -24,61 +19,26 @@ from ..guidance.rewards import (
     LoadOptions,
     load_reward,
 )
-from ..guidance.rewards.published import advice, published
-from .wiring.inputs import REWARD
-from .wiring.loaded import LoadedReward, manage_reward
+from .wiring.folders import (
+    AUTO,
+    IMAGE_TOWERS,
+    REWARDS,
+    TEXT_TOWERS,
+    model_folders,
+    reward_names,
+    reward_path,
+    tower_path,
+)
+from .wiring.inputs import REWARD, parse_colour
+from .wiring.loaded import LoadedReward, combine_rewards, manage_reward
 from .wiring.memory import precision
 from .wiring.node import prepares_inputs
 from .wiring.scoring import to_pixels
 from .wiring.watching import ReadFiles
 
-FOLDER = "reward_models"
 CATEGORY = "reward guidance/rewards"
-IMAGE_TOWERS, TEXT_TOWERS = "clip_vision", "text_encoders"
-AUTO = "auto"
 DTYPES = {AUTO: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _read = ReadFiles()
-
-
-def register_folder(name: str = FOLDER) -> None:
-    """A folder of models, beside whatever extra_model_paths.yaml names."""
-    paths, extensions = folder_paths.folder_names_and_paths.get(name, ([], set()))
-    own = os.path.join(folder_paths.models_dir, name)
-    folder_paths.folder_names_and_paths[name] = (
-        list(dict.fromkeys([*paths, own])),
-        extensions or folder_paths.supported_pt_extensions,
-    )
-
-
-def reward_names() -> list[str]:
-    """Everything in models/reward_models, and the image towers that ComfyUI knows."""
-    return [
-        *folder_paths.get_filename_list(FOLDER),
-        *(f"{IMAGE_TOWERS}/{name}" for name in folder_paths.get_filename_list(IMAGE_TOWERS)),
-    ]
-
-
-def reward_path(name: str | None) -> str:
-    if not name:
-        raise GuidanceError(
-            f"No reward file is chosen: put one into {folder_paths.get_folder_paths(FOLDER)[0]}, press R, and choose it."
-        )
-    tower = name.removeprefix(f"{IMAGE_TOWERS}/")
-    path = folder_paths.get_full_path(FOLDER, name) or (
-        folder_paths.get_full_path(IMAGE_TOWERS, tower) if tower != name else None
-    )
-    if path is None:
-        raise GuidanceError(not_there(tower, IMAGE_TOWERS if tower != name else FOLDER))
-    return path
-
-
-def not_there(name: str, kind: str) -> str:
-    """A sentence on a file that is missing from this kind of folders."""
-    folder, found = folder_paths.get_folder_paths(kind)[0], folder_paths.get_filename_list(kind)
-    if published(name):
-        return f"{short(name)} is missing: {advice(short(name), folder)}; then press R."
-    others = shorten(", ".join(found), 200, placeholder=" ...") or "nothing"
-    return f"{short(name)} is not in {folder}, where there is {others}; choose another, or put it there."
 
 
 @prepares_inputs
@@ -151,10 +111,10 @@ class LoadReward(io.ComfyNode):
     @classmethod
     def execute(cls, reward_name: str, dtype: str, clip_kind: str, image_tower: str, text_tower: str) -> io.NodeOutput:
         options = LoadOptions(
-            image_folders=_folders(IMAGE_TOWERS) + _folders(FOLDER),
-            text_folders=_folders(TEXT_TOWERS),
-            image_tower=_file(IMAGE_TOWERS, image_tower),
-            text_tower=_file(TEXT_TOWERS, text_tower),
+            image_folders=model_folders(IMAGE_TOWERS) + model_folders(REWARDS),
+            text_folders=model_folders(TEXT_TOWERS),
+            image_tower=tower_path(IMAGE_TOWERS, image_tower),
+            text_tower=tower_path(TEXT_TOWERS, text_tower),
             kind=None if clip_kind == AUTO else clip_kind,
             precision=precision(DTYPES[dtype]),
         )
@@ -174,18 +134,6 @@ class LoadReward(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **choices) -> int:
         return _read.fingerprint()
-
-
-def _folders(kind: str) -> tuple[Path, ...]:
-    return tuple(map(Path, folder_paths.get_folder_paths(kind)))
-
-
-def _file(kind: str, name: str) -> Path | None:
-    if name == AUTO:
-        return None
-    if (path := folder_paths.get_full_path(kind, name)) is None:
-        raise GuidanceError(not_there(name, kind))
-    return Path(path)
 
 
 @prepares_inputs
@@ -225,17 +173,9 @@ class ImageStatisticReward(io.ComfyNode):
         reward = (
             ImageStatistic(statistic)
             if statistic in STATISTICS
-            else ColourReward(_rgb(colour), statistic == "colour of every pixel")
+            else ColourReward(parse_colour(colour), statistic == "colour of every pixel")
         )
         return io.NodeOutput(manage_reward(CombinedReward([reward], [-1.0]) if lower else reward))
-
-
-def _rgb(colour: str) -> tuple[float, float, float]:
-    """#rrggbb -> three numbers in [0,1]."""
-    if not (digits := re.fullmatch("#?([0-9a-fA-F]{2})([0-9a-fA-F]{2})([0-9a-fA-F]{2})(?:[0-9a-fA-F]{2})?", colour)):
-        raise GuidanceError(f"A colour is written as #rrggbb, not as {quoted(colour)}.")
-    red, green, blue = (int(pair, 16) / 255 for pair in digits.groups())
-    return red, green, blue
 
 
 @prepares_inputs
@@ -324,16 +264,8 @@ class CombineRewards(io.ComfyNode):
         reward_3: LoadedReward | None = None,
         reward_4: LoadedReward | None = None,
     ) -> io.NodeOutput:
-        candidates = zip(
-            (reward_1, reward_2, reward_3, reward_4), (weight_1, weight_2, weight_3, weight_4), strict=True
-        )
-        parts = [(loaded, weight) for loaded, weight in candidates if loaded is not None and weight != 0]
-        if not parts:
-            raise GuidanceError("Combine Rewards has nothing to combine: every weight is 0.")
-        reward = CombinedReward([loaded.reward for loaded, _ in parts], [weight for _, weight in parts])
-        return io.NodeOutput(
-            LoadedReward(reward, tuple(dict.fromkeys(p for loaded, _ in parts for p in loaded.patchers)))
-        )
+        rewards, weights = (reward_1, reward_2, reward_3, reward_4), (weight_1, weight_2, weight_3, weight_4)
+        return io.NodeOutput(combine_rewards(rewards, weights))
 
 
 NODES = [LoadReward, ImageStatisticReward, ImageSimilarityReward, CombineRewards]

@@ -1,37 +1,18 @@
 """The node that scores pictures, for people and for files."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-
 from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
-from ..guidance.rewards import CombinedReward, Reward
 from .rewards import CATEGORY
-from .wiring.captions import Line, caption
+from .wiring.captions import caption
 from .wiring.inputs import REWARD
 from .wiring.loaded import LoadedReward
-from .wiring.metadata import downstream_inputs, note
+from .wiring.metadata import add_entry, downstream_inputs
 from .wiring.node import prepares_inputs
-from .wiring.scoring import remarks, score_parts, to_pixels
+from .wiring.score_table import captions, column, png_entry, table
+from .wiring.scoring import prompt_remarks, score_parts, to_pixels
 
-PICTURES, ANNOTATED = 3, 4
-"""Outputs of Score Images."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """One reward's scores of every picture of a batch."""
-
-    reward: str
-    scores: list[float]
-    standardized: list[float]
-    combined: bool
-    """A combination's scores are in units of spread already."""
-
-    def cell(self, picture: int) -> str:
-        standardized = f"{self.standardized[picture]:+.2f}"
-        return standardized if self.combined else f"{self.scores[picture]:.4f} ({standardized})"
+IMAGES_OUTPUT, ANNOTATED_OUTPUT = 3, 4
 
 
 @prepares_inputs
@@ -80,43 +61,15 @@ class ScoreImages(io.ComfyNode):
     def execute(cls, images: Tensor, reward: LoadedReward, prompt: str) -> io.NodeOutput:
         parts = score_parts(images, reward, prompt)
         columns = [column(part, scores) for part, scores in parts]
-        text = "\n\n".join([table(columns), *remarks(prompt, reward)])
-        note(cls.hidden, record(columns, prompt))
-        annotated = caption(to_pixels(images).movedim(1, -1), captions(columns, len(images)))
+        text = "\n\n".join([table(columns), *prompt_remarks(prompt, reward)])
+        add_entry(cls.hidden, png_entry(columns, prompt))
+        annotated = caption(to_pixels(images).movedim(1, -1), captions(columns))
         total = columns[0]
         return io.NodeOutput(total.scores, total.standardized, text, images, annotated, ui=ui.PreviewText(text))
 
     @classmethod
     def fingerprint_inputs(cls, **inputs) -> str:
-        return downstream_inputs(cls.hidden, (PICTURES, ANNOTATED))
-
-
-def column(reward: Reward, scores: Tensor) -> Column:
-    return Column(reward.name, scores.tolist(), reward.standardize(scores).tolist(), isinstance(reward, CombinedReward))
-
-
-def table(columns: Sequence[Column]) -> str:
-    """Markdown that is also readable as it stands."""
-    pictures = range(len(columns[0].scores))
-    cells = [["picture", *(str(i + 1) for i in pictures)]]
-    cells += [[one.reward.replace("|", "/"), *(one.cell(i) for i in pictures)] for one in columns]
-    widths = [max(map(len, entries)) for entries in cells]
-    rows = [[entry.rjust(width) for entry, width in zip(row, widths, strict=True)] for row in zip(*cells, strict=True)]
-    rows.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def captions(columns: Sequence[Column], pictures: int) -> list[list[Line]]:
-    return [
-        [Line(f"{i + 1} · {one.reward}" if one is columns[0] else one.reward, one.cell(i)) for one in columns]
-        for i in range(pictures)
-    ]
-
-
-def record(columns: Sequence[Column], prompt: str) -> dict:
-    """For PNG files. The pictures of a batch share it."""
-    total, *parts = ({key: value for key, value in asdict(one).items() if key != "combined"} for one in columns)
-    return {**total, "prompt": prompt, "parts": parts}
+        return downstream_inputs(cls.hidden, (IMAGES_OUTPUT, ANNOTATED_OUTPUT))
 
 
 NODES = [ScoreImages]

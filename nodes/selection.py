@@ -1,33 +1,34 @@
 """Nodes that choose among samples by their rewards."""
 
-from dataclasses import replace
-from textwrap import shorten
 from typing import Any
 
 import torch
 from comfy_api.v0_0_2 import io
-from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
-from ..guidance.errors import GuidanceError
 from ..guidance.particles import at_least, best
-from ..guidance.rewards import require_prompt
-from .wiring.decoders import check_belongs
+from .wiring.candidates import (
+    missing_output,
+    require_one_size,
+    require_same_counts,
+    require_vae_channels,
+    score_batches,
+    scores_tensor,
+)
 from .wiring.inputs import HIDDEN, REWARD, held_out_input, sampler_inputs
-from .wiring.latents import SEEDS, fitted, joined, rows, sampled
+from .wiring.latents import SEEDS, join_latents, select_samples
 from .wiring.loaded import LoadedReward
-from .wiring.metadata import downstream_inputs, note
+from .wiring.metadata import add_entry, downstream_inputs
 from .wiring.node import prepares_inputs
-from .wiring.prompts import plain
 from .wiring.reporting import Reporter
-from .wiring.sampling import Sampling, seeds_from
-from .wiring.scoring import decode, frames_of, log, remarks, score
-from .wiring.search import Candidate, Search, SearchStep, search_report, search_step
+from .wiring.sampling import Sampling
+from .wiring.scoring import decode, frames_of, prompt_remarks
+from .wiring.search import Search
+from .wiring.vae_decoder import require_matching_vae
 
 CATEGORY = "reward guidance/selection"
 UNKNOWN_SEED = -1
-PICTURES = 0
-"""Output of Select Best."""
+IMAGES_OUTPUT = 0
 
 
 @prepares_inputs
@@ -127,27 +128,27 @@ class SelectBest(io.ComfyNode):
         scores: list[float] | None = None,
         vae: list[Any] | None = None,
     ) -> io.NodeOutput:
-        latent = joined(latents) if latents else None
+        latent = join_latents(latents) if latents else None
         batches = images
         if batches is None and latent is not None and vae is not None:
-            require_its_vae(vae[0], latent["samples"])
+            require_vae_channels(vae[0], latent["samples"])
             batches = [decode(vae[0], latent["samples"])]
-        clips = None if batches is None else torch.cat(of_one_size(batches))
-        values = scored(batches, reward, prompt) if scores is None else as_numbers(scores)
+        if batches is not None:
+            require_one_size(batches)
+        clips = None if batches is None else torch.cat(batches)
+        values = score_batches(batches, reward, prompt) if scores is None else scores_tensor(scores)
         counts = {"scores": values, "pictures": clips, "latents": None if latent is None else latent["samples"]}
         videos = latent is not None and latent["samples"].ndim == 5
-        require_one_each({name: len(each) for name, each in counts.items() if each is not None}, videos)
+        require_same_counts({name: len(each) for name, each in counts.items() if each is not None}, videos)
         chosen = best(values, keep[0]) if choose[0] == "best" else at_least(values, threshold[0])
-        kept = None if latent is None else rows(latent, chosen)
+        kept = None if latent is None else select_samples(latent, chosen)
         seeds = (kept or {}).get(SEEDS, [UNKNOWN_SEED] * len(chosen))
         by = {"reward": reward[0].reward.name, "prompt": prompt} if reward and scores is None else {}
-        note(
-            cls.hidden,
-            {**by, "standardized" if by else "scores": values[chosen].tolist(), "indices": chosen, "seeds": seeds},
-        )
+        kind = "standardized" if by else "scores"
+        add_entry(cls.hidden, {**by, kind: values[chosen].tolist(), "indices": chosen, "seeds": seeds})
         return io.NodeOutput(
-            nothing_for("images") if clips is None else frames_of(clips[chosen]),
-            nothing_for("latents") if kept is None else kept,
+            missing_output("images") if clips is None else frames_of(clips[chosen]),
+            missing_output("latents") if kept is None else kept,
             values[chosen].tolist(),
             chosen,
             seeds,
@@ -155,60 +156,7 @@ class SelectBest(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs) -> str:
-        return downstream_inputs(cls.hidden, (PICTURES,))
-
-
-def as_numbers(scores: list) -> Tensor:
-    """Scores (N,) that came from anywhere."""
-    try:
-        return torch.tensor(scores, dtype=torch.float32).flatten()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise GuidanceError(
-            f"Select Best got scores that are not numbers: {shorten(str(scores), 100, placeholder=' ...')}."
-        ) from error
-
-
-def scored(batches: list[Tensor] | None, reward: list[LoadedReward] | None, prompts: list[str]) -> Tensor:
-    """Standardized rewards of every picture or video; of a list of prompts, each serves one entry of the list of them."""
-    if batches is None:
-        raise GuidanceError("Select Best has nothing to score: connect images, or latents and their vae, or scores.")
-    if reward is None:
-        raise GuidanceError("Select Best has nothing to choose by: connect a reward or scores.")
-    for remark in dict.fromkeys(remark for prompt in prompts for remark in remarks(prompt, reward[0])):
-        log.info(remark)
-    paired = [(clips, prompts[min(i, len(prompts) - 1)]) for i, clips in enumerate(batches)]
-    return torch.cat([score(clips, reward[0], prompt) for clips, prompt in paired])
-
-
-def of_one_size(batches: list[Tensor]) -> list[Tensor]:
-    if not batches:
-        raise GuidanceError("There is nothing to choose from: the list of pictures is empty.")
-    sizes = {tuple(clips.shape[-3:]) for clips in batches}
-    if len(sizes) > 1:
-        found = ", ".join(f"{width} x {height} with {channels} channels" for height, width, channels in sorted(sizes))
-        raise GuidanceError(
-            f"Pictures of different sizes or channels cannot be chosen among: {found}. Make them alike first."
-        )
-    return batches
-
-
-def require_its_vae(vae, latents: Tensor) -> None:
-    if vae.latent_channels != latents.shape[1]:
-        raise GuidanceError(
-            f"The connected VAE decodes {vae.latent_channels} latent channels, but the latents have {latents.shape[1]}. "
-            "Connect the VAE of the model that made them."
-        )
-
-
-def require_one_each(counts: dict[str, int], videos: bool) -> None:
-    if len(set(counts.values())) > 1:
-        found = ", ".join(f"{count} {name}" for name, count in counts.items())
-        advice = " Of videos, connect the vae in place of the images." if videos and "pictures" in counts else ""
-        raise GuidanceError(f"Select Best got {found}; it needs one of each for every candidate.{advice}")
-
-
-def nothing_for(output: str) -> ExecutionBlocker:
-    return ExecutionBlocker(f"Select Best has no {output} to give: none are connected to its input.")
+        return downstream_inputs(cls.hidden, (IMAGES_OUTPUT,))
 
 
 @prepares_inputs
@@ -307,41 +255,19 @@ class BestOfN(io.ComfyNode):
         chunk: int,
         held_out: LoadedReward | None = None,
     ) -> io.NodeOutput:
-        for judge in filter(None, (reward, held_out)):
-            require_prompt(judge.reward, [plain(prompt)])
-        check_belongs(vae, model.get_model_object("latent_format"))
-        begun = fitted(model, latent_image)
+        require_matching_vae(vae, model.get_model_object("latent_format"))
         sampling = Sampling(model, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
-        originals = sampling.each(begun)
-        seeds = seeds_from(seed, n * len(originals))
-        reporter, all_steps = Reporter(cls.hidden, decoder="vae"), list[SearchStep]()
-
-        def report(fresh: list[Candidate], highest: float) -> None:
-            all_steps.append(search_step(fresh, highest, seeds))
-            reporter(all_steps[-1])
-
-        search = Search(sampling, vae, reward, held_out, prompt, min(keep, n), stop_above, report)
-        at_once = sampling.at_once(chunk, begun, n)
-        runs = -(-n // at_once)
-        callbacks = sampling.progress(runs * len(originals))
-        found: list[list[Candidate]] = []
-        for i, (alone, latent) in enumerate(originals):
-            own = seeds[i * n : (i + 1) * n]
-            chunks = [own[start : start + at_once] for start in range(0, n, at_once)]
-            turns = map(callbacks, range(i * runs, (i + 1) * runs))
-            found.append(replace(search, sampling=alone)(latent, chunks, turns))
-        kept = [(i, candidate) for i, candidates in enumerate(found) for candidate in candidates]
+        reporter = Reporter(cls.hidden, decoder="vae")
+        search = Search(sampling, vae, reward, held_out, prompt, min(keep, n), stop_above, chunk)
+        best_of_n = search.run(latent_image, seed, n, reporter)
+        kept = best_of_n.kept
+        report = [best_of_n.report(), *prompt_remarks(prompt, reward, held_out)]
         return io.NodeOutput(
-            sampled(begun, [i for i, _ in kept], torch.cat([c.latent for _, c in kept]), [c.seed for _, c in kept]),
-            torch.cat([candidate.pictures for _, candidate in kept]),
-            [candidate.score for _, candidate in kept],
-            [candidate.seed for _, candidate in kept],
-            "\n".join(
-                [
-                    search_report(all_steps, [candidate.seed for _, candidate in kept]),
-                    *remarks(prompt, reward, held_out),
-                ]
-            ),
+            best_of_n.latent,
+            torch.cat([candidate.clip for candidate in kept]),
+            [candidate.score for candidate in kept],
+            [candidate.seed for candidate in kept],
+            "\n".join(report),
             ui={"reward_guidance": reporter.history},
         )
 

@@ -17,26 +17,20 @@ from ..guidance.training.recipe import (
     prepare,
     weights_from,
 )
-from ..guidance.training.report import Fitting
 from .guidance_data import CATEGORY
 from .wiring.autograd import trainable
 from .wiring.inputs import DATA, HIDDEN, NETWORK
 from .wiring.loaded import manage_network
-from .wiring.memory import room_for
+from .wiring.memory import free_memory_for
 from .wiring.node import prepares_inputs
 from .wiring.reporting import Reporter
 from .wiring.sample_maker import GuidanceData
-from .wiring.training_monitor import TrainingMonitor, first_pictures
-from .wiring.training_setup import assistants, objective_of
+from .wiring.training_monitor import TrainingMonitor, first_samples_preview
+from .wiring.training_setup import resolve_objective, training_functions
 
-_stopped: Counter[str] = Counter()
-"""Node -> how often it was interrupted and returned what it had. Queued again, it runs again instead of being taken from ComfyUI's cache."""
-
-
-def leave_off(fitting: Fitting, node: str) -> None:
-    """A training that is not done runs again when it is queued again: on from its checkpoint, where it has one."""
-    fitting.drop_checkpoint()
-    _stopped[node] += not fitting.done
+_interrupted: Counter[str] = Counter()
+"""Node -> how often its training was interrupted. Part of the fingerprint, so that queueing the node again continues the
+training instead of returning the cached network."""
 
 
 @prepares_inputs
@@ -179,34 +173,26 @@ class TrainNetwork(io.ComfyNode):
         preview_every: int,
         checkpoint: bool,
     ) -> io.NodeOutput:
-        options = {
-            "temperature": temperature,
-            "steps": steps,
-            "batch": batch,
-            "learning_rate": learning_rate,
-            "seed": seed,
-        }
         description, folder = data.collection.description, data.collection.folder if checkpoint else None
-        plan, weights = (
-            plan_for(description, objective_of(data, objective), form, **options),
-            description.weights(weights_from(reward_weights)),
-        )
-        device = room_for(bytes_for(description, plan, size))
+        options = {"temperature": temperature, "steps": steps, "batch": batch}
+        options |= {"learning_rate": learning_rate, "seed": seed}
+        plan = plan_for(description, resolve_objective(data, objective), form, **options)
+        weights = description.weights(weights_from(reward_weights))
+        device = free_memory_for(bytes_for(description, plan, size))
         with trainable():
-            fitting = prepare(
-                data.collection.load(), plan, size, weights, device, folder, **assistants(data, plan, weights)
-            )
-            TrainingMonitor(
-                fitting, Reporter(cls.hidden), first_pictures(data) if preview_every else None, preview_every
-            ).run()
+            functions = training_functions(data, plan, weights)
+            fitting = prepare(data.collection.load(), plan, size, weights, device, folder, **functions)
+            preview = first_samples_preview(data) if preview_every else None
+            TrainingMonitor(fitting, Reporter(cls.hidden), preview, preview_every).run()
             network = manage_network(fitting.network(), fitting.card())
-        leave_off(fitting, cls.hidden.unique_id)
+        fitting.drop_checkpoint()
+        _interrupted[cls.hidden.unique_id] += not fitting.done
         report = fitting.report()
         return io.NodeOutput(network, report, ui=ui.PreviewText(report))
 
     @classmethod
     def fingerprint_inputs(cls, **_) -> int:
-        return _stopped[cls.hidden.unique_id]
+        return _interrupted[cls.hidden.unique_id]
 
 
 NODES = [TrainNetwork]

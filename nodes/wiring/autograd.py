@@ -1,4 +1,4 @@
-"""Gradients inside the inference mode in which ComfyUI runs its prompts."""
+"""Gradients inside ComfyUI's inference mode: normal tensors, differentiable models, patchers that load completely."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -18,9 +18,9 @@ from ...guidance.errors import GuidanceError
 
 
 class GradientPatcher(comfy.model_patcher.ModelPatcher):
-    """A small module that gradients flow through: always wholly on its device or wholly off it.
+    """A patcher for a small module with gradients: the module is loaded completely or not at all.
 
-    It is moved outside inference mode, or every step would need other tensors in place of its weights.
+    It is moved outside inference mode, so that its weights are normal tensors that autograd can save.
     """
 
     @torch.inference_mode(False)
@@ -47,9 +47,9 @@ def manage(module: nn.Module) -> GradientPatcher:
 
 @contextmanager
 def normal_weights(*modules: nn.Module) -> Iterator[None]:
-    """Stand in for weights that were loaded under inference mode by normal tensors over the same memory.
+    """Replace inference tensors in the modules by normal tensors that share their memory, and restore them at the end.
 
-    Autograd refuses to save inference tensors. Nothing is copied.
+    Autograd cannot save inference tensors.
     """
     swapped: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
@@ -66,7 +66,7 @@ def normal_weights(*modules: nn.Module) -> Iterator[None]:
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    """A normal tensor over the same memory. A subclass stays what it is: quantized weights hold their numbers in tensors of their own."""
+    """A normal tensor that shares the memory. A subclass is kept: quantized weights consist of several inner tensors."""
     kind: Any = type(tensor)
     if hasattr(tensor, "__tensor_flatten__"):
         names, context = tensor.__tensor_flatten__()
@@ -82,7 +82,7 @@ def _alias(tensor: Tensor) -> Tensor:
 
 
 def normal(values: Any) -> Any:
-    """Tensors, and those in a dictionary, as autograd can save them. Nothing is copied but the dictionary."""
+    """Normal tensors in place of inference tensors, also inside a dictionary. They share the memory."""
     if isinstance(values, dict):
         return {name: normal(value) if isinstance(value, Tensor) else value for name, value in values.items()}
     return _alias(values) if values.is_inference() else values
@@ -90,14 +90,14 @@ def normal(values: Any) -> Any:
 
 @contextmanager
 def gradients(*modules: nn.Module) -> Iterator[None]:
-    """Inside, autograd works through these modules although ComfyUI runs its prompts in inference mode."""
+    """Leave inference mode, so that gradients can pass through these modules. Keeps the gradient mode."""
     wanted = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(wanted), normal_weights(*modules):
         yield
 
 
 def in_current_modes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function in the inference and gradient modes of where this is called, wherever it is called itself."""
+    """Bind the current inference and gradient modes to the function: it runs in them wherever it is called."""
     inference, gradient = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
     def run(*arguments) -> Tensor:
@@ -112,23 +112,23 @@ _inside_differentiable_model = False
 
 @contextmanager
 def differentiable_model(*models: nn.Module, instead: str = "another model") -> Iterator[None]:
-    """Inside, autograd also works through a diffusion model: pure torch kernels, in-place updates of saved tensors allowed, and no compiler
-    that reuses memory which the backward pass needs.
+    """Make diffusion models differentiable.
 
-    Raises GuidanceError, which advises `instead`, where a kernel of the model has no gradient.
+    ComfyUI then uses pure PyTorch kernels and no compiler that reuses memory of the backward pass, and the model may
+    update saved tensors in place. Raises GuidanceError, which advises `instead`, if an operation has no gradient.
     """
     global _inside_differentiable_model
-    within_another = _inside_differentiable_model
-    mutation = (
-        nullcontext() if within_another else torch.autograd.graph.allow_mutation_on_saved_tensors()
-    )  # which cannot be nested
+    nested = _inside_differentiable_model
+    # allow_mutation_on_saved_tensors cannot be nested.
+    mutation = nullcontext() if nested else torch.autograd.graph.allow_mutation_on_saved_tensors()
     _inside_differentiable_model = True
     try:
-        switches = (
+        with (
             switched(comfy.model_management, "in_training", True),
             switched(comfy.cli_args.args, "disable_comfy_compiler", True),
-        )
-        with switches[0], switches[1], normal_weights(*models), mutation:
+            normal_weights(*models),
+            mutation,
+        ):
             yield
     except (RuntimeError, NotImplementedError) as error:
         if not NO_GRADIENT.search(str(error)):
@@ -138,19 +138,19 @@ def differentiable_model(*models: nn.Module, instead: str = "another model") -> 
             f"A part of this model has no gradient, which is needed here: choose {instead}. PyTorch: {reason}"
         ) from error
     finally:
-        _inside_differentiable_model = within_another
+        _inside_differentiable_model = nested
 
 
 NO_GRADIENT = re.compile(
-    "no autograd formula|derivative for|does not require grad|does not have a grad_fn|[Ii]nference tensor|in-?place operation|version counter|"
-    "its data is not allocated"
+    "no autograd formula|derivative for|does not require grad|does not have a grad_fn|[Ii]nference tensor|"
+    "in-?place operation|version counter|its data is not allocated"
 )
-"""In PyTorch's messages where an operation has no backward pass, or not in the way that a model uses it."""
+"""Matches PyTorch's messages about an operation that has no gradient as the model uses it."""
 
 
 @contextmanager
 def switched(holder: Any, name: str, value: object) -> Iterator[None]:
-    """Inside, a switch of ComfyUI stands at another value; of a core that does not have it yet, nothing changes."""
+    """Set an attribute of ComfyUI and restore it at the end. An older ComfyUI may lack it: then nothing is set."""
     if not hasattr(holder, name):
         yield
         return
@@ -163,35 +163,38 @@ def switched(holder: Any, name: str, value: object) -> Iterator[None]:
 
 
 def trains_elsewhere() -> bool:
-    """Whether another node trains the model, such as Train LoRA: then its predictions are not samples and must not be guided."""
+    """Whether another node, such as Train LoRA, trains the model. Its predictions must then not be guided."""
     return comfy.model_management.in_training and not _inside_differentiable_model
 
 
 def models_of(guider) -> list[nn.Module]:
-    """Every model that a guider holds: its own, ControlNets, and whatever else it asks."""
+    """All models that a guider holds: the diffusion model, ControlNets, and others."""
     held = chain.from_iterable(value if isinstance(value, list) else [value] for value in vars(guider).values())
     return [each.model for each in held if isinstance(each, comfy.model_patcher.ModelPatcher)]
 
 
 @contextmanager
 def trainable() -> Iterator[None]:
-    """Inside, networks can be trained although ComfyUI runs its prompts in inference mode."""
+    """Leave inference mode and enable gradients, to train networks."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 @contextmanager
 def as_nodes_run() -> Iterator[None]:
-    """Inside, all is as ComfyUI runs its prompts."""
+    """Enter inference mode, in which ComfyUI runs its nodes."""
     with torch.inference_mode():
         yield
 
 
 def static_clone(patcher: ModelPatcher, what: str, instead: str) -> ModelPatcher:
-    """A clone that can be wholly on its device, for `what` takes a gradient through it; where that is impossible, `instead` is advised."""
+    """A clone that is loaded completely, so that gradients can pass through it.
+
+    what: the feature that needs it. Raises GuidanceError, which advises `instead`, if the model cannot be loaded so.
+    """
     if patcher.is_dynamic() and getattr(patcher, "cached_patcher_init", None) is None:
         raise GuidanceError(
-            f"{what} takes a gradient through the whole model, and its loader cannot load it a second time for that: choose {instead}, load it by "
-            "a loader of ComfyUI's own, or start ComfyUI with --disable-dynamic-vram."
+            f"{what} takes a gradient through the whole model, and its loader cannot load it a second time for that: "
+            f"choose {instead}, load it by a loader of ComfyUI's own, or start ComfyUI with --disable-dynamic-vram."
         )
     return patcher.clone(disable_dynamic=True)

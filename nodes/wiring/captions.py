@@ -1,4 +1,4 @@
-"""Pictures with a few words under each, for the eye."""
+"""Draws captions below images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 PAPER, INK, FAINT = (24, 26, 30), (245, 246, 248), (168, 172, 180)
 NARROWEST, SMALLEST = 256, 13
-"""Of the picture with its caption, and of the letters, in pixels: what is smaller cannot be read."""
+"""Pixels: least width of a captioned image, and least font size."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,17 @@ class Line:
 
 
 def caption(images: Tensor, captions: Sequence[Sequence[Line]]) -> Tensor:
-    """Pictures (B,H,W,3) in [0,1], and as many captions of one length -> (B,H',W',3) with the captions below; the first line stands out."""
+    """Images (B,H,W,3) in [0,1] and B captions with equally many lines -> images (B,H',W',3) with captions below.
+
+    The first line of a caption is brighter than the others.
+    """
     width = max(NARROWEST, images.shape[2])
     size = max(SMALLEST, width // 26)
-    return torch.stack([_caption(picture, lines, width, size) for picture, lines in zip(images, captions, strict=True)])
+    return torch.stack([_caption(image, lines, width, size) for image, lines in zip(images, captions, strict=True)])
 
 
-def _caption(picture: Tensor, lines: Sequence[Line], width: int, size: int) -> Tensor:
-    image = Image.fromarray((picture.clamp(0, 1) * 255).round().byte().cpu().numpy())
+def _caption(pixels: Tensor, lines: Sequence[Line], width: int, size: int) -> Tensor:
+    image = Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().cpu().numpy())
     font, margin, step = ImageFont.load_default(size), round(size * 0.7), round(size * 1.4)
     sheet = Image.new("RGB", (width, image.height + len(lines) * step + 2 * margin), PAPER)
     sheet.paste(image, ((width - image.width) // 2, 0))
@@ -42,7 +45,7 @@ def _caption(picture: Tensor, lines: Sequence[Line], width: int, size: int) -> T
 
 
 def shorten(text: str, font: Font, width: float) -> str:
-    """As much of a text as fits."""
+    """The text on one line, cut with an ellipsis if it is wider than `width` pixels."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text

@@ -1,4 +1,4 @@
-"""Hooks of a sampling run that reward guidance and guidance networks share."""
+"""Hooks of a sampling run, shared by reward guidance and guidance networks."""
 
 import logging
 from collections.abc import Sequence
@@ -19,44 +19,44 @@ from .autograd import normal, trains_elsewhere
 
 serial_numbers = count()
 ROWS_KEY = "reward_guidance.rows"
-"""Of transformer_options: which samples of the batch before these are, where a sampler resampled it."""
+"""Key in transformer_options: the rows of the previous batch that a sampler chose when it resampled."""
 
 
 @dataclass(kw_only=True)
 class SamplingRun:
-    """What guidance keeps while one sampler runs."""
+    """The state of guidance during one sampling run."""
 
     process: Process
     first_sigma: float
     last_sigma: float
     noise_mask: "NoiseMask | None" = None
     inpainting: Inpainting | None = None
-    """Of the present call of the model."""
+    """The mask of the current model call."""
 
     def active(self, sigma: Any) -> Any:
         return (self.last_sigma < sigma) & (sigma <= self.first_sigma)
 
     def moved(self, x: Tensor, point: Tensor) -> Tensor:
-        """The model's input: x moved to `point`, but for what a noise mask keeps."""
+        """The model's input: `point` in place of x, except where a noise mask keeps the latent."""
         return point if self.inpainting is None else self.inpainting.moved(x, point)
 
     def blended(self, denoised: Tensor) -> Tensor:
-        """The picture that a person gets of a denoised latent."""
+        """The denoised latent, with the kept latent where a noise mask keeps it."""
         return denoised if self.inpainting is None else self.inpainting.blended(denoised)
 
 
 @dataclass(frozen=True)
 class NoiseMask:
-    """A noise mask as a sampler applies it."""
+    """A noise mask and the latent that it keeps."""
 
     mask: Tensor
-    """(B,...) 1 where noise is sampled."""
+    """(B,...), 1 where the latent is sampled, 0 where it is kept."""
     latent: Tensor
-    """(B,...) kept, in the model's space."""
+    """(B,...), in the model's space."""
     sigmas: Tensor
 
     def at(self, guider, timestep: Tensor, model_options: dict) -> Inpainting:
-        """At one call of the model: nodes such as Differential Diffusion change the mask from step to step."""
+        """The mask at one model call. Nodes such as Differential Diffusion change it from step to step."""
         mask = self.mask
         if "denoise_mask_function" in model_options:
             mask = model_options["denoise_mask_function"](
@@ -67,12 +67,13 @@ class NoiseMask:
 
 
 def require_order(start: float, end: float) -> None:
+    """Raise GuidanceError if the interval of guidance ends before it starts."""
     if not start <= end:
         raise GuidanceError(f"Guidance starts at {start} and ends at {end}: the start must not lie after the end.")
 
 
 def require_samples(noise: Tensor, latent_shapes: Sequence | None) -> None:
-    """Raise GuidanceError where there is nothing to guide, or more than one stream of it."""
+    """Raise GuidanceError if the latent is empty, or if it holds several streams."""
     if 0 in noise.shape:
         raise GuidanceError(f"The latent is empty, of shape {tuple(noise.shape)}: there is nothing to sample.")
     if latent_shapes is not None and len(latent_shapes) > 1:
@@ -81,7 +82,7 @@ def require_samples(noise: Tensor, latent_shapes: Sequence | None) -> None:
 
 @dataclass(frozen=True, eq=False)
 class SamplerHooks:
-    """Hooks of a model's clone that change its predictions while a sampler runs, and at no other time. All state lives in the run it belongs to."""
+    """Hooks that change the predictions of a model's clone while a sampler runs. The state is kept per run."""
 
     runs: "WeakKeyDictionary[object, Any]" = field(default_factory=WeakKeyDictionary, init=False)
 
@@ -91,7 +92,7 @@ class SamplerHooks:
         patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, key, self.predict_noise)
 
     def outer_sample(self, executor, noise, *args, latent_shapes=None, **kwargs):
-        """Forget the run at its end, however it ends."""
+        """Delete the state of the run at its end, also after an error."""
         require_samples(noise, latent_shapes)
         guider = executor.class_obj
         try:
@@ -102,7 +103,7 @@ class SamplerHooks:
             self.runs.pop(guider, None)
 
     def warn(self, run: Any) -> None:
-        """Log what went otherwise than a person would expect."""
+        """Log why a run was not guided as the user may expect."""
         if trains_elsewhere():
             logging.warning("The model is trained by another node: meanwhile its guidance is off.")
 
@@ -119,7 +120,7 @@ class SamplerHooks:
         *args,
         **kwargs,
     ):
-        """Begin a run."""
+        """Create the state of a run."""
         run = self.begin(guider, noise.shape, extra_args.get("model_options", {}), extra_args.get("seed"))
         if denoise_mask is not None:
             run.noise_mask = NoiseMask(denoise_mask, latent_image, sigmas)
@@ -131,7 +132,7 @@ class SamplerHooks:
         guider, model_options = executor.class_obj, {} if model_options is None else model_options
         if trains_elsewhere():
             return executor(x, timestep, model_options, seed)
-        if guider not in self.runs:  # a guider of its own make may call no sampler
+        if guider not in self.runs:  # a custom guider may call no sampler
             self.runs[guider] = self.begin(guider, x.shape, model_options, seed)
         run = self.runs[guider]
         if run.noise_mask is not None:

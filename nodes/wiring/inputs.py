@@ -1,10 +1,12 @@
 """Types and widgets that several nodes share."""
 
+import re
 from typing import Any
 
 import comfy.samplers
 from comfy_api.v0_0_2 import io
 
+from ...guidance.errors import GuidanceError, quoted
 from ...guidance.estimators import ESTIMATORS
 from .decoders import DECODERS
 
@@ -103,7 +105,7 @@ def held_out_input() -> io.Input:
     )
 
 
-def judging_inputs() -> list[io.Input]:
+def scoring_inputs() -> list[io.Input]:
     """How a reward sees estimates on the way, and what judges them beside it."""
     rare = dict[str, Any](advanced=True, optional=True)
     return [
@@ -209,7 +211,7 @@ def tuning_inputs() -> list[io.Input]:
             tooltip="Take a new reward gradient every so many times the sampler asks the model. 1 to 4: more is faster and weaker.",
             **rare,
         ),
-        *judging_inputs(),
+        *scoring_inputs(),
         io.Float.Input(
             "target",
             default=NO_TARGET,
@@ -250,3 +252,11 @@ def noise_steps_input(name: str = "noise_steps", **options) -> io.Input:
         tooltip="For networks that tilt noise: calls of the small network before the model is asked. More are more exact; 4 to 16.",
         **options,
     )
+
+
+def parse_colour(colour: str) -> tuple[float, float, float]:
+    """#rrggbb -> red, green and blue in [0,1]. Raises GuidanceError for another format."""
+    if not (digits := re.fullmatch("#?([0-9a-fA-F]{2})([0-9a-fA-F]{2})([0-9a-fA-F]{2})(?:[0-9a-fA-F]{2})?", colour)):
+        raise GuidanceError(f"A colour is written as #rrggbb, not as {quoted(colour)}.")
+    red, green, blue = (int(pair, 16) / 255 for pair in digits.groups())
+    return red, green, blue

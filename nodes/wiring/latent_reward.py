@@ -1,4 +1,4 @@
-"""The reward of a denoised latent: decoder and reward together, on their device."""
+"""Rewards of denoised latents: decodes them and evaluates the reward, with gradients."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,8 @@ from .prompts import plain
 class LatentReward:
     """Model-space latents (B,C,H,W) or (B,C,T,H,W) -> standardized rewards (B,), differentiable.
 
-    Of a video, `frames` evenly spaced latent frames are decoded one by one; the reward is their mean.
+    The reward of a video is the mean over `frames` evenly spaced latent frames, which are decoded one by one.
+    Raises GuidanceError if the reward needs a prompt and there is none.
     """
 
     def __init__(self, loaded: LoadedReward, decoder: Decoder, prompt: str, frames: int = 3):
@@ -38,41 +39,46 @@ class LatentReward:
         reward = self.loaded.reward
         if latents.requires_grad and not reward.differentiable:
             raise GuidanceError(
-                f"{reward.name} has no gradient to guide by. Use it to choose among pictures, or guide by another reward."
+                f"{reward.name} has no gradient to guide by. "
+                "Use it to choose among pictures, or guide by another reward."
             )
-        # An estimator that takes the gradient looks at the end of its step whether all is finite.
-        return self.score(latents, [self.prompt], evaluate_unchecked if latents.requires_grad else evaluate)
+        # An estimator that takes the gradient checks at the end of its step that all values are finite.
+        return self.evaluate(latents, [self.prompt], evaluate_unchecked if latents.requires_grad else evaluate)
 
-    def score(
+    def evaluate(
         self, latents: Tensor, prompts: Sequence[str], by: Callable[[Reward, Tensor, Sequence[str]], Tensor] = evaluate
     ) -> Tensor:
-        """The same for a prompt of each sample's own."""
+        """Standardized rewards (B,) with one prompt for all samples, or with one for each."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        pictures = self.pictures(latents)
-        pixels = self.decoder.pixels(pictures)
-        frames = 1 if len(prompts) == 1 else len(pictures) // len(latents)
-        told = [plain(prompt) for prompt in prompts for _ in range(frames)]
+        frames = self.frames_of(latents)
+        pixels = self.decoder.pixels(frames)
+        repeats = 1 if len(prompts) == 1 else len(frames) // len(latents)
+        texts = [plain(prompt) for prompt in prompts for _ in range(repeats)]
         try:
-            scores = by(self.loaded.reward, pixels, told)
+            scores = by(self.loaded.reward, pixels, texts)
         except RewardError:
-            self.require_finite(pictures, pixels)
+            self.require_finite(frames, pixels)
             raise
         return self.loaded.reward.standardize(scores).view(len(latents), -1).mean(1)
 
     def require_finite(self, latents: Tensor, pixels: Tensor) -> None:
-        """Raise GuidanceError where the model or the decoder is at fault. It waits for a GPU, so it is for scores that were refused."""
+        """Raise GuidanceError if the latents or the pixels are not finite, and name the cause.
+
+        It synchronizes with the GPU, so it is called only after an error.
+        """
         if not latents.isfinite().all():
             raise GuidanceError(
-                "The model's estimate is not a finite number, so no reward can score it: the model's file is damaged, or its precision is too "
-                "low. Load the model in another precision."
+                "The model's estimate is not a finite number, so no reward can score it: the model's file is damaged, "
+                "or its precision is too low. Load the model in another precision."
             )
         if not pixels.isfinite().all():
             raise GuidanceError(
-                f"The decoder {self.decoder.name} made pixels that are not finite numbers: its file is damaged, or its precision is too low. "
-                "Replace the file, choose another decoder, or start ComfyUI with --fp32-vae."
+                f"The decoder {self.decoder.name} made pixels that are not finite numbers: its file is damaged, "
+                "or its precision is too low. Replace the file, choose another decoder, or start ComfyUI with --fp32-vae."
             )
 
-    def pictures(self, latents: Tensor) -> Tensor:
+    def frames_of(self, latents: Tensor) -> Tensor:
+        """The latent frames to score (N,C,H,W), sample by sample."""
         if latents.ndim == 4:
             return latents
         if latents.ndim != 5:
@@ -83,28 +89,31 @@ class LatentReward:
         return torch.stack([latents[:, :, frame] for frame in chosen], 1).flatten(0, 1)
 
     def activation_bytes(self, shape: torch.Size) -> int:
-        """Rough memory of decoding and scoring a batch of latents, forward and backward."""
-        pictures = shape[0] * (min(self.frames, shape[2]) if len(shape) == 5 else 1)
-        return pictures * (self.decoder.activation_bytes(*shape[-2:]) + self.loaded.reward.activation_bytes)
+        """Rough memory of the forward and backward pass for a batch of latents of this shape."""
+        count = shape[0] * (min(self.frames, shape[2]) if len(shape) == 5 else 1)
+        return count * (self.decoder.activation_bytes(*shape[-2:]) + self.loaded.reward.activation_bytes)
 
 
 def patchers_of(reward: LatentReward, held_out: LatentReward | None) -> list[GradientPatcher]:
-    """Both see pictures through one decoder, which is to be loaded once."""
+    """The patchers of both rewards. They share one decoder, which is listed once."""
     return [*reward.patchers, *(held_out.loaded.patchers if held_out else ())]
 
 
-def rewards_of(
+def reward_series(
     denoised: Tensor, rewards: Tensor, held_out: Callable[[Tensor], Tensor] | None
 ) -> dict[str, list[float]]:
-    """The series to report: the rewards of denoised latents, and what the held-out one says of them."""
+    """The series of a step: the rewards of denoised latents (B,...), and their held-out rewards."""
     with torch.no_grad():
         return {"reward": rewards.tolist()} | ({"reward/held-out": held_out(denoised).tolist()} if held_out else {})
 
 
-def with_room_for(
+def shape_with_room_for(
     rewards: Sequence[LatentReward | None], patcher: comfy.model_patcher.ModelPatcher, noise_shape: Sequence[int]
 ) -> list[int]:
-    """A shape with as many more samples as take the memory of scoring those of `noise_shape` by one reward after the other."""
+    """`noise_shape` with additional samples, whose memory is that of evaluating the rewards one after the other.
+
+    ComfyUI frees memory for a batch of this shape.
+    """
     per_sample = patcher.model.memory_required([1, *noise_shape[1:]])
     extra = math.ceil(
         max(reward.activation_bytes(torch.Size(noise_shape)) for reward in rewards if reward) / per_sample
@@ -113,12 +122,12 @@ def with_room_for(
 
 
 @contextmanager
-def training_through(
+def differentiable_context(
     model: comfy.model_patcher.ModelPatcher | None = None, reward: LatentReward | None = None, instead: str = ""
 ) -> Iterator[None]:
-    """Inside, outside of sampling, both are on their devices, and gradients flow through them and none into their weights.
+    """Load a model and a reward outside of sampling, and let gradients pass through them. Their weights stay frozen.
 
-    model: a static clone. instead: what to choose where the model has no gradient.
+    model: a static clone. instead: what the error advises if the model has no gradient.
     """
     patchers, modules = (reward.patchers, reward.modules) if reward else ([], [])
     comfy.model_management.load_models_gpu([*([model] if model else []), *patchers], force_full_load=True)

@@ -1,4 +1,4 @@
-"""LATENT dictionaries: rows, masks and seeds of their samples."""
+"""LATENT dictionaries: joins them, and selects samples with their masks and seeds."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from ...guidance.errors import GuidanceError
 
 SEEDS = "seeds"
-"""Key in a LATENT: for each sample, the seed by which a stock KSampler makes it alone."""
+"""Key in a LATENT: for each sample, the seed with which a stock KSampler makes it alone."""
 RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
-"""Keys in an empty LATENT: of the model that its size was chosen for."""
+"""Keys in an empty LATENT: the downscale ratios of the model that its size was chosen for."""
 
 
 def samples_of(latent: dict) -> Tensor:
-    """The samples of a LATENT (N,...), N at least 1. Raises GuidanceError where there is nothing that a reward could score."""
+    """The samples of a LATENT (N,...). Raises GuidanceError if there are none, or if they hold several streams."""
     samples = latent["samples"]
     if samples.is_nested:
         raise GuidanceError("Rewards cannot score latents that hold several streams, such as video with audio.")
@@ -26,28 +26,37 @@ def samples_of(latent: dict) -> Tensor:
     return samples
 
 
-def joined(latents: list[dict]) -> dict:
-    """One LATENT of several, with the mask, batch index and seed of each sample, and the entries that all share."""
+def empty_latent(latent: dict) -> dict:
+    """One sample of zeros in the size of a LATENT, with the ratios that say for which model the size was chosen."""
+    ratios = {name: latent[name] for name in RATIOS if name in latent}
+    return ratios | {"samples": torch.zeros_like(samples_of(latent)[:1])}
+
+
+def join_latents(latents: list[dict]) -> dict:
+    """Join LATENTs: samples, masks, batch indices and seeds, and the entries that are the same in all.
+
+    Raises GuidanceError if the shapes of the samples differ.
+    """
     samples = [samples_of(latent) for latent in latents]
     if len(shapes := {tuple(each.shape[1:]) for each in samples}) > 1:
         raise GuidanceError(
-            f"Latents of different shapes cannot be chosen among: {sorted(shapes)}. Sample them in one size."
+            f"Latents of different shapes cannot be compared: {sorted(shapes)}. Sample them in one size."
         )
     if len(latents) == 1:
         return latents[0]
-    masks = {"noise_mask": joined_masks(latents)} if any("noise_mask" in latent for latent in latents) else {}
-    return shared(latents) | {"samples": torch.cat(samples)} | masks | joined_numbers(latents)
+    masks = {"noise_mask": join_masks(latents)} if any("noise_mask" in latent for latent in latents) else {}
+    return common_entries(latents) | {"samples": torch.cat(samples)} | masks | join_numbers(latents)
 
 
-def shared(latents: list[dict]) -> dict:
-    """The entries that do not belong to single samples and are the same in all LATENTs: the type, for example."""
+def common_entries(latents: list[dict]) -> dict:
+    """The entries that belong to no single sample and are equal in all LATENTs, such as the type."""
     own = ("samples", "noise_mask", "batch_index", SEEDS)
     first = {key: value for key, value in latents[0].items() if key not in own}
     return {key: value for key, value in first.items() if all(is_equal(each.get(key), value) for each in latents)}
 
 
-def joined_numbers(latents: list[dict]) -> dict:
-    """Batch indices, where any LATENT has them: in one without, ComfyUI counts from 0. Seeds, where all have them."""
+def join_numbers(latents: list[dict]) -> dict:
+    """Batch indices if any LATENT has them (ComfyUI counts from 0 in the others), and seeds if all have them."""
     numbers: dict[str, list[int]] = {}
     if any("batch_index" in latent for latent in latents):
         indices = [latent.get("batch_index", range(len(latent["samples"]))) for latent in latents]
@@ -57,8 +66,8 @@ def joined_numbers(latents: list[dict]) -> dict:
     return numbers
 
 
-def joined_masks(latents: list[dict]) -> Tensor:
-    """A mask for every sample; without one, everything is sampled. Masks of different sizes get the latents' size."""
+def join_masks(latents: list[dict]) -> Tensor:
+    """A mask for every sample (N,...), of ones where a LATENT has none. Masks of different sizes get the latents' size."""
     masks = [mask_rows(latent) for latent in latents if "noise_mask" in latent]
     if len({mask.shape[1:] for mask in masks}) > 1:
         size = max(mask.shape[1] for mask in masks), *latents[0]["samples"].shape[2:]
@@ -72,9 +81,9 @@ def joined_masks(latents: list[dict]) -> Tensor:
 
 
 def mask_rows(latent: dict) -> Tensor:
-    """The noise mask of a LATENT with a row for each sample, in its own resolution, read as comfy.utils.reshape_mask reads it.
+    """The noise mask of a LATENT with one row for each sample, in its own resolution, as in comfy.utils.reshape_mask.
 
-    Beside latents with frames, a mask of fewer dimensions holds the frames of one video, which all samples share.
+    For latents with frames, a mask with fewer dimensions holds the frames of one video, which all samples share.
     """
     samples, mask = latent["samples"], latent["noise_mask"]
     if samples.ndim == 4:
@@ -84,8 +93,8 @@ def mask_rows(latent: dict) -> Tensor:
     return comfy.utils.repeat_to_batch_size(mask, len(samples))
 
 
-def rows(latent: dict, indices: list[int]) -> dict:
-    """Some samples of a LATENT, with all that belongs to them."""
+def select_samples(latent: dict, indices: list[int]) -> dict:
+    """The LATENT of these samples, with their masks, batch indices and seeds."""
     count = len(latent["samples"])
     chosen = {**latent, "samples": latent["samples"][indices]}
     if "noise_mask" in latent:
@@ -97,21 +106,21 @@ def rows(latent: dict, indices: list[int]) -> dict:
     return chosen
 
 
-def fitted(model, latent: dict) -> dict:
-    """A LATENT in the model's shape, which decides how its mask is read and is found once for the whole batch."""
+def fit_latent(model, latent: dict) -> dict:
+    """The LATENT in the model's shape. The shape of the whole batch decides how its mask is read."""
     rest = {key: value for key, value in latent.items() if key not in RATIOS}
-    return rest | {"samples": start_of(model, latent | {"samples": samples_of(latent)})}
+    return rest | {"samples": fit_samples(model, latent | {"samples": samples_of(latent)})}
 
 
-def sampled(latent: dict, origins: list[int], samples: Tensor, seeds: Sequence[int] | None = None) -> dict:
-    """The LATENT a sampler returns: new samples (N,...), made from these rows of the old one."""
-    out = rows(latent, origins) | {"samples": samples}
+def sampled_latent(latent: dict, origins: list[int], samples: Tensor, seeds: Sequence[int] | None = None) -> dict:
+    """The LATENT that a sampler returns. samples: (N,...); origins: the rows of `latent` they were made from."""
+    out = select_samples(latent, origins) | {"samples": samples}
     for key in (*RATIOS, SEEDS):
         out.pop(key, None)
     return out if seeds is None else out | {SEEDS: list(seeds)}
 
 
-def start_of(model, latent: dict) -> Tensor:
-    """The latent in the model's shape."""
+def fit_samples(model, latent: dict) -> Tensor:
+    """The samples (N,C,...) in the model's shape."""
     ratios = {name: latent[name] for name in RATIOS if name in latent}
     return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)

@@ -1,4 +1,4 @@
-"""Memory and precision of the device."""
+"""Chooses precision and batch size for the device, and frees memory on it."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,10 @@ import torch
 
 
 def precision(wanted: torch.dtype | None) -> Callable[[torch.dtype], torch.dtype]:
-    """The precision to load weights in, from the one they are stored in: the wanted, or the stored where the device is fast at it."""
+    """A function from the stored precision of weights to the one to load them in.
+
+    It is the wanted one; without one, the stored one if the device computes fast in it, else float32.
+    """
     device = comfy.model_management.get_torch_device()
     fast = {
         torch.float16: comfy.model_management.should_use_fp16,
@@ -21,15 +24,15 @@ def precision(wanted: torch.dtype | None) -> Callable[[torch.dtype], torch.dtype
     return choose
 
 
-def room_for(needed: int) -> torch.device:
-    """The device, with so many bytes free where that is possible."""
+def free_memory_for(needed: int) -> torch.device:
+    """Free this many bytes on the device if possible. Returns the device."""
     device = comfy.model_management.get_torch_device()
     comfy.model_management.free_memory(needed, device)
     return device
 
 
-def as_many_as_fit(model: comfy.model_patcher.ModelPatcher, shape: Sequence[int]) -> int:
-    """How many samples of that shape the model's device has memory for at once, by ComfyUI's own estimate, with CFG; at least 1."""
+def largest_batch(model: comfy.model_patcher.ModelPatcher, shape: Sequence[int]) -> int:
+    """How many samples of this shape fit in the memory of the device with CFG, by ComfyUI's estimate; at least 1."""
     weights_to_come = model.model_size() - model.loaded_size()
     free = (
         comfy.model_management.get_free_memory(model.load_device)

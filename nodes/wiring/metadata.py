@@ -1,4 +1,4 @@
-"""What nodes write into the PNG files of a run, beside the workflow: `reward_guidance`, node id -> what the node says of its pictures."""
+"""Adds entries to the metadata of PNG files: `reward_guidance` maps a node id to its entry."""
 
 import json
 from collections.abc import Sequence
@@ -8,9 +8,11 @@ from .reporting import running
 METADATA = "reward_guidance"
 
 
-def note(hidden, entry: dict) -> None:
-    """ComfyUI hands the same dictionary to every node of a run, and those that save pictures write all of it: after the whole list where a
-    node runs for each batch of one. The entries of several batches are therefore a list too."""
+def add_entry(hidden, entry: dict) -> None:
+    """Add the entry of a node to the metadata of the run. A node that runs for several batches has a list of entries.
+
+    ComfyUI passes one dictionary to all nodes of a run, and the nodes that save images write all of it.
+    """
     if hidden.extra_pnginfo is not None:
         entries = hidden.extra_pnginfo.setdefault(METADATA, {})
         before = entries.get(hidden.unique_id, [])
@@ -19,8 +21,10 @@ def note(hidden, entry: dict) -> None:
 
 
 def downstream_inputs(hidden, outputs: Sequence[int]) -> str:
-    """For `fingerprint_inputs`: where these outputs go in the prompt that is being executed, so that a node whose pictures are to be saved
-    in another way notes its entry once more, and does not leave them without one because ComfyUI remembers what it gave."""
+    """A fingerprint of the nodes that these outputs are connected to, in the prompt that is being executed.
+
+    A cached node adds no entry. With this fingerprint it runs again when the images are saved in another way.
+    """
     links = [[hidden.unique_id, output] for output in outputs]
     item = running()
     prompt = item[2] if item else {}

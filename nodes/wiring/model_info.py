@@ -1,4 +1,4 @@
-"""What the pack needs to know of a MODEL and of a CONDITIONING."""
+"""Facts about a MODEL and a CONDITIONING: noising process, model family, file name, text tensors."""
 
 import os
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ GRADIENT_KEY = "reward_guidance.gradient."
 
 
 def process_of(model_sampling, shape: Sequence[int]) -> Process:
-    """The noising process of a model for latents of this shape, from the coordinates its sampler works in."""
+    """The noising process of a model for latents of this shape (B,C,...)."""
     require_noise_to_picture(model_sampling)
     if isinstance(model_sampling, comfy.model_sampling.CONST):
         pure = model_sampling.noise_scaling(torch.ones(()), torch.ones(tuple(shape)), torch.zeros(tuple(shape)))
@@ -27,17 +27,17 @@ def process_of(model_sampling, shape: Sequence[int]) -> Process:
 
 
 def require_noise_to_picture(model_sampling) -> None:
-    """Raise GuidanceError for models that begin with a picture instead of noise."""
+    """Raise GuidanceError for models that start from an image instead of noise."""
     if any(kind.__name__.startswith("IMG_TO_IMG") for kind in type(model_sampling).__mro__):
         raise GuidanceError("Reward guidance needs a model that denoises from noise; this one maps picture to picture.")
 
 
 NOMINAL = 64
-"""Side of a latent of no certain size."""
+"""Side of a latent if the size does not matter."""
 
 
 def base_of(model: comfy.model_patcher.ModelPatcher, target: str = "data", shape: Sequence[int] = ()) -> Base:
-    """What samples of a model belong to. shape: of a latent (C,...), on which the scale of the noise may depend."""
+    """The base that samples of a model belong to. shape: of a latent (C,...); the scale of the noise may depend on it."""
     latents = model.get_model_object("latent_format")
     size = (1,) * (latents.latent_dimensions - 2) + (NOMINAL, NOMINAL)
     process = process_of(model.get_model_object("model_sampling"), (1, *(shape or (latents.latent_channels, *size))))
@@ -47,7 +47,7 @@ def base_of(model: comfy.model_patcher.ModelPatcher, target: str = "data", shape
 
 
 def name_of(model: comfy.model_patcher.ModelPatcher) -> str:
-    """The file that a model was loaded from, and how much of it is patched, as by a LoRA: what tells its samples from those of another."""
+    """The model's file, and the number and strength of its patches, such as those of a LoRA."""
     loading = getattr(model, "cached_patcher_init", None)
     file = os.path.basename(str(loading[1][0])) if loading else type(model.model).__name__
     strengths = [patch[0] for patches in model.patches.values() for patch in patches]
@@ -55,13 +55,13 @@ def name_of(model: comfy.model_patcher.ModelPatcher) -> str:
 
 
 def require_unguided(model: comfy.model_patcher.ModelPatcher) -> None:
-    """Raise GuidanceError for a model that Reward Guidance has patched: it goes from step to step and cannot be asked at any noise level."""
+    """Raise GuidanceError for a model with Reward Guidance: it keeps state between steps, so single calls are undefined."""
     if any(key.startswith(GRADIENT_KEY) for key in model.wrappers.get(WrappersMP.PREDICT_NOISE, {})):
         raise GuidanceError("Samples are collected from the model itself: connect it before Reward Guidance.")
 
 
 def text_of(conditions: Sequence[dict]) -> Text:
-    """The tokens (B,T,E) and the pooled text (B,P) of the first of a guider's conditions; widths are 0 where there is none."""
+    """The tokens (B,T,E) and the pooled text (B,P) of the first condition of a guider; width 0 if there are none."""
     first = conditions[0] if conditions else {}
     tokens, pooled = first.get("cross_attn"), first.get("pooled_output")
     batch = next((len(part) for part in (tokens, pooled) if part is not None), 1)
@@ -70,5 +70,5 @@ def text_of(conditions: Sequence[dict]) -> Text:
 
 
 def text_of_conditioning(conditioning: list) -> Text:
-    """The same of a CONDITIONING."""
+    """The tokens (B,T,E) and the pooled text (B,P) of a CONDITIONING."""
     return text_of(comfy.sampler_helpers.convert_cond(conditioning))

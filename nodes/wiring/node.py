@@ -1,4 +1,4 @@
-"""What every node of the pack does before it runs."""
+"""Fills in and checks the inputs of every node before it runs."""
 
 import functools
 from numbers import Integral, Real
@@ -12,15 +12,15 @@ T = TypeVar("T", bound=type[io.ComfyNode])
 
 
 def prepares_inputs(node: T) -> T:
-    """A node that fills in the defaults of its own schema, and checks numbers and texts against it, before it runs.
+    """Class decorator: before `execute`, fill in the defaults of the schema and check numbers and texts against it.
 
-    An optional widget that a prompt leaves out has its default, so that prompts saved before there was such an input still run.
-    ComfyUI lists optional inputs after the required ones, and saved workflows keep the values of widgets by their order: no
-    required widget may follow an optional one.
+    Prompts that were saved before an optional widget existed lack its value; they get the default.
+    ComfyUI lists optional inputs after the required ones, and saved workflows keep the values of widgets by their order.
+    So no required widget may follow an optional one.
 
-    ComfyUI compares numbers with their limits where they are typed in, which NaN passes, and checks nothing that comes over a link.
+    ComfyUI checks the limits of widgets, but NaN passes, and it does not check values that come over a link.
 
-    It is no base class, because ComfyUI-Manager takes the classes whose base is called ComfyNode for nodes, and no others.
+    This is no base class, because ComfyUI-Manager recognizes nodes by a base class named ComfyNode.
     """
     execute = vars(node)["execute"].__func__
 
@@ -39,7 +39,7 @@ def prepares_inputs(node: T) -> T:
 
 
 def defaults(schema: io.Schema) -> dict[str, Any]:
-    """The values that the page gives to optional widgets: the first option where a choice names no default."""
+    """The defaults of the optional widgets. A combo without a default has its first option."""
     found = {}
     for entry in schema.inputs:
         if entry.optional and isinstance(entry, io.WidgetInput) and not entry.force_input:
@@ -50,13 +50,13 @@ def defaults(schema: io.Schema) -> dict[str, Any]:
 
 
 def require_fitting(entry: io.Input, value: Any) -> None:
-    """Raise GuidanceError that names the input where a number is none, or outside its limits, or a text is none.
+    """Raise GuidanceError that names the input if a value has the wrong type or is outside its limits.
 
-    A number without limits, such as a score, is not checked: it is what a node works on, and the node knows what to say of it.
+    A number without limits, such as a score, is data: the node itself checks it.
     """
     if isinstance(entry, (io.Int.Input, io.Float.Input)) and entry.max is not None:
         kind, name = (Integral, "whole number") if isinstance(entry, io.Int.Input) else (Real, "number")
-        if not (isinstance(value, kind) and entry.min <= value <= entry.max):  # as NaN never is
+        if not (isinstance(value, kind) and entry.min <= value <= entry.max):  # false for NaN
             raise GuidanceError(f"{entry.id} must be a {name} from {entry.min} to {entry.max}, not {quoted(value)}.")
     if isinstance(entry, (io.String.Input, io.Color.Input)) and not isinstance(value, str):
         raise GuidanceError(f"{entry.id} must be a text, not {quoted(value)}.")

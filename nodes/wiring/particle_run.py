@@ -1,7 +1,7 @@
-"""Particles: samples that are copied and dropped on the way so that they follow a reward, which needs no gradient."""
+"""Particles: samples that are resampled by their rewards while they are sampled. The reward needs no gradient."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 from ...guidance.errors import GuidanceError
 from ...guidance.particles import Population, ranked
 from ...guidance.randomness import generator
-from .latent_reward import LatentReward, rewards_of
-from .patch_reward import resampled
+from .latent_reward import LatentReward, reward_series
+from .latents import fit_latent, sampled_latent
+from .patch_reward import ScoringHooks, with_resampled_rows
 from .reporting import NodeStep
-from .sampling import Callback, Sampling
+from .sampling import Callback, Sampling, seeds_from
 
 SAMPLERS = (
     "euler_ancestral",
@@ -28,28 +29,30 @@ SAMPLERS = (
     "ddpm",
     "lcm",
 )
-"""They add noise in every step, without which copies stay copies, remember no earlier step, so that a run can be cut into segments, and draw
-noise for intervals that do not overlap (those of dpmpp_sde do)."""
+"""Samplers that can sample particles. They add noise in every step, so that copies become different. They keep no state
+from earlier steps, so that a run can be cut into segments. The intervals they draw noise for do not overlap, as those of
+dpmpp_sde do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParticleStep(NodeStep):
-    """One look at the particles: their rewards and effective number (ESS) before, and how many different ones live on."""
+    """One resampling: the rewards of the particles and their effective number (ESS) before it, and how many survive it."""
 
     sigma: float
     survivors: int
+    """Number of different particles after the resampling."""
     scattered: tuple[str, ...] = ("reward", "reward/held-out")
 
 
-class FirstAnswered:
-    """A model that has already been asked the first question of a segment."""
+class FirstPredictionKnown:
+    """A model whose first prediction of a segment is known already, so that it costs no second call."""
 
-    def __init__(self, model: Any, answer: Tensor):
+    def __init__(self, model: Any, prediction: Tensor):
         self.model = model
-        self.answers = [answer]
+        self.predictions = [prediction]
 
     def __call__(self, x: Tensor, sigma: Tensor, **options) -> Tensor:
-        return self.answers.pop() if self.answers else self.model(x, sigma, **options)
+        return self.predictions.pop() if self.predictions else self.model(x, sigma, **options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -57,10 +60,11 @@ class FirstAnswered:
 
 @dataclass
 class ParticleSampler:
-    """A sampler function for KSAMPLER that runs a stochastic one in segments and resamples the particles between them.
+    """A sampler function for KSAMPLER that runs a stochastic sampler in segments and resamples the particles between them.
 
-    The model is asked at the start of a segment, the estimates are rewarded and resampled together with x, and the segment begins with the
-    answer in hand: a look costs no model call. One particle is sampled as if nothing were around the sampler.
+    At the start of a segment it calls the model, evaluates the rewards of the predictions, and resamples predictions and
+    states together. The segment reuses the prediction, so resampling costs no model call. A single particle is sampled
+    by the stochastic sampler unchanged.
     """
 
     function: Callable[..., Tensor]
@@ -68,53 +72,55 @@ class ParticleSampler:
     """Denoised latents (N,...) -> standardized rewards (N,)."""
     population: Population
     every: int
-    report: Callable[[ParticleStep], None] = lambda look: None
+    """Steps of a segment."""
+    on_step: Callable[[ParticleStep], None] = lambda step: None
     held_out: Callable[[Tensor], Tensor] | None = None
-    """As `score`; reported, not followed."""
+    """As `score`; reported, not used for resampling."""
     rows: Tensor = field(init=False)
-    """Of the last look."""
+    """(N,) The particles that the last resampling chose."""
     rewards: Tensor = field(init=False)
-    """Of the samples (N,)."""
+    """(N,) The rewards of the final samples."""
 
     def __call__(self, model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None) -> Tensor:
         if self.population.size == 1:
             x = self.function(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable)
         else:
             x = self.segments(model, x, sigmas, extra_args or {}, callback, disable)
-        return self.look(x, sigmas, len(sigmas) - 1)[0]
+        return self.resample(x, sigmas, len(sigmas) - 1)[0]
 
     def segments(self, model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable) -> Tensor:
         steps = len(sigmas) - 1
-        # In the last step no noise is added, so that a look at its start would only repeat the one at its end.
+        # The last step adds no noise: a resampling at its start would only repeat the one at its end.
         borders = [0, *range(self.every, steps - 1, self.every), steps]
         for start, end in tqdm(list(pairwise(borders)), disable=disable):
-            asked = model
+            segment_model = model
             if start:
                 denoised = model(x, sigmas[start] * x.new_ones(len(x)), **extra_args)
-                denoised, x = self.look(denoised, sigmas, start, x)
-                asked, extra_args = FirstAnswered(model, denoised), resampled(extra_args, self.rows)
+                denoised, x = self.resample(denoised, sigmas, start, x)
+                segment_model = FirstPredictionKnown(model, denoised)
+                extra_args = with_resampled_rows(extra_args, self.rows)
             x = self.function(
-                asked,
+                segment_model,
                 x,
                 sigmas[start : end + 1],
                 extra_args=extra_args,
-                callback=shifted(callback, start),
+                callback=shift_step(callback, start),
                 disable=True,
                 noise_sampler=lambda *_, like=x: torch.randn(like.shape, generator=self.population.generator).to(like),
             )
         return x
 
-    def look(self, denoised: Tensor, sigmas: Tensor, step: int, *others: Tensor) -> tuple[Tensor, ...]:
-        """Reward and resample the particles, and whatever else belongs to them."""
+    def resample(self, denoised: Tensor, sigmas: Tensor, step: int, *others: Tensor) -> tuple[Tensor, ...]:
+        """Evaluate the rewards of denoised latents (N,...) and resample them, and the other tensors (N,...) with them."""
         steps = len(sigmas) - 1
         rewards = self.score(denoised).cpu()
         chosen = self.population.resample(rewards, final=step == steps)
         self.rows, self.rewards = chosen.rows, rewards[chosen.rows]
-        self.report(
+        self.on_step(
             ParticleStep(
                 step=step,
                 steps=steps,
-                series=rewards_of(denoised, rewards, self.held_out) | {"ess": [float(chosen.effective.mean())]},
+                series=reward_series(denoised, rewards, self.held_out) | {"ess": [float(chosen.effective.mean())]},
                 sigma=float(sigmas[step]),
                 survivors=len(chosen.rows.unique()),
             )
@@ -122,14 +128,33 @@ class ParticleSampler:
         return tuple(each[chosen.rows.to(each.device)] for each in (denoised, *others))
 
 
-def shifted(callback, start: int):
-    """A segment's callback, which counts its steps within the run."""
+def shift_step(callback, start: int):
+    """The callback of a segment that begins at step `start`: it counts steps from the beginning of the run."""
     return callback and (lambda state: callback({**state, "i": state["i"] + start}))
 
 
 @dataclass(frozen=True)
+class Particles:
+    """The result of a particle run."""
+
+    latent: dict
+    """The LATENT of the kept particles, best first, one latent of the batch after the other."""
+    scores: list[float]
+    steps: list[ParticleStep]
+
+    def report(self) -> str:
+        """One line a resampling."""
+        return "\n".join(
+            f"step {step.step} of {step.steps}: {step.survivors} of {len(step.series['reward'])} survive, "
+            f"ESS {step.series['ess'][0]:.1f}, rewards "
+            + ", ".join(f"{reward:+.2f}" for reward in step.series["reward"])
+            for step in self.steps
+        )
+
+
+@dataclass(frozen=True)
 class ParticleRun:
-    """Particles of one latent at a time."""
+    """Samples the particles of every latent of a batch, one latent after the other."""
 
     sampling: Sampling
     reward: LatentReward
@@ -137,12 +162,39 @@ class ParticleRun:
     resample_below: float
     every: int
     keep: int
+    """Particles to keep for each latent."""
     held_out: LatentReward | None = None
 
+    def run(
+        self, latent_image: dict, seed: int, particles: int, chunk: int, on_step: Callable[[ParticleStep], object]
+    ) -> Particles:
+        """Sample `particles` particles of each latent, `chunk` at once (0: all), from the seeds seed, seed + 1, ..."""
+        model = self.sampling.model
+        start = fit_latent(model, latent_image)
+        hooked = ScoringHooks(self.reward, chunk, self.held_out).attach(model)
+        originals = replace(self.sampling, model=hooked).each(start)
+        callbacks = self.sampling.progress(len(originals))
+        seeds = seeds_from(seed, particles * len(originals))
+        steps, kept, scores, origins = list[ParticleStep](), list[Tensor](), list[float](), list[int]()
+        for i, (sampling, latent) in enumerate(originals):
+
+            def report(step: ParticleStep, latents_before: int = i) -> None:
+                total = len(originals) * step.steps
+                steps.append(replace(step, step=latents_before * step.steps + step.step, steps=total))
+                on_step(steps[-1])
+
+            own = seeds[i * particles : (i + 1) * particles]
+            samples, rewards = replace(self, sampling=sampling)(latent, own, callbacks(i), report)
+            kept.append(samples)
+            scores += rewards
+            origins += [i] * len(rewards)
+        out = sampled_latent(start, origins, torch.cat(kept), seeds if particles == 1 else None)
+        return Particles(out, scores, steps)
+
     def __call__(
-        self, latent: dict, seeds: list[int], callback: Callback, report: Callable[[ParticleStep], None]
+        self, latent: dict, seeds: list[int], callback: Callback, on_step: Callable[[ParticleStep], None]
     ) -> tuple[Tensor, list[float]]:
-        """The best particles of a latent (M,...) and their standardized rewards. Each begins with the noise of its seed."""
+        """The best particles of one latent (M,...) and their standardized rewards. Each starts from the noise of its seed."""
         population = Population(len(seeds), self.temperature, generator(seeds[0]), self.resample_below)
         sampler = comfy.samplers.sampler_object(self.sampling.sampler_name)
         particles = ParticleSampler(
@@ -150,7 +202,7 @@ class ParticleRun:
             one_at_a_time(self.reward),
             population,
             self.every,
-            report,
+            on_step,
             self.held_out and one_at_a_time(self.held_out),
         )
         sampler.sampler_function = particles
@@ -161,21 +213,14 @@ class ParticleRun:
 
 
 def one_at_a_time(reward: LatentReward) -> Callable[[Tensor], Tensor]:
-    """So that the number of particles does not cost memory."""
+    """The reward, evaluated for one latent after the other: memory does not grow with the number of particles."""
     return lambda latents: torch.cat([reward(latent) for latent in latents.split(1)])
 
 
 def require_noise(sampler_name: str) -> None:
+    """Raise GuidanceError for a sampler that cannot sample particles."""
     if sampler_name not in SAMPLERS:
         raise GuidanceError(
-            f"{sampler_name} cannot sample particles: it adds no noise by which copies could part, or it remembers earlier steps. "
-            f"Choose one of {', '.join(SAMPLERS)}."
+            f"{sampler_name} cannot sample particles: it adds no noise to make copies different, or it keeps state "
+            f"from earlier steps. Choose one of {', '.join(SAMPLERS)}."
         )
-
-
-def particle_report(looks: list[ParticleStep]) -> str:
-    return "\n".join(
-        f"step {look.step} of {look.steps}: {look.survivors} of {len(look.series['reward'])} live on, ESS {look.series['ess'][0]:.1f}, rewards "
-        + ", ".join(f"{reward:+.2f}" for reward in look.series["reward"])
-        for look in looks
-    )

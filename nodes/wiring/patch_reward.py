@@ -1,4 +1,4 @@
-"""Reward guidance as a patch of a MODEL."""
+"""Patches a MODEL with reward guidance, or with the evaluation of rewards beside it."""
 
 import logging
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from .autograd import (
     trains_elsewhere,
 )
 from .hooks import ROWS_KEY, SamplerHooks, SamplingRun, require_order, serial_numbers
-from .latent_reward import LatentReward, patchers_of, rewards_of, with_room_for
+from .latent_reward import LatentReward, patchers_of, reward_series, shape_with_room_for
 from .model_info import GRADIENT_KEY, process_of, require_noise_to_picture
 from .reporting import NodeStep
 
@@ -36,20 +36,20 @@ class GuidedStep(NodeStep):
 
 
 @dataclass(kw_only=True)
-class Run(SamplingRun):
-    """One sampling run that a reward guides."""
+class GuidedRun(SamplingRun):
+    """The state of one sampling run that a reward guides."""
 
     estimator: Estimator
     sigmas: list[float]
     serial: int = field(default_factory=lambda: next(serial_numbers))
     model_calls: int = 0
     scored_estimate: Tensor | None = None
-    """The estimate whose rewards were told last."""
+    """The estimate of the last reported step."""
     rows: Tensor | None = None
-    """Of the last resampling that the estimator heard of."""
+    """The rows of the last resampling that was applied to the estimator."""
 
-    def hear(self, rows: Tensor | None) -> None:
-        """Keep the estimator's state with its samples, once for each resampling."""
+    def resample(self, rows: Tensor | None) -> None:
+        """Resample the estimator's state (B,...) with its samples, once for each resampling."""
         if rows is not None and rows is not self.rows:
             self.rows = rows
             self.estimator.tilt.take(rows)
@@ -57,22 +57,25 @@ class Run(SamplingRun):
 
 @dataclass(frozen=True, eq=False)
 class RewardGuidance(SamplerHooks):
-    """Reward guidance of one model: clone, attach, forget."""
+    """Reward guidance of one model.
+
+    start, end: the guided part of the sampling, 0 to 1 from noise to picture. Raises GuidanceError if end < start.
+    """
 
     reward: LatentReward
     estimator: str
     settings: Settings
     start: float = 0.0
     end: float = 1.0
-    report: Callable[[GuidedStep], object] = lambda step: None
+    on_step: Callable[[GuidedStep], object] = lambda step: None
     held_out: LatentReward | None = None
-    """Reported, not followed."""
+    """Reported, not used for guidance."""
 
     def __post_init__(self):
         require_order(self.start, self.end)
 
     def attach(self, model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
-        """A clone of the model that any sampler guides by the reward; the model itself where there is nothing to do."""
+        """A guided clone of the model; the model itself if the strength or the interval is 0."""
         if self.settings.strength == 0 or self.start == self.end:
             return model
         require_noise_to_picture(model.get_model_object("model_sampling"))
@@ -88,25 +91,25 @@ class RewardGuidance(SamplerHooks):
         return ESTIMATORS[self.estimator]
 
     def prepare_sampling(self, executor, patcher, noise_shape, conds, *args, **kwargs):
-        """Load the diffusion model with room left for what the reward needs."""
+        """Load the diffusion model, and leave memory for the reward."""
         kwargs["force_full_load"] = kwargs.get("force_full_load", False) or self.kind.model_gradient
-        return executor(
-            patcher, with_room_for([self.reward, self.held_out], patcher, noise_shape), conds, *args, **kwargs
-        )
+        shape = shape_with_room_for([self.reward, self.held_out], patcher, noise_shape)
+        return executor(patcher, shape, conds, *args, **kwargs)
 
-    def warn(self, run: Run | None) -> None:
+    def warn(self, run: GuidedRun | None) -> None:
         super().warn(run)
         if not trains_elsewhere() and (run is None or not run.estimator.tilt.used):
             logging.warning(
-                f"Reward guidance changed nothing: of {self.start:g} to {self.end:g} of the way from noise, this sampling has too few steps. "
-                "The first of them only finds the direction, and with a denoise below 1 the sampling begins later on the way."
+                f"Reward guidance changed nothing: this sampling has too few steps from {self.start:g} to {self.end:g} of "
+                "the way from noise. The first of them only finds the direction, and with a denoise below 1 the "
+                "sampling begins later on the way."
             )
 
     def begin(self, guider, shape, model_options, seed):
         sampling = guider.inner_model.model_sampling
         process = process_of(sampling, shape)
         sigmas = model_options.get("transformer_options", {}).get("sample_sigmas", torch.zeros(1)).tolist()
-        run = Run(
+        run = GuidedRun(
             process=process,
             first_sigma=sampling.percent_to_sigma(self.start),
             last_sigma=sampling.percent_to_sigma(self.end),
@@ -119,8 +122,8 @@ class RewardGuidance(SamplerHooks):
 
     def predict(self, run, guider, executor, x, timestep, model_options, seed):
         options = model_options.get("transformer_options", {})
-        run.hear(options.get(ROWS_KEY))
-        sigma = one_level(timestep)
+        run.resample(options.get(ROWS_KEY))
+        sigma = common_sigma(timestep)
         if not run.active(sigma):
             return executor(x, timestep, model_options, seed)
         require_one_call(self.estimator, options)
@@ -134,25 +137,22 @@ class RewardGuidance(SamplerHooks):
             if not self.kind.model_gradient:
                 denoised = self.guide(run, plain_denoise, x, sigma)
             else:
-                x, timestep, model_options = (
-                    x.clone(),
-                    normal(timestep),
-                    {**model_options, "transformer_options": normal(options)},
-                )
+                model_options = {**model_options, "transformer_options": normal(options)}
+                x, timestep = x.clone(), normal(timestep)
                 with differentiable_model(guider.inner_model, *models_of(guider), instead=f"the estimator {ONE_CALL}"):
                     denoised = self.guide(run, denoise, x, sigma)
         self.record(run, sigma)
         return denoised
 
-    def guide(self, run: Run, denoise: Callable[[Tensor], Tensor], x: Tensor, sigma: float) -> Tensor:
+    def guide(self, run: GuidedRun, denoise: Callable[[Tensor], Tensor], x: Tensor, sigma: float) -> Tensor:
         try:
             return run.estimator(denoise, x, sigma)
         except NotFiniteError:
-            self.reward(run.blended(run.estimator.tilt.scored_estimate))  # names what is at fault
+            self.reward(run.blended(run.estimator.tilt.scored_estimate))  # raises an error that names the cause
             raise
 
-    def record(self, run: Run, sigma: float) -> None:
-        """Tell of a step that looked at the rewards; both of them judge the same estimate."""
+    def record(self, run: GuidedRun, sigma: float) -> None:
+        """Report a step that evaluated the reward. The held-out reward scores the same estimate."""
         tilt = run.estimator.tilt
         if tilt.scored_estimate is run.scored_estimate:
             return
@@ -160,18 +160,18 @@ class RewardGuidance(SamplerHooks):
         steps = max(len(run.sigmas) - 1, 1)
         # Some samplers begin a little below the first sigma.
         step = min(sum(level > sigma * (1 + 1e-3) for level in run.sigmas) + 1, steps)
-        series = rewards_of(run.blended(tilt.scored_estimate), tilt.rewards, self.held_out)
-        self.report(
+        series = reward_series(run.blended(tilt.scored_estimate), tilt.rewards, self.held_out)
+        self.on_step(
             GuidedStep(step=step, steps=steps, series=series, run=run.serial, sigma=sigma, model_calls=run.model_calls)
         )
 
 
 ONE_CALL = "shift"
-"""The estimator that works with every model."""
+"""The estimator that works with all models."""
 
 
-def one_level(timestep: Tensor) -> float:
-    """The noise level that all samples of a batch (B,) have. Raises GuidanceError where they differ."""
+def common_sigma(timestep: Tensor) -> float:
+    """The noise level of all samples of a batch (B,). Raises GuidanceError if they differ."""
     levels = timestep.flatten().tolist()
     if len(set(levels)) > 1:
         raise GuidanceError(
@@ -181,7 +181,10 @@ def one_level(timestep: Tensor) -> float:
 
 
 def require_one_call(estimator: str, transformer_options: dict) -> None:
-    """Raise GuidanceError for an estimator that a model which remembers its calls cannot serve, as Causal Wan remembers earlier frames."""
+    """Raise GuidanceError if the estimator needs repeated or differentiable calls, and the model keeps state between calls.
+
+    Causal Wan is such a model: it keeps the frames of earlier calls.
+    """
     kind = ESTIMATORS[estimator]
     if "ar_state" in transformer_options and (kind.model_gradient or kind.model_calls > 1):
         why = (
@@ -190,20 +193,24 @@ def require_one_call(estimator: str, transformer_options: dict) -> None:
             else f"calls the model {kind.model_calls} times at each step"
         )
         raise GuidanceError(
-            f"This model remembers the frames of every call, but the estimator {estimator} {why}: choose the estimator {ONE_CALL}."
+            f"This model remembers the frames of every call, but the estimator {estimator} {why}: "
+            f"choose the estimator {ONE_CALL}."
         )
 
 
-def resampled(extra_args: dict, rows: Tensor) -> dict:
-    """A sampler's arguments for the calls that follow a resampling; guidance hears of it."""
+def with_resampled_rows(extra_args: dict, rows: Tensor) -> dict:
+    """The arguments of a sampler after a resampling: guidance reads the chosen rows and resamples its state."""
     options = extra_args.get("model_options", {})
-    told = {**options.get("transformer_options", {}), ROWS_KEY: rows}
-    return {**extra_args, "model_options": {**options, "transformer_options": told}}
+    transformer_options = {**options.get("transformer_options", {}), ROWS_KEY: rows}
+    return {**extra_args, "model_options": {**options, "transformer_options": transformer_options}}
 
 
 @dataclass(frozen=True, eq=False)
-class RewardBeside:
-    """Loads a reward beside a model, for samplers that score on the way, and shows the model `chunk` samples at a time; 0 shows all."""
+class ScoringHooks:
+    """Loads a reward together with a model, for samplers that evaluate rewards, and splits model calls into chunks.
+
+    chunk: samples of one model call; 0 for all.
+    """
 
     reward: LatentReward
     chunk: int = 0
@@ -219,14 +226,9 @@ class RewardBeside:
         return patched
 
     def prepare_sampling(self, executor, patcher, noise_shape, conds, *args, **kwargs):
-        shown = min(self.chunk or noise_shape[0], noise_shape[0])
-        return executor(
-            patcher,
-            with_room_for([self.reward, self.held_out], patcher, [shown, *noise_shape[1:]]),
-            conds,
-            *args,
-            **kwargs,
-        )
+        called = [min(self.chunk or noise_shape[0], noise_shape[0]), *noise_shape[1:]]
+        shape = shape_with_room_for([self.reward, self.held_out], patcher, called)
+        return executor(patcher, shape, conds, *args, **kwargs)
 
     def predict_noise(self, executor, x, timestep, model_options=None, seed=None):
         parts = zip(x.split(self.chunk), timestep.split(self.chunk), strict=True)

@@ -1,4 +1,4 @@
-"""A prompt as rewards read it: what the picture should show, without the syntax that is meant for ComfyUI."""
+"""Removes ComfyUI's prompt syntax, so that rewards read only what the picture should show."""
 
 import re
 from functools import lru_cache
@@ -10,45 +10,53 @@ from ...guidance.errors import GuidanceError
 COMMENT = re.compile(r"/\*[\s\S]*?\*/|//[^\n\r\u2028\u2029]*")
 ESCAPED = r"\\(?:[\s\S]|\Z)"
 CHOICE = re.compile(rf"{ESCAPED}|\{{(?P<first>(?:{ESCAPED}|[^{{}}|\\])*)(?:\|(?:{ESCAPED}|[^{{}}\\])*)?(?:\}}|\Z)")
-"""An escaped letter, or a choice {a|b} with none inside. A choice that is not closed ends with the text."""
+"""Matches an escaped letter, or a choice {a|b} without inner choices. An unclosed choice ends with the text."""
 NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
 BREAK = re.compile(r"(?<![^\s,()])BREAK(?![^\s,()])")
 EMBEDDING = re.compile(r"(?<!\S)embedding:\s*[^\s<\[]*?(?=,*(?:[\s<\[]|\Z))")
 
 
+def prompt_lines(text: str) -> tuple[str, ...]:
+    """The prompts of a text, one a line. Raises GuidanceError if there is none."""
+    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not prompts:
+        raise GuidanceError("There is no prompt: write one on each line.")
+    return prompts
+
+
 @lru_cache(256)
 def plain(prompt: str) -> str:
-    """The text without weights, escapes, comments, LoRAs, BREAK and names of embeddings. Without these it stays as it is.
+    """The prompt without weights, escapes, comments, LoRAs, BREAK and names of embeddings. Other text is unchanged.
 
-    ComfyUI's own parser reads weights and escapes. Of a choice {a|b} the first is read: the page has drawn one for the
-    positive prompt, and which it was is not known here. Raises GuidanceError where parentheses are nested too deeply.
+    ComfyUI's parser reads weights and escapes. A choice {a|b} is replaced by its first option: the page picks one for the
+    positive prompt at random, and which one is not known here. Raises GuidanceError if parentheses are nested too deeply.
     """
-    text = BREAK.sub(" ", NETWORK.sub(" ", chosen(prompt)))
+    text = BREAK.sub(" ", NETWORK.sub(" ", first_choices(prompt)))
     try:
         segments = token_weights(escape_important(text), 1.0)
     except RecursionError as error:
         raise GuidanceError(
             "The prompt has parentheses in hundreds of parentheses, which ComfyUI cannot read; remove some."
         ) from error
-    text = apart([EMBEDDING.sub(" ", unescape_important(segment)) for segment, _ in segments])
+    text = join_segments([EMBEDDING.sub(" ", unescape_important(segment)) for segment, _ in segments])
     return prompt if text == prompt else tidy(text)
 
 
-def chosen(prompt: str) -> str:
-    """The first of every choice, and no comments: as the page does it (processDynamicPrompt in ComfyUI_frontend)."""
+def first_choices(prompt: str) -> str:
+    """Replace choices by their first option and remove comments, as processDynamicPrompt in ComfyUI_frontend does."""
     text, before = COMMENT.sub("", prompt), None
     while text != before:
         text, before = CHOICE.sub(lambda choice: choice[0] if choice["first"] is None else choice["first"], text), text
     return re.sub(r"\\([{}|])", r"\1", text)
 
 
-def leaves_open(prompt: str) -> bool:
-    """Whether there is a choice between several texts."""
+def has_choices(prompt: str) -> bool:
+    """Whether the prompt has a choice {a|b}."""
     return re.search(r"(?<!\\)\{[^{}]*\||\|[^{}]*(?<!\\)\}", COMMENT.sub("", prompt)) is not None
 
 
-def apart(segments: list[str]) -> str:
-    """Segments of different weights as one text. The model reads each alone, so that no word goes on in the next."""
+def join_segments(segments: list[str]) -> str:
+    """Join segments of different weights, with a space where two words would become one."""
     text = ""
     for segment in segments:
         text += " " + segment if text[-1:].isalnum() and segment[:1].isalnum() else segment
@@ -56,5 +64,5 @@ def apart(segments: list[str]) -> str:
 
 
 def tidy(text: str) -> str:
-    """Without the spaces and commas that are left around what was taken out."""
+    """Remove the spaces and commas that remain around removed parts."""
     return re.sub(r"\s*,(?:\s*,)+|\s+,", ",", re.sub(r"\s+", " ", text)).strip(" ,")

@@ -1,4 +1,7 @@
-"""What other packs may use: from reward_guidance import Reward, RewardError, manage_reward. See web/docs/your_own_reward.md."""
+"""The public interface for other packs: `from reward_guidance import Reward, RewardError, manage_reward`.
+
+See web/docs/your_own_reward.md.
+"""
 
 import sys
 import types
@@ -7,14 +10,15 @@ from ...guidance.rewards import Reward, RewardError
 from .loaded import manage_reward
 
 NAME = "reward_guidance"
-OFFERED = {"Reward": Reward, "RewardError": RewardError, "manage_reward": manage_reward}
+PUBLIC = {"Reward": Reward, "RewardError": RewardError, "manage_reward": manage_reward}
 
 
 def publish() -> None:
-    """ComfyUI imports packs under the paths of their folders, which nobody else can know; this gives the public part a name.
+    """Register the public names as the module `reward_guidance`.
 
-    It is a module of its own, without submodules: importing the pack's modules by a second name would make every class twice.
+    ComfyUI imports a pack under the path of its folder, which other packs cannot know. The module has no submodules:
+    importing the pack's modules under a second name would create every class twice.
     """
     module = types.ModuleType(NAME, __doc__)
-    vars(module).update(OFFERED, __all__=list(OFFERED))
+    vars(module).update(PUBLIC, __all__=list(PUBLIC))
     sys.modules.setdefault(NAME, module)

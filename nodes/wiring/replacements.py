@@ -1,9 +1,9 @@
-"""What becomes of a node that goes or changes its inputs: ComfyUI puts the new one in its place, in the page and in prompts."""
+"""Replacements for nodes that were removed or changed their inputs. ComfyUI applies them to workflows and prompts."""
 
 from comfy_api.v0_0_2 import ComfyAPI, io
 
 REPLACEMENTS: list[io.NodeReplace] = []
-"""Ids are never renamed, so there is none yet."""
+"""Empty: no id was renamed yet."""
 
 
 async def register() -> None:

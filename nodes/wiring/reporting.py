@@ -1,19 +1,19 @@
-"""What nodes tell the page while they run; web/curve.js draws it.
+"""Sends the steps of running nodes to the page, where web/curve.js draws them.
 
-Every step is one event, `reward_guidance.step`, of one format for all nodes:
+Each step is one event `reward_guidance.step`. All nodes use one format:
 
-    node      whose curve it is: an execution id, "5:3" for node 3 within subgraph 5
-    workflow  the id of the workflow that was queued, or null
-    run       when the run began, in seconds; a later run of a node replaces the one before
-    index     the place of the step among those told of its run, from 0
-    step      how far the run is, from 1 to `steps`
-    series    name -> a number for each sample, null for one that is not finite. What stands before a slash names the axis: "reward" and
-              "reward/held-out" share one, "loss" and "ess" have their own.
-    scattered the series whose i-th numbers are not of one sample throughout, so that no line may join them
-    ...       facts of the node's own: sigma, model_calls, decoder, seeds, survivors
+    node      the execution id of the node, such as "5:3" for node 3 in subgraph 5
+    workflow  the id of the queued workflow, or null
+    run       start time of the run in seconds; a later run of a node replaces the earlier one
+    index     number of the event in its run, from 0
+    step      progress of the run, from 1 to `steps`
+    series    name -> one number for each sample, null if it is not finite. The part before a slash names the axis:
+              "reward" and "reward/held-out" share one axis, "loss" and "ess" have their own
+    scattered names of the series whose i-th number does not always belong to the same sample: drawn without lines
+    ...       facts of single nodes: sigma, model_calls, decoder, seeds, survivors
 
-A page may be reloaded while a node runs: the last runs are kept, and GET /reward_guidance/steps?workflow=ID answers {node: [event, ...]} of
-one workflow. It changes nothing and reads nothing else.
+A page may be reloaded while a node runs. So the last runs are kept, and GET /reward_guidance/steps?workflow=ID returns
+{node: [event, ...]} for one workflow. It reads and changes nothing else.
 """
 
 import math
@@ -29,20 +29,20 @@ from server import PromptServer
 
 @dataclass(frozen=True, kw_only=True)
 class NodeStep:
-    """What is reported while a node runs: how far it is, and numbers for every sample. See reporting.py."""
+    """Progress of a running node, and numbers for every sample. See the event format in reporting.py."""
 
     step: int
     steps: int
     series: Mapping[str, Sequence[float]]
     scattered: tuple[str, ...] = ()
-    """The series whose i-th numbers are not of one sample throughout the run."""
+    """Names of the series whose i-th number does not always belong to the same sample."""
     run: int = 0
-    """Tells apart the runs that one reporter hears of."""
+    """Identifies the run, if one reporter reports several."""
 
 
 EVENT = "reward_guidance.step"
 MOST_STEPS = 500
-"""About so many are told of a long run, evenly spaced; each with the latest numbers of every series since the one before."""
+"""Events of a long run, about, evenly spaced. An event has the latest numbers of all series since the last event."""
 MOST_EVENTS = 4 * MOST_STEPS
 MOST_CURVES = 32
 _kept: OrderedDict[tuple[str, str], list[dict]] = OrderedDict()
@@ -50,7 +50,7 @@ _kept: OrderedDict[tuple[str, str], list[dict]] = OrderedDict()
 
 
 class Reporter:
-    """Tells the page of the steps of one node. `history` has those of the last run."""
+    """Sends the steps of one node to the page. `history` holds the events of the last run."""
 
     def __init__(self, hidden, **facts: Any):
         self.node = hidden.unique_id
@@ -59,7 +59,7 @@ class Reporter:
         self.run: Any = None
 
     def __call__(self, progress: NodeStep) -> bool:
-        """Whether the page was told of this step: of a long run it hears of some."""
+        """Send an event for this step, or skip it in a long run. Returns whether an event was sent."""
         if not self.history or progress.run != self.run:
             self.begin(progress.run)
         self.series |= progress.series
@@ -74,7 +74,7 @@ class Reporter:
         self.run = run
         self.history = []
         self.series: dict = {}
-        # Not of the hidden inputs: the node may have been cached under another workflow.
+        # The hidden inputs may name another workflow, under which the node was cached.
         workflow = running_workflow()
         self.origin = {"node": self.node, "workflow": workflow, "run": time.time()}
         if workflow is not None:
@@ -84,7 +84,7 @@ class Reporter:
                 _kept.popitem(last=False)
 
     def is_next(self, progress: NodeStep) -> bool:
-        """Whether to tell of it. A step may be told several times: samplers of higher order ask the model more than once."""
+        """Whether to send an event. Higher-order samplers call the model, and so report, several times in one step."""
         if not self.history or progress.steps <= MOST_STEPS:
             return len(self.history) < MOST_EVENTS
         return progress.step * MOST_STEPS // progress.steps > self.history[-1]["step"] * MOST_STEPS // progress.steps
@@ -98,13 +98,13 @@ class Reporter:
 
 
 def running() -> tuple | None:
-    """The item of ComfyUI's queue that is being executed: its number, its id, the prompt, extra data, and more."""
+    """The running item of ComfyUI's queue: number, id, prompt, extra data, and more. None if nothing runs."""
     items, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
     return items[0] if items else None
 
 
 def running_workflow() -> str | None:
-    """The id of the workflow whose prompt is being executed."""
+    """The id of the running workflow, if it has one."""
     item = running()
     found = item[3] if item else None
     for name in ("extra_pnginfo", "workflow", "id"):
@@ -118,6 +118,8 @@ def steps_of(workflow: str | None) -> dict[str, list[dict]]:
 
 
 def serve_steps() -> None:
+    """Add the route GET /reward_guidance/steps to ComfyUI's server."""
+
     @PromptServer.instance.routes.get("/reward_guidance/steps")
     async def steps(request: web.Request) -> web.Response:
         return web.json_response(steps_of(request.query.get("workflow")))

@@ -1,4 +1,4 @@
-"""Sampling of several candidates, each with the noise of its own seed."""
+"""Samples several candidates at once, each with the noise of its own seed."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ...guidance.errors import GuidanceError
-from .conditioning import Row
-from .latents import rows, start_of
-from .memory import as_many_as_fit
+from .conditioning import BatchRow
+from .latents import fit_samples, select_samples
+from .memory import largest_batch
 
 Callback = Callable[[int, Tensor, Tensor, int], None]
 
@@ -28,7 +28,7 @@ def seeds_from(seed: int, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a KSampler is told, but for the seed and the latent."""
+    """The settings of a KSampler, without the seed and the latent."""
 
     model: Any
     steps: int
@@ -38,23 +38,26 @@ class Sampling:
     positive: list
     negative: list
     denoise: float
-    tilt: Callable[[Tensor, Tensor | None], Tensor] = lambda noise, mask: noise
-    """Noise (N,...) and the noise mask of the latent -> the noise to begin with."""
+    tilt_noise: Callable[[Tensor, Tensor | None], Tensor] = lambda noise, mask: noise
+    """Noise (N,...) and the noise mask of the latent -> the initial noise."""
 
     def each(self, latent: dict) -> list[tuple["Sampling", dict]]:
-        """For each sample of a LATENT that fits the model: how to sample it as in the whole batch, and its own LATENT."""
+        """For each sample of a LATENT in the model's shape: its own sampling and its own LATENT.
+
+        Sampling them one by one gives the results of the whole batch. Raises GuidanceError for Stable Video Diffusion.
+        """
         count = len(latent["samples"])
         if count > 1 and isinstance(self.model.model, comfy.model_base.SVD_img2vid):
             raise GuidanceError(
-                "The batch of this video model holds the frames of one video, which cannot be sampled one by one. Sample whole "
-                "videos with KSampler, and score their frames with Score Images."
+                "The batch of this video model holds the frames of one video, which cannot be sampled one by one. "
+                "Sample whole videos with KSampler, and score their frames with Score Images."
             )
-        chosen = [Row(i, count, latent["samples"].ndim) for i in range(count)]
-        alone = [replace(self, positive=row(self.positive), negative=row(self.negative)) for row in chosen]
-        return [(sampling, rows(latent, [i])) for i, sampling in enumerate(alone)]
+        rows = [BatchRow(i, count, latent["samples"].ndim) for i in range(count)]
+        samplings = [replace(self, positive=row(self.positive), negative=row(self.negative)) for row in rows]
+        return [(sampling, select_samples(latent, [i])) for i, sampling in enumerate(samplings)]
 
     def __call__(self, latent: dict, seeds: Sequence[int], callback: Callback) -> Tensor:
-        """A sample (N,...) of one latent for each seed. A seed alone gives what a stock KSampler gives, bit for bit."""
+        """Samples (N,...) of one latent, one for each seed. A single seed gives the result of a stock KSampler, bit for bit."""
         sampler = comfy.samplers.sampler_object(self.sampler_name)
         if len(seeds) > 1:
             sampler.extra_options = sampler.extra_options | self.noise_of_each(
@@ -63,12 +66,12 @@ class Sampling:
         return self.run(sampler, latent, seeds, callback)
 
     def run(self, sampler: comfy.samplers.KSAMPLER, latent: dict, seeds: Sequence[int], callback: Callback) -> Tensor:
-        """The same by any sampler, which draws its own noise as it likes."""
+        """Samples (N,...) by a given sampler, which draws the noise of its steps itself."""
         start = self.start(latent)
         noise = [comfy.sample.prepare_noise(start, seed, latent.get("batch_index")) for seed in seeds]
         return comfy.sample.sample_custom(
             self.model,
-            self.tilt(torch.cat(noise), latent.get("noise_mask")),
+            self.tilt_noise(torch.cat(noise), latent.get("noise_mask")),
             self.cfg,
             sampler,
             self.sigmas(),
@@ -82,16 +85,18 @@ class Sampling:
         )
 
     def start(self, latent: dict) -> Tensor:
-        return start_of(self.model, latent)
+        """The samples of a LATENT in the model's shape."""
+        return fit_samples(self.model, latent)
 
     def sigmas(self) -> Tensor:
+        """The noise levels (S+1,) of S steps."""
         model = self.model
         return comfy.samplers.KSampler(
             model, self.steps, model.load_device, self.sampler_name, self.scheduler, self.denoise, model.model_options
         ).sigmas
 
     def noise_of_each(self, function: Callable, start: Tensor, seeds: Sequence[int]) -> dict:
-        """Options that make a stochastic sampler draw, for each sample of a batch, what it draws for that sample alone."""
+        """Options for a stochastic sampler: it then draws for each sample the noise that it draws for that sample alone."""
         sigmas = self.sigmas()
         if "noise_sampler" not in inspect.signature(function).parameters or len(sigmas) == 0:
             return {}
@@ -107,13 +112,13 @@ class Sampling:
         return {"noise_sampler": lambda sigma, following: torch.cat([draw(sigma, following) for draw in each])}
 
     def at_once(self, chunk: int, latent: dict, n: int) -> int:
-        """How many of n samples to make together when asked for `chunk`, 0 meaning as many as memory holds."""
+        """How many of n samples to make at once. chunk: the wanted number; 0 for as many as fit in memory."""
         if chunk == 1 or not _can_draw_noise_of_each(self.sampler_name):
             return 1
-        return min(n, chunk or as_many_as_fit(self.model, self.start(latent).shape))
+        return min(n, chunk or largest_batch(self.model, self.start(latent).shape))
 
     def progress(self, runs: int) -> Callable[[int], Callback]:
-        """The callback of each of several runs that share a progress bar and its preview."""
+        """Run number -> the callback of this run. The runs share one progress bar and preview."""
         show = latent_preview.prepare_callback(self.model, runs * self.steps)
         return lambda run: lambda step, x0, x, steps: show(run * steps + step, x0, x, runs * steps)
 
@@ -123,6 +128,6 @@ def _draws_brownian_noise(sampler_name: str) -> bool:
 
 
 def _can_draw_noise_of_each(sampler_name: str) -> bool:
-    """Not so an adaptive step size, which depends on the whole batch, and samplers that other packs add, whose noise we do not know."""
+    """False for an adaptive step size, which depends on the whole batch, and for samplers of other packs."""
     function = comfy.samplers.sampler_object(sampler_name).sampler_function
     return sampler_name != "dpm_adaptive" and function.__module__.startswith("comfy.")

@@ -1,4 +1,4 @@
-"""What a training needs of a model or a reward beside the samples."""
+"""Prepares what a training needs besides the samples: model calls and gradients of rewards."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,65 +14,71 @@ from ...guidance.rewards import CombinedReward
 from ...guidance.training.objectives import Plan, in_chunks
 from .autograd import static_clone
 from .decoders import make_decoder
-from .latent_reward import LatentReward, training_through
+from .latent_reward import LatentReward, differentiable_context
 from .sample_maker import GuidanceData, SampleMaker
 from .scoring import weighted_parts
 
 
-def objective_of(data: GuidanceData, objective: str) -> str:
-    """auto, made out where what is at hand decides it: noise that is to leap needs the generator, and a reward that has a gradient."""
+def resolve_objective(data: GuidanceData, objective: str) -> str:
+    """Resolve "auto": reward_gradient for noise, if a one-step generator and a differentiable reward are connected."""
     noise, maker = data.collection.description.base.target == "noise", data.maker
-    leaps = noise and maker is not None and maker.steps == 1 and maker.reward.reward.differentiable
-    return "reward_gradient" if objective == "auto" and leaps else objective
+    possible = noise and maker is not None and maker.steps == 1 and maker.reward.reward.differentiable
+    return "reward_gradient" if objective == "auto" and possible else objective
 
 
-def assistants(data: GuidanceData, plan: Plan, weights: Sequence[float]) -> dict[str, Callable]:
-    """What a training asks beside the samples: the model at other points, or the gradient of the rewards by these weights; and what its steps
-    happen in."""
+def training_functions(data: GuidanceData, plan: Plan, weights: Sequence[float]) -> dict[str, Callable]:
+    """The functions that `prepare` takes: `denoise` for the form shift, `reward` for the objective reward_gradient.
+
+    With either, also `step_context`, which loads the models of a step. weights: of the rewards in a combination.
+    Raises GuidanceError if the samples come without their model.
+    """
     description, model, reward, instead = data.collection.description, None, None, ""
-    asked: dict[str, Callable] = {}
+    functions: dict[str, Callable] = {}
     if plan.form == "shift":
         instead = "the form correction"
-        maker = with_static_model(data.ask("The form shift"), "The form shift", instead)
+        maker = with_static_model(data.require_maker("The form shift"), "The form shift", instead)
         model = maker.model
-        asked["denoise"] = lambda x, sigma, prompts: maker.denoise(x, sigma, prompts.tolist())
+        functions["denoise"] = lambda x, sigma, prompts: maker.denoise(x, sigma, prompts.tolist())
     if plan.objective == "reward_gradient":
-        maker = data.ask("The objective reward_gradient")
+        maker = data.require_maker("The objective reward_gradient")
         make: Callable[[Tensor, list[int]], Tensor] = lambda latents, _: latents  # noqa: E731
         if description.base.target == "noise":
             instead = "the objective weighted"
             maker = with_static_model(maker, "The objective reward_gradient", instead)
-            model, make = maker.model, generator_of(maker)
+            model, make = maker.model, one_step_generator(maker)
         decoder = make_decoder("auto", maker.model.get_model_object("latent_format"), maker.vae)
-        weighted = replace(
-            maker.reward, reward=CombinedReward([part for part, _ in weighted_parts(maker.reward.reward)], weights)
-        )
-        reward = LatentReward(weighted, decoder, description.prompts[0])
+        combined = CombinedReward([part for part, _ in weighted_parts(maker.reward.reward)], weights)
+        reward = LatentReward(replace(maker.reward, reward=combined), decoder, description.prompts[0])
 
         def score(latents: Tensor, batch: Batch) -> Tensor:
             assert batch.prompts is not None
             prompts = batch.prompts.tolist()
-            told = [description.prompts[prompt] for prompt in prompts]
-            return in_chunks(
-                lambda some, part: reward.score(make(some, prompts[part]), told[part]), latents, maker.batch
-            )
+            texts = [description.prompts[prompt] for prompt in prompts]
 
-        asked["reward"] = score
-    if asked:
-        asked["step_context"] = partial(training_through, model, reward, instead)
-    return asked
+            def score_part(values: Tensor, part: slice) -> Tensor:
+                return reward.evaluate(make(values, prompts[part]), texts[part])
+
+            return in_parts(score_part, latents, maker.batch)
+
+        functions["reward"] = score
+    if functions:
+        functions["step_context"] = partial(differentiable_context, model, reward, instead)
+    return functions
 
 
 def with_static_model(maker: SampleMaker, what: str, instead: str) -> SampleMaker:
     return replace(maker, model=static_clone(maker.model, what, instead))
 
 
-def generator_of(maker: SampleMaker) -> Callable[[Tensor, list[int]], Tensor]:
-    """What a one-step generator makes of noise (N,...) and prompts (N,), in the model's space; with a graph where a training goes through it."""
+def one_step_generator(maker: SampleMaker) -> Callable[[Tensor, list[int]], Tensor]:
+    """The function from noise (N,...) and prompts (N,) to denoised latents in the model's space, with gradients.
+
+    Raises GuidanceError if the samples were made with several steps.
+    """
     if maker.steps != 1:
         raise GuidanceError(
-            f"The objective reward_gradient goes through one call of the model, and these samples were made with {maker.steps} steps: collect "
-            "with 1, or choose the objective weighted."
+            "The objective reward_gradient takes the gradient through one model call, and these samples were made with "
+            f"{maker.steps} steps: collect with 1, or choose the objective weighted."
         )
     sampling = maker.model.get_model_object("model_sampling")
     sigma = comfy.samplers.calculate_sigmas(sampling, maker.scheduler, 1)[0]

@@ -1,4 +1,4 @@
-"""Whether files are still what they were when a node read them."""
+"""Detects that files have changed since a node read them."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,7 +7,7 @@ Identity = tuple[int, ...] | None
 
 
 def identity(file: Path) -> Identity:
-    """Another one once a file was written anew or replaced, even by one of the same size and time; None where there is none."""
+    """A value that changes when the file is rewritten or replaced, even with the same size and time. None: no such file."""
     try:
         found = file.stat()
     except OSError:
@@ -16,8 +16,10 @@ def identity(file: Path) -> Identity:
 
 
 class ReadFiles:
-    """The files that the nodes of a kind have read, for their `fingerprint_inputs`: it is known only afterwards which they were, such as those
-    that were searched for, or whose name came from another node."""
+    """The files that the nodes of one class have read, for `fingerprint_inputs`.
+
+    Which files a node reads is known only after it ran: it may search for them, or get the name from another node.
+    """
 
     def __init__(self) -> None:
         self.known: dict[Path, Identity] = {}
@@ -27,7 +29,7 @@ class ReadFiles:
         self.known |= {file: identity(file) for file in files}
 
     def fingerprint(self) -> int:
-        """How often one of them was found changed."""
+        """A counter that increases whenever a file has changed since the last call."""
         now = {file: identity(file) for file in self.known}
         self.changes += now != self.known
         self.known = now

@@ -1,7 +1,7 @@
 """What is lost where the tiny autoencoder decodes a picture at half or a quarter of its size, instead of decoding it whole and making it smaller.
 
 ShapesWorld's pictures, enlarged to the size of the first column, encoded, and decoded by its trained autoencoder. A reward of 64 pixels looks
-at them, as PickScore looks at 224 of 1024 pixels. `folded` is what nodes/wiring/decoders.py does; `left out` only leaves out the upsamplings.
+at them, as PickScore looks at 224 of 1024 pixels. `folded` is what nodes/wiring/tiny_decoders.py does; `left out` only leaves out the upsamplings.
 The error is the root mean square over the pixels that the reward sees, by their standard deviation; the cosine is that of the gradients of
 the reward by the latent. Prints a markdown table.
 
@@ -23,7 +23,7 @@ import comfy.latent_formats
 import comfy.taesd.taesd
 import torch
 from reward_guidance.guidance.rewards import evaluate, load_reward
-from reward_guidance.nodes.wiring import decoders
+from reward_guidance.nodes.wiring import tiny_decoders
 from reward_guidance.tests.bench.cost.world import fixed
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.shapesworld import world
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SEEN = world.SIDE
-KERNELS: dict[str, Callable] = {"folded": decoders.halved, "left out": lambda kernel, times: kernel}
+KERNELS: dict[str, Callable] = {"folded": tiny_decoders.halved, "left out": lambda kernel, times: kernel}
 ENLARGED = (2, 4)
 
 
@@ -47,8 +47,8 @@ def main() -> None:
 
     def looked(at: Tensor, halvings: int, kernels: str) -> tuple[Tensor, Tensor, int]:
         """What the reward sees, its gradient, and the pixels that were decoded."""
-        with patch.object(decoders, "halved", KERNELS[kernels]):
-            made = fixed(decoders.TAESD(comfy.latent_formats.SD3(), decoder), halvings)
+        with patch.object(tiny_decoders, "halved", KERNELS[kernels]):
+            made = fixed(tiny_decoders.TAESD(comfy.latent_formats.SD3(), decoder), halvings)
         latents = at.requires_grad_()
         pixels = made.pixels(latents)
         seen = (

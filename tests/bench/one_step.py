@@ -40,10 +40,10 @@ from reward_guidance.guidance.training.labels import label
 from reward_guidance.guidance.training.loop import Training
 from reward_guidance.guidance.training.objectives import Plan, Task
 from reward_guidance.nodes.wiring.autograd import gradients, trainable
-from reward_guidance.nodes.wiring.latent_reward import training_through
+from reward_guidance.nodes.wiring.latent_reward import differentiable_context
 from reward_guidance.nodes.wiring.model_info import text_of_conditioning
 from reward_guidance.nodes.wiring.sample_maker import SampleMaker
-from reward_guidance.nodes.wiring.training_setup import generator_of, with_static_model
+from reward_guidance.nodes.wiring.training_setup import one_step_generator, with_static_model
 from reward_guidance.tests.bench.shapesworld_network import numbers
 from reward_guidance.tests.harness.models import shapesworld
 from reward_guidance.tests.standins.analytic import PlainReward, analytic_model
@@ -94,8 +94,8 @@ class Arena(ABC):
         empty = {"samples": torch.zeros(1, *self.shape)}
         maker = SampleMaker(self.model, names, self.encode, "0", 1, 1.0, "euler", "simple", empty, CHUNK, None, None)  # type: ignore[arg-type]
         maker = with_static_model(maker)
-        with trainable(), gradients(*self.problem(0).reward.modules), training_through(maker.model):
-            self.make = generator_of(maker)
+        with trainable(), gradients(*self.problem(0).reward.modules), differentiable_context(maker.model):
+            self.make = one_step_generator(maker)
             yield
 
     def noise(self, seed: int) -> Tensor:

@@ -29,7 +29,8 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.ldm.modules.diffusionmodules.model import AttnBlock, pytorch_attention
 from reward_guidance.guidance.network.unet import Architecture, GuidanceNetwork, Text
 from reward_guidance.guidance.training.recipe import WIDTHS
-from reward_guidance.nodes.wiring.decoders import TAESD, checkpointed
+from reward_guidance.nodes.wiring.tiny_decoders import TAESD
+from reward_guidance.nodes.wiring.vae_decoder import checkpointed
 from reward_guidance.tests.bench.cost import sizes
 from reward_guidance.tests.bench.cost.memory import held
 from reward_guidance.tests.bench.cost.report import Report

@@ -20,11 +20,13 @@ import folder_paths
 import torch
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.rewards import ImageStatistic, evaluate, load_reward
-from reward_guidance.nodes.wiring import decoders, scoring
+from reward_guidance.nodes.wiring import decoders, scoring, vae_decoder
 from reward_guidance.nodes.wiring.autograd import gradients
-from reward_guidance.nodes.wiring.decoders import TAESD, FullVAE, check_belongs, halved, make_decoder
+from reward_guidance.nodes.wiring.decoders import make_decoder
 from reward_guidance.nodes.wiring.latent_reward import LatentReward
 from reward_guidance.nodes.wiring.loaded import LoadedReward
+from reward_guidance.nodes.wiring.tiny_decoders import TAESD, halved
+from reward_guidance.nodes.wiring.vae_decoder import FullVAE, require_matching_vae
 from reward_guidance.tests.standins.shapesworld import world
 from reward_guidance.tests.standins.vaes import VAES, small_vae, weights
 from safetensors.torch import save_file
@@ -300,7 +302,7 @@ def test_every_latent_format_of_comfyui_is_tried():
 
 def some_latents(latent_format, count=2, frames=3, size=(2, 3)):
     """Videos (N,C,T,H,W) or pictures (N,C,H,W) in the model's space, each channel with a mean and a spread of its own."""
-    draw, channels = torch.Generator().manual_seed(0), decoders.latent_channels(latent_format)
+    draw, channels = torch.Generator().manual_seed(0), vae_decoder.latent_channels(latent_format)
     each = [count, channels, *[frames] * (latent_format.latent_dimensions == 3), *size]
     mean, spread = (torch.randn(channels, generator=draw).view(-1, *[1] * (len(each) - 2)) for _ in range(2))
     return 0.3 * mean + (0.7 + 0.3 * spread.tanh()) * torch.randn(each, generator=draw)
@@ -529,7 +531,7 @@ def test_a_model_of_sound_or_shapes_is_refused_at_once(name):
             with pytest.raises(GuidanceError, match=f"this model makes neither .its latents are of the format {name}"):
                 make_decoder(choice, latent_format, vae)
     with pytest.raises(GuidanceError, match="this model makes neither"):
-        check_belongs(its_own, latent_format)
+        require_matching_vae(its_own, latent_format)
 
 
 @pytest.mark.parametrize("choice", ["taesd", "vae"])

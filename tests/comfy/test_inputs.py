@@ -20,9 +20,10 @@ from reward_guidance.nodes import (
     selection,
     training,
 )
+from reward_guidance.nodes.wiring import folders
 
-for folder in (rewards.FOLDER, guidance_network.FOLDER):
-    rewards.register_folder(folder)
+for folder in (folders.REWARDS, folders.NETWORKS):
+    folders.register_folder(folder)
 GROUPS = (rewards, scores, reward_guidance, guidance_network, guidance_data, training, selection, particles)
 NODES = [node for group in GROUPS for node in group.NODES]
 INPUTS = [(node, entry) for node in NODES for entry in node.GET_SCHEMA().inputs]

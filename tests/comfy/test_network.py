@@ -31,11 +31,11 @@ from reward_guidance.guidance.rewards import ImageStatistic, RewardError
 from reward_guidance.guidance.training.loop import Progress, fit
 from reward_guidance.guidance.training.objectives import Plan
 from reward_guidance.guidance.training.recipe import plan_for, prepare
-from reward_guidance.nodes.guidance_network import FOLDER, GuidedNoise, save_under
-from reward_guidance.nodes.wiring.collector import Collector, level
+from reward_guidance.nodes.wiring.collector import Collector, sigma_at
+from reward_guidance.nodes.wiring.folders import NETWORKS, save_numbered
 from reward_guidance.nodes.wiring.loaded import manage_network
 from reward_guidance.nodes.wiring.model_info import base_of, name_of, require_unguided, text_of_conditioning
-from reward_guidance.nodes.wiring.patch_network import NetworkGuidance, followed, tilt
+from reward_guidance.nodes.wiring.patch_network import GuidedNoise, NetworkGuidance, guided_sampling, tilt_noise
 from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
 from reward_guidance.nodes.wiring.sample_maker import SampleMaker, denoise_once, stackable, stacked
 from reward_guidance.nodes.wiring.sampling import Sampling
@@ -161,7 +161,7 @@ def test_a_network_of_another_family_is_refused(model, base, said):
 def test_text_of_another_encoder_is_refused_and_none_is_empty(model):
     loaded = network(model, tokens=5)
     guided = NetworkGuidance(loaded).attach(model)
-    with pytest.raises(GuidanceError, match="its text of 5 channels, but the model is told 7"):
+    with pytest.raises(GuidanceError, match="text of 5 channels, but the conditioning has 7"):
         sample(guided, condition=[[torch.zeros(1, 4, 7), {}]])
     assert sample(guided, condition=[[None, {}]]).isfinite().all()
     words = torch.linspace(-1, 1, 5).expand(1, 4, 5)
@@ -213,7 +213,7 @@ def test_noise_stays_where_a_mask_keeps_the_latent():
     assert torch.equal(tilted[..., 3], everywhere[..., 3])
     assert torch.allclose(tilted[..., 2], (stock + everywhere)[..., 2] / 2)
     seen = []
-    sampling = dataclasses.replace(sampling_of(model), tilt=lambda noise, mask: seen.append(mask) or noise)
+    sampling = dataclasses.replace(sampling_of(model), tilt_noise=lambda noise, mask: seen.append(mask) or noise)
     sampling({"samples": latent["samples"][:1], "noise_mask": mask}, [5, 6], lambda *_: None)
     assert torch.equal(seen[0], mask)
 
@@ -221,24 +221,24 @@ def test_noise_stays_where_a_mask_keeps_the_latent():
 def test_one_box_samples_from_tilted_noise(model):
     loaded, latent = network(model, "noise"), {"samples": torch.zeros(2, 2, 1, 1)}
     plain = sampling_of(model)
-    guided = followed(plain, loaded, noise_steps=2)(latent, [5], lambda *_: None)
-    noise = tilt(loaded, comfy.sample.prepare_noise(latent["samples"], 5), CONDITION, 2, 1.0)
+    guided = guided_sampling(plain, loaded, noise_steps=2)(latent, [5], lambda *_: None)
+    noise = tilt_noise(loaded, comfy.sample.prepare_noise(latent["samples"], 5), CONDITION, 2, 1.0)
     arguments = (STEPS, 1.0, "euler", "simple", CONDITION, CONDITION, latent["samples"])
     expected = comfy.sample.sample(model, noise, *arguments, seed=5, disable_pbar=True)
     assert torch.equal(guided, expected)
-    off = followed(plain, loaded, strength=0.0)(latent, [5], lambda *_: None)
+    off = guided_sampling(plain, loaded, strength=0.0)(latent, [5], lambda *_: None)
     assert torch.equal(off, plain(latent, [5], lambda *_: None))
 
 
 def test_networks_that_are_saved_at_once_under_one_name_are_all_kept(tmp_path, monkeypatch):
     """As by two servers with one folder, which see the same number free."""
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, FOLDER, ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, NETWORKS, ([str(tmp_path)], {".safetensors"}))
     loaded, counts = network(analytic_model(RING, True)), range(1, 9)
     barrier = threading.Barrier(len(counts))
 
     def save(count):
         barrier.wait()
-        return save_under(
+        return save_numbered(
             "styles/blue", dataclasses.replace(loaded, card=dataclasses.replace(loaded.card, samples=count))
         )
 
@@ -250,7 +250,7 @@ def test_networks_that_are_saved_at_once_under_one_name_are_all_kept(tmp_path, m
 
 def test_noise_for_another_model_is_refused(model):
     with pytest.raises(GuidanceError, match="with 2 latent channels, not 3"):
-        tilt(network(model, "noise"), torch.zeros(1, 3, 1, 1), CONDITION, 4, 1.0)
+        tilt_noise(network(model, "noise"), torch.zeros(1, 3, 1, 1), CONDITION, 4, 1.0)
 
 
 # What samples are made by
@@ -259,7 +259,7 @@ def test_noise_for_another_model_is_refused(model):
 def test_the_model_is_asked_what_the_closed_form_answers(model):
     process = Flow() if model.model.model_type.name == "FLOW" else Diffusion()
     sampling = model.get_model_object("model_sampling")
-    sigma = torch.tensor([level(sampling, percent) for percent in (0.05, 0.4, 0.95)])
+    sigma = torch.tensor([sigma_at(sampling, percent) for percent in (0.05, 0.4, 0.95)])
     x = torch.randn(3, 2, 1, 1)
     answers = ask(model, {"samples": torch.zeros(1, 2, 1, 1)}, x, sigma)
     for point, noise_level, answer in zip(x.split(1), sigma.tolist(), answers, strict=True):
@@ -269,7 +269,7 @@ def test_the_model_is_asked_what_the_closed_form_answers(model):
 
 def test_levels_stay_within_what_the_model_knows(model):
     sampling = model.get_model_object("model_sampling")
-    levels = [level(sampling, percent) for percent in (0.0, 0.3, 0.6, 1.0)]
+    levels = [sigma_at(sampling, percent) for percent in (0.0, 0.3, 0.6, 1.0)]
     assert levels == sorted(levels, reverse=True)
     assert levels[0] == float(sampling.sigma_max) and levels[-1] == float(sampling.sigma_min) > 0
 
@@ -380,10 +380,10 @@ def test_every_preview_is_shown_although_the_page_hears_of_some_steps_only(monke
 
 
 def test_a_preview_that_a_reward_refuses_does_not_end_the_training(caplog):
-    def judge(clip, prompt):
+    def score(clip, prompt):
         raise RewardError("likes returned a score that is not a finite number.")
 
-    maker = SimpleNamespace(judge=judge, reward=SimpleNamespace(reward=ImageStatistic("brightness")))
+    maker = SimpleNamespace(score=score, reward=SimpleNamespace(reward=ImageStatistic("brightness")))
     assert score_or_nan(maker, torch.zeros(1, 8, 8, 3), "a cat").isnan().tolist() == [True]
     assert "The preview has no reward" in caplog.text
 

@@ -22,12 +22,12 @@ from reward_guidance.guidance.estimators import Settings, Smoothing
 from reward_guidance.guidance.particles import Population, Resampled
 from reward_guidance.guidance.rewards import ImageStatistic
 from reward_guidance.nodes import selection
-from reward_guidance.nodes.wiring.conditioning import Row
-from reward_guidance.nodes.wiring.latents import SEEDS, fitted, joined, rows, sampled
+from reward_guidance.nodes.wiring.conditioning import BatchRow
+from reward_guidance.nodes.wiring.latents import SEEDS, fit_latent, join_latents, sampled_latent, select_samples
 from reward_guidance.nodes.wiring.loaded import LoadedReward
-from reward_guidance.nodes.wiring.memory import as_many_as_fit
-from reward_guidance.nodes.wiring.particle_run import SAMPLERS, FirstAnswered, ParticleRun, ParticleSampler
-from reward_guidance.nodes.wiring.patch_reward import RewardBeside, RewardGuidance
+from reward_guidance.nodes.wiring.memory import largest_batch
+from reward_guidance.nodes.wiring.particle_run import SAMPLERS, FirstPredictionKnown, ParticleRun, ParticleSampler
+from reward_guidance.nodes.wiring.patch_reward import RewardGuidance, ScoringHooks
 from reward_guidance.nodes.wiring.sampling import Sampling
 from reward_guidance.tests.harness.environment import CHECKOUT
 from reward_guidance.tests.standins.analytic import CLOUD, CONDITION, STEPS, PlainReward, analytic_model, sample
@@ -97,7 +97,7 @@ def leave_room_for(count, model, shape, monkeypatch):
 def test_as_many_candidates_at_once_as_memory_holds(monkeypatch, room, expected):
     model, latent = analytic_model(CLOUD, True), {"samples": torch.zeros(1, 48, 4, 4)}
     leave_room_for(room, model, latent["samples"].shape, monkeypatch)
-    assert as_many_as_fit(model, latent["samples"].shape) == max(1, room)
+    assert largest_batch(model, latent["samples"].shape) == max(1, room)
     assert sampling(model, "euler").at_once(0, latent, 8) == expected
     assert sampling(model, "euler").at_once(5, latent, 8) == 5
 
@@ -121,7 +121,7 @@ def test_more_candidates_than_fit_are_sampled_in_several_turns(monkeypatch):
     )
     leave_room_for(3, model, latent["samples"].shape, monkeypatch)
     monkeypatch.setattr(selection, "Reporter", Heard)
-    monkeypatch.setattr(selection, "check_belongs", ignore)
+    monkeypatch.setattr(selection, "require_matching_vae", ignore)
     vae = SimpleNamespace(decode=lambda latents: latents[:, :3].movedim(1, -1) / 4 + 0.5)
     node = selection.BestOfN.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
     settings = {
@@ -161,24 +161,24 @@ def test_rows_of_a_latent_stay_together():
         SEEDS: [1, 2, 3, 4],
         "type": "x",
     }
-    chosen = rows(latent, [3, 0])
+    chosen = select_samples(latent, [3, 0])
     assert chosen["samples"].flatten().tolist() == [3, 0]
     assert chosen["noise_mask"].flatten().tolist() == [1, 0]
     assert (chosen["batch_index"], chosen[SEEDS], chosen["type"]) == ([7, 4], [4, 1], "x")
-    assert SEEDS not in rows(latent | {SEEDS: [1]}, [0]), "seeds of other samples are dropped"
-    made = sampled(latent | {"downscale_ratio_spacial": 8}, [0, 0], torch.ones(2, 1, 1, 1), [8, 9])
+    assert SEEDS not in select_samples(latent | {SEEDS: [1]}, [0]), "seeds of other samples are dropped"
+    made = sampled_latent(latent | {"downscale_ratio_spacial": 8}, [0, 0], torch.ones(2, 1, 1, 1), [8, 9])
     assert made[SEEDS] == [8, 9]
     assert made["batch_index"] == [4, 4]
     assert "downscale_ratio_spacial" not in made
-    assert joined([latent, latent])[SEEDS] == [1, 2, 3, 4] * 2
-    alone = joined([latent, {"samples": latent["samples"]}])
+    assert join_latents([latent, latent])[SEEDS] == [1, 2, 3, 4] * 2
+    alone = join_latents([latent, {"samples": latent["samples"]}])
     assert alone["batch_index"] == [4, 5, 6, 7, 0, 1, 2, 3], "as LatentBatch counts those of which nothing is known"
     assert SEEDS not in alone and "type" not in alone
-    assert joined([latent, latent])["type"] == "x"
+    assert join_latents([latent, latent])["type"] == "x"
     larger = {"samples": latent["samples"][:1], "noise_mask": torch.full((1, 1, 2, 2), 0.5)}
-    together = joined([latent, {"samples": latent["samples"][:1]}, larger])
+    together = join_latents([latent, {"samples": latent["samples"][:1]}, larger])
     assert together["noise_mask"].flatten().tolist() == [0, 1, 0, 1, 1, 0.5]
-    assert rows(together, [5, 0])["noise_mask"].flatten().tolist() == [0.5, 0]
+    assert select_samples(together, [5, 0])["noise_mask"].flatten().tolist() == [0.5, 0]
 
 
 PICTURES, VIDEOS = (2, 3, 4, 4), (2, 4, 3, 2, 2)
@@ -219,13 +219,13 @@ def together(model, latent, seeds, positive=CONDITION):
 def test_every_sample_keeps_its_own_mask(shape, mask):
     model, latent = masked(shape, mask)
     expected, run = together(model, latent, [5, 6]), sampling(model, "euler")
-    alone = [own(one, [seed], ignore) for (own, one), seed in zip(run.each(fitted(model, latent)), [5, 6], strict=True)]
+    alone = [own(one, [seed], ignore) for (own, one), seed in zip(run.each(fit_latent(model, latent)), [5, 6], strict=True)]
     assert (torch.cat(alone) - expected).abs().max() < 1e-5
-    assert (torch.cat([run(rows(latent, [i]), [5 + i], ignore) for i in range(2)]) - expected).abs().max() < 1e-5
+    assert (torch.cat([run(select_samples(latent, [i]), [5 + i], ignore) for i in range(2)]) - expected).abs().max() < 1e-5
     twins = torch.cat(
         [
             own(one, [seed, seed], ignore)[1:]
-            for (own, one), seed in zip(run.each(fitted(model, latent)), [5, 6], strict=True)
+            for (own, one), seed in zip(run.each(fit_latent(model, latent)), [5, 6], strict=True)
         ]
     )
     assert (twins - expected).abs().max() < 1e-5, "sampled together with another seed"
@@ -236,10 +236,10 @@ def test_every_sample_keeps_its_own_mask(shape, mask):
 def test_masks_stay_with_samples_that_are_joined(shape, mask, other):
     model, latent = masked(shape, mask)
     second = {"samples": latent["samples"] + 1} | ({"noise_mask": torch.full(other, 0.25)} if other else {})
-    both, run = joined([latent, second]), sampling(model, "euler")
+    both, run = join_latents([latent, second]), sampling(model, "euler")
     expected = together(model, latent, [5, 6])
     whole = together(model, second | {"noise_mask": second.get("noise_mask", torch.ones(1, *shape[1:]))}, [7, 8])
-    made = torch.cat([run(rows(both, [i]), [5 + i], ignore) for i in range(4)])
+    made = torch.cat([run(select_samples(both, [i]), [5 + i], ignore) for i in range(4)])
     assert (made - torch.cat([expected, whole])).abs().max() < 1e-5
 
 
@@ -249,7 +249,7 @@ def test_a_batch_of_pictures_for_a_model_of_videos():
     latent["samples"] = latent["samples"].squeeze(2)
     expected = together(model, latent | {"samples": latent["samples"].unsqueeze(2)}, [5, 6])
     run = sampling(model, "euler")
-    alone = [own(one, [seed], ignore) for (own, one), seed in zip(run.each(fitted(model, latent)), [5, 6], strict=True)]
+    alone = [own(one, [seed], ignore) for (own, one), seed in zip(run.each(fit_latent(model, latent)), [5, 6], strict=True)]
     assert (torch.cat(alone) - expected).abs().max() < 1e-5
 
 
@@ -262,14 +262,14 @@ def test_conditionings_have_one_row_for_each_sample():
         "pooled_output": numbers(1, 2), "mask": numbers(3, 2, 2), "concat_latent_image": numbers(3, 2, 1, 2, 2), "guidance": 3.5,
         "reference_latents": [numbers(4, 2, 2, 2), numbers(1, 2, 2, 2)], "clip_vision_output": vision, "pooled": None,
     }  # fmt: skip
-    [[tokens, taken]] = Row(3, 4, 5)([[numbers(2, 5, 7), options]])
+    [[tokens, taken]] = BatchRow(3, 4, 5)([[numbers(2, 5, 7), options]])
     first = lambda tensor: tensor.flatten(1)[:, 0].tolist()  # noqa: E731
     assert first(tokens) == [1]
     assert first(taken["concat_latent_image"]) == [2]
     assert [first(each) for each in taken["reference_latents"]] == [[3], [0]]
     assert first(taken["clip_vision_output"].image_embeds) == [3] and len(vision.image_embeds) == 4
     assert first(taken["mask"]) == [0, 1, 2], "the frames of one mask"
-    assert first(Row(1, 4, 4)([[None, options]])[0][1]["mask"]) == [1], "a mask for each picture"
+    assert first(BatchRow(1, 4, 4)([[None, options]])[0][1]["mask"]) == [1], "a mask for each picture"
     assert (taken["guidance"], taken["pooled"], len(taken["pooled_output"])) == (3.5, None, 1)
 
 
@@ -427,7 +427,7 @@ def test_showing_the_model_a_few_at_a_time_changes_nothing(chunk):
     whole = particle_run(model, "euler_ancestral", n=8, reward=reward)
     assert max(seen) == 8
     seen.clear()
-    parts = particle_run(RewardBeside(PlainReward(reward), chunk).attach(model), "euler_ancestral", n=8, reward=reward)
+    parts = particle_run(ScoringHooks(PlainReward(reward), chunk).attach(model), "euler_ancestral", n=8, reward=reward)
     assert max(seen) == min(chunk, 8)
     assert torch.equal(parts, whole)
 
@@ -462,7 +462,7 @@ def test_guidance_keeps_what_it_knows_of_a_particle_with_it(momentum, options):
     latent = torch.zeros(8, 2, 1, 1)
     arguments = (sampler, sampling(model, "euler", steps=12).sigmas(), CONDITION, CONDITION, latent)
     finished = []
-    sampler.sampler_function.report = lambda look: finished.append(look.series)
+    sampler.sampler_function.on_step = lambda look: finished.append(look.series)
     comfy.sample.sample_custom(model, comfy.sample.prepare_noise(latent, 0), 1.0, *arguments, disable_pbar=True, seed=0)
     assert len(finished) == 3
     for series in finished[1:]:
@@ -477,6 +477,6 @@ def test_a_model_that_was_asked_answers_once():
         def __call__(self, x, sigma, **options):
             return x + 1
 
-    asked = FirstAnswered(Model(), torch.zeros(1))
+    asked = FirstPredictionKnown(Model(), torch.zeros(1))
     assert [asked(torch.ones(1), None, seed=0).item() for _ in range(3)] == [0, 2, 2]
     assert asked.inner_model == "inner"

@@ -13,8 +13,7 @@ import folder_paths
 import torch
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.rewards import CombinedReward, ImageStatistic, Reward, load_reward
-from reward_guidance.nodes import rewards
-from reward_guidance.nodes.wiring import memory, public
+from reward_guidance.nodes.wiring import folders, memory, public
 from reward_guidance.nodes.wiring.captions import SMALLEST, Line, caption
 from reward_guidance.nodes.wiring.loaded import LoadedReward, manage_reward
 from reward_guidance.nodes.wiring.scoring import MOST_PICTURES, score_images, score_parts, to_pixels
@@ -147,13 +146,13 @@ def test_precision(monkeypatch, wanted, fast, stored, chosen):
 def test_extra_folders_of_rewards_are_kept(monkeypatch, tmp_path):
     """As extra_model_paths.yaml adds them, before the pack is imported."""
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", {**folder_paths.folder_names_and_paths})
-    folder_paths.add_model_folder_path(rewards.FOLDER, str(tmp_path))
+    folder_paths.add_model_folder_path(folders.REWARDS, str(tmp_path))
     (tmp_path / "PickScore_v1").mkdir()
     for name in ("PickScore_v1/model.safetensors", "PickScore_v1/config.json", "readme.txt", "ImageReward.pt"):
         (tmp_path / name).touch()
-    rewards.register_folder()
-    assert rewards.reward_names()[:2] == ["ImageReward.pt", "PickScore_v1/model.safetensors"]
-    assert rewards.reward_path("ImageReward.pt") == str(tmp_path / "ImageReward.pt")
+    folders.register_folder()
+    assert folders.reward_names()[:2] == ["ImageReward.pt", "PickScore_v1/model.safetensors"]
+    assert folders.reward_path("ImageReward.pt") == str(tmp_path / "ImageReward.pt")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1), (64, 64), (512, 512), (2160, 3840)])

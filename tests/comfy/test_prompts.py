@@ -9,7 +9,7 @@ load_comfyui()
 
 from comfy.sd1_clip import SDTokenizer
 from reward_guidance.guidance.errors import GuidanceError
-from reward_guidance.nodes.wiring.prompts import leaves_open, plain
+from reward_guidance.nodes.wiring.prompts import has_choices, plain
 
 PLAIN = "a large red circle"
 SAME = [
@@ -92,7 +92,7 @@ def test_the_text_is_what_the_model_reads(tokenizer, prompt):
 
 
 def test_a_choice_is_seen():
-    seen = [leaves_open(prompt) for prompt in ("{a|b}", "{ {a} | b}", "{a|{b}}", "{a}", "a|b", r"\{a|b\}", "// {a|b}")]
+    seen = [has_choices(prompt) for prompt in ("{a|b}", "{ {a} | b}", "{a|{b}}", "{a}", "a|b", r"\{a|b\}", "// {a|b}")]
     assert seen == [True] * 3 + [False] * 4
 
 

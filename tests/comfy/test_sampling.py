@@ -163,7 +163,7 @@ def test_interrupt_stops_inside_the_reward_loop():
     )
     reward = LatentReward(LoadedReward(Slow()), decoder, "")
     calls = []
-    model = RewardGuidance(reward, "shift", Settings(smoothing=Smoothing(4)), report=calls.append).attach(flow_model())
+    model = RewardGuidance(reward, "shift", Settings(smoothing=Smoothing(4)), on_step=calls.append).attach(flow_model())
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sample(model)
     assert not calls, "the first model call's second reward evaluation was not reached"

@@ -13,10 +13,10 @@ from bench.peers.noise_optimisation import noise_optimisation
 from bench.peers.problem import PlainVAE, Problem
 from reward_guidance.guidance.network.card import Card
 from reward_guidance.guidance.network.unet import Architecture, GuidanceNetwork
-from reward_guidance.nodes.wiring.latent_reward import LatentReward, training_through
+from reward_guidance.nodes.wiring.latent_reward import LatentReward, differentiable_context
 from reward_guidance.nodes.wiring.loaded import LoadedNetwork, manage_network
 from reward_guidance.nodes.wiring.model_info import base_of
-from reward_guidance.nodes.wiring.patch_network import tilt
+from reward_guidance.nodes.wiring.patch_network import tilt_noise
 from torch import Tensor
 
 from . import sizes
@@ -74,7 +74,7 @@ class Contest:
     @torch.inference_mode()
     def tilted(self, network: LoadedNetwork) -> Tensor:
         """Ours for one-step models: a network tilts the noise in four steps of its own."""
-        return self.world.sample(tilt(network, self.noise(), self.world.positive, 4, 1.0), 1)
+        return self.world.sample(tilt_noise(network, self.noise(), self.world.positive, 4, 1.0), 1)
 
     @torch.inference_mode()
     def plain(self) -> Tensor:
@@ -117,7 +117,7 @@ def rows(report: Report, world: World, of: Sizes) -> None:
     base = list(known)[1]
 
     def measured(name: str, by: Callable[[Callable[[], object]], T]) -> T:
-        with torch.no_grad(), training_through(reward=contest.reward):
+        with torch.no_grad(), differentiable_context(reward=contest.reward):
             return by(known[name].run)
 
     turns = by_turns({name: partial(measured, name, seconds) for name in known}, of.repeats)

@@ -9,7 +9,7 @@ from functools import partial
 import comfy.samplers
 import torch
 from reward_guidance.guidance.particles import Population
-from reward_guidance.nodes.wiring.patch_reward import RewardBeside
+from reward_guidance.nodes.wiring.patch_reward import ScoringHooks
 from reward_guidance.tests.tools.chart import draw_chart
 
 from .clock import Spread, by_turns, seconds
@@ -105,7 +105,7 @@ def population(world: World, of: Sizes, particles: int, steps: int = 8) -> Turns
         if guided:
             crowd = Population(particles, temperature=0.05, generator=torch.Generator().manual_seed(0))
             sampler.sampler_function = ParticleSampler(sampler.sampler_function, reward, crowd, every=4)
-            model = RewardBeside(reward).attach(model)
+            model = ScoringHooks(reward).attach(model)
         world.sample(world.noise(of.sides[0], particles), steps, model, sampler)
 
     return by_turns(

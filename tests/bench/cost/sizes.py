@@ -18,7 +18,9 @@ import comfy.supported_models
 import torch
 from reward_guidance.guidance.rewards import CombinedReward, LoadOptions, Reward, loading
 from reward_guidance.guidance.rewards.files import Weights
-from reward_guidance.nodes.wiring.decoders import TAESD, Decoder, FullVAE, LatentRGB
+from reward_guidance.nodes.wiring.decoders import LatentRGB
+from reward_guidance.nodes.wiring.tiny_decoders import TAESD
+from reward_guidance.nodes.wiring.vae_decoder import Decoder, FullVAE
 from reward_guidance.tests.standins import formats
 from reward_guidance.tests.standins.published import PUBLISHED
 from torch import Tensor, nn

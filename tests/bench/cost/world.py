@@ -7,10 +7,11 @@ import comfy.sample
 import comfy.samplers
 import torch
 from reward_guidance.guidance.estimators import Settings, Smoothing
-from reward_guidance.nodes.wiring.decoders import TAESD, Decoder
 from reward_guidance.nodes.wiring.latent_reward import LatentReward
 from reward_guidance.nodes.wiring.loaded import LoadedReward, manage_reward
 from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
+from reward_guidance.nodes.wiring.tiny_decoders import TAESD
+from reward_guidance.nodes.wiring.vae_decoder import Decoder
 from torch import Tensor
 
 from . import sizes

@@ -10,9 +10,9 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from reward_guidance.guidance.process import Process
 from reward_guidance.nodes.wiring.autograd import differentiable_model, gradients
-from reward_guidance.nodes.wiring.decoders import Decoder
 from reward_guidance.nodes.wiring.latent_reward import LatentReward
 from reward_guidance.nodes.wiring.model_info import process_of
+from reward_guidance.nodes.wiring.vae_decoder import Decoder
 from torch import Tensor, nn
 
 Denoise = Callable[[Tensor], Tensor]
