@@ -1,4 +1,4 @@
-"""The nodes that make and find labelled samples: what a guidance network is trained on."""
+"""Nodes that collect or load labelled samples, on which guidance networks are trained."""
 
 from collections import Counter
 
@@ -20,9 +20,12 @@ from .wiring.watching import identity
 
 CATEGORY = "reward guidance/training"
 _collected: dict[str, tuple[Collection, int]] = {}
-"""Node -> what it filled up, and to how many samples."""
+"""Node -> its collection, and the number of samples in it."""
 _damaged: Counter[str] = Counter()
-"""Node -> how often something was gone of that when it was queued again. It is collected anew instead of being taken from ComfyUI's cache."""
+"""Node -> how often samples of its collection were missing or damaged when it was queued again.
+
+It is part of the fingerprint, so that the samples are made again instead of being taken from ComfyUI's cache.
+"""
 
 
 @prepares_inputs
@@ -35,34 +38,39 @@ class CollectData(io.ComfyNode):
             node_id="RewardGuidanceCollect",
             display_name="Collect Guidance Data",
             category=CATEGORY,
-            description="Samples pictures of a list of prompts, scores them, and keeps both for training a guidance network. It goes on where it "
-            "was stopped, and raising the count adds samples to those that are there. A picture that cannot be scored is left out.",
+            description="Samples pictures of a list of prompts, scores them, and saves both for training a guidance "
+            "network. After an interrupt it continues; a higher count adds samples. Pictures that cannot be scored "
+            "are left out.",
             search_aliases=["label samples", "training data", "dataset", "reward labels"],
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The model to learn about, before any reward guidance. Any family, with or without LoRA.",
+                    tooltip="The model that the network will guide, without reward guidance. Any family, with or "
+                    "without LoRA.",
                 ),
-                io.Clip.Input("clip", tooltip="Its text encoder."),
-                io.Vae.Input("vae", tooltip="Decodes the samples, to be scored."),
+                io.Clip.Input("clip", tooltip="The text encoder of the model."),
+                io.Vae.Input("vae", tooltip="Decodes the samples for the reward."),
                 REWARD.Input(
                     "reward",
-                    tooltip="What to learn. Of Combine Rewards each part is kept, so that weights can be changed later.",
+                    tooltip="The reward to learn. The parts of Combine Rewards are saved separately, so that their "
+                    "weights can be changed later.",
                 ),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="An empty latent: its size is that of the samples, its batch size how many are made at once. Its content does not count.",
+                    tooltip="An empty latent. Its size is the size of the samples, and its batch size is the number "
+                    "of samples made at once. Its content is ignored.",
                 ),
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     default="",
-                    tooltip="One prompt on each line; they take turns. What the network will be used for: 10 to 10,000 prompts.",
+                    tooltip="One prompt on each line; they are used in turn. Write prompts like those that the "
+                    "network will be used with: 10 to 10,000.",
                 ),
                 io.String.Input(
                     "negative_prompt",
                     default="",
-                    tooltip="What the pictures should not show; without effect at a cfg of 1.",
+                    tooltip="What the pictures should not show. It has no effect at a cfg of 1.",
                     **rare,
                 ),
                 io.Int.Input(
@@ -71,7 +79,8 @@ class CollectData(io.ComfyNode):
                     min=0,
                     max=2**64 - 1,
                     control_after_generate=False,
-                    tooltip="The seed of the first sample; the others follow. A collection goes on only with the seed that it began with.",
+                    tooltip="The seed of the first sample; the others have the following seeds. A collection "
+                    "continues only with the seed that it began with.",
                     **rare,
                 ),
                 steps,
@@ -84,21 +93,23 @@ class CollectData(io.ComfyNode):
                     min=1,
                     max=10_000_000,
                     optional=True,
-                    tooltip=f"Samples in all, kept {SHARD} to a file. 500 to 20,000: more follow the reward more closely. On disk each takes 0.3 MB "
-                    "(SD1.5 at 512 pixels) to 4.7 MB (Flux at 1024).",
+                    tooltip=f"Total number of samples, {SHARD} in a file. With more samples the network follows the "
+                    "reward more closely. 500 to 20,000. A sample takes 0.3 MB (SD1.5 at 512 pixels) to 4.7 MB (Flux "
+                    "at 1024) on disk.",
                 ),
                 io.Combo.Input(
                     "target",
                     options=["data", "noise"],
                     optional=True,
-                    tooltip="data: for models that take several steps. noise: for one-step generators such as SD-Turbo, whose first noise is "
-                    "what will be chosen; set steps and cfg as you use them.",
+                    tooltip="data: for models that take several steps. noise: for one-step generators such as "
+                    "SD-Turbo; the network then tilts their initial noise. Set steps and cfg as you use them.",
                 ),
                 io.String.Input(
                     "folder",
                     default="guidance",
                     optional=True,
-                    tooltip=f"Where in output/{COLLECTIONS} the samples go: a folder of its own for each model and way of sampling.",
+                    tooltip=f"The folder of the samples in output/{COLLECTIONS}. Use a new folder for each model and "
+                    "for other sampler settings.",
                 ),
                 io.Int.Input(
                     "levels",
@@ -106,15 +117,16 @@ class CollectData(io.ComfyNode):
                     min=1,
                     max=1000,
                     optional=True,
-                    tooltip="data: noise levels at which the model is asked about each sample. More teach more from a sample; each costs a "
-                    "model call and disk space. 4 to 16.",
+                    tooltip="data: number of noise levels at which the model's prediction is saved for each sample. "
+                    "More levels give more training data from a sample; each costs a model call and disk space. 4 to "
+                    "16.",
                     **rare,
                 ),
                 io.Boolean.Input(
                     "keep_images",
                     default=False,
                     optional=True,
-                    tooltip="Also keep every new picture, as PNG in the subfolder images.",
+                    tooltip="Also save every new picture as PNG in the subfolder images.",
                     **rare,
                 ),
             ],
@@ -122,7 +134,7 @@ class CollectData(io.ComfyNode):
                 DATA.Output(display_name="data", tooltip="For Train Guidance Network."),
                 io.String.Output(
                     display_name="report",
-                    tooltip="How many samples there are, how they score, and what can be learned from them.",
+                    tooltip="Number of samples, their scores, and how many of them count in a training.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -181,7 +193,7 @@ class LoadData(io.ComfyNode):
             node_id="RewardGuidanceLoadData",
             display_name="Load Guidance Data",
             category=CATEGORY,
-            description=f"Finds samples that were collected before, or on another machine, in output/{COLLECTIONS}.",
+            description=f"Loads samples from output/{COLLECTIONS} that were collected before, or on another machine.",
             search_aliases=["training data", "dataset", "shards"],
             inputs=[
                 io.Combo.Input(
@@ -194,7 +206,7 @@ class LoadData(io.ComfyNode):
                 DATA.Output(display_name="data", tooltip="For Train Guidance Network."),
                 io.String.Output(
                     display_name="report",
-                    tooltip="How many samples there are, how they score, and what can be learned from them.",
+                    tooltip="Number of samples, their scores, and how many of them count in a training.",
                 ),
             ],
         )
@@ -207,7 +219,7 @@ class LoadData(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder: str) -> list:
-        """Samples may have been added or exchanged, or the rewards weighted anew."""
+        """Changes when samples were added or replaced, or when the weights of the rewards changed."""
         files = (
             path for path in sorted(collection_folder(folder).glob("*")) if path.suffix in (".safetensors", ".json")
         )

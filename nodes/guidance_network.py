@@ -1,4 +1,4 @@
-"""Nodes that sample with a guidance network, and keep it in a file."""
+"""Nodes that load and save guidance networks, and sample with them."""
 
 import folder_paths
 import torch
@@ -26,14 +26,15 @@ class LoadNetwork(io.ComfyNode):
             node_id="RewardGuidanceLoadNetwork",
             display_name="Load Guidance Network",
             category=CATEGORY,
-            description="Loads a guidance network from models/guidance_networks. What it was trained for, it says itself; for a model of another "
-            "family it is refused.",
+            description="Loads a guidance network from models/guidance_networks. The file states the model family "
+            "that it was trained for; other models are refused.",
             search_aliases=["reward network", "guidance model", "alignment network"],
             inputs=[
                 io.Combo.Input(
                     "network_name",
                     options=folder_paths.get_filename_list(NETWORKS),
-                    tooltip="A file that Save Guidance Network or the command line wrote into models/guidance_networks.",
+                    tooltip="A file that Save Guidance Network or the command line wrote into "
+                    "models/guidance_networks.",
                 )
             ],
             outputs=[
@@ -41,7 +42,9 @@ class LoadNetwork(io.ComfyNode):
                     display_name="network",
                     tooltip="For Apply Guidance Network, KSampler (Guidance Network) and Guided Noise.",
                 ),
-                io.String.Output(display_name="report", tooltip="What the network was trained for, and on what."),
+                io.String.Output(
+                    display_name="report", tooltip="The model, rewards and samples that the network was trained with."
+                ),
             ],
         )
 
@@ -66,7 +69,7 @@ class SaveNetwork(io.ComfyNode):
             node_id="RewardGuidanceSaveNetwork",
             display_name="Save Guidance Network",
             category=CATEGORY,
-            description="Saves a guidance network into models/guidance_networks, under a new number each time.",
+            description="Saves a guidance network in models/guidance_networks, with a new number each time.",
             search_aliases=["export guidance network"],
             inputs=[
                 NETWORK.Input("network", tooltip="The network to save."),
@@ -74,7 +77,8 @@ class SaveNetwork(io.ComfyNode):
                     "filename_prefix",
                     default="guidance",
                     optional=True,
-                    tooltip="How the file is called, before its number; it may begin with subfolders: styles/blue becomes styles/blue_00001_.",
+                    tooltip="The file name before its number. It may contain subfolders: styles/blue becomes "
+                    "styles/blue_00001_.",
                 ),
             ],
             outputs=[],
@@ -95,7 +99,8 @@ class ApplyNetwork(io.ComfyNode):
             node_id="RewardGuidanceApplyNetwork",
             display_name="Apply Guidance Network",
             category=CATEGORY,
-            description="Makes a model follow what a guidance network learned, with any sampler and guider and at the model calls of the plain one.",
+            description="Guides a model by a network that has learned a reward. Works with any sampler and guider, "
+            "without additional model calls.",
             search_aliases=["guidance network", "reward network", "alignment"],
             inputs=[
                 io.Model.Input("model", tooltip="The model, of the family that the network was trained for."),
@@ -121,14 +126,15 @@ class Noise(io.ComfyNode):
             node_id="RewardGuidanceNoise",
             display_name="Guided Noise",
             category=CATEGORY,
-            description="Noise from which a one-step generator makes pictures that are rewarded; for SamplerCustomAdvanced.",
+            description="Noise from which a one-step generator makes pictures with a higher reward; for "
+            "SamplerCustomAdvanced.",
             search_aliases=["one step", "noise tilt", "RandomNoise", "SD-Turbo", "initial noise"],
             inputs=[
                 NETWORK.Input(
                     "network", tooltip="A network that tilts noise: its samples were collected with the target noise."
                 ),
                 io.Conditioning.Input(
-                    "conditioning", tooltip="What the pictures should show; the guider's own conditioning."
+                    "conditioning", tooltip="What the pictures should show: the same conditioning as in the guider."
                 ),
                 io.Int.Input(
                     "seed",
@@ -136,7 +142,7 @@ class Noise(io.ComfyNode):
                     min=0,
                     max=2**64 - 1,
                     control_after_generate=True,
-                    tooltip="The seed of the noise before it is tilted.",
+                    tooltip="The seed of the noise before the network tilts it.",
                 ),
                 noise_steps_input("steps"),
                 strength_input(TILTS),
@@ -160,8 +166,8 @@ class NetworkKSampler(io.ComfyNode):
             node_id="RewardGuidanceKSamplerNetwork",
             display_name="KSampler (Guidance Network)",
             category=CATEGORY,
-            description="A KSampler whose pictures follow what a guidance network learned: on the way for multi-step models, in the noise for "
-            "one-step generators.",
+            description="A KSampler that is guided by a network: in its steps for multi-step models, in its initial "
+            "noise for one-step generators.",
             search_aliases=["guidance network sampler", "one step sampler", "SD-Turbo", "aligned sampling"],
             inputs=[
                 io.Model.Input("model", tooltip="The model, of the family that the network was trained for."),

@@ -1,4 +1,4 @@
-"""A KSampler whose samples are particles: copied and dropped on the way so that they follow a reward, which needs no gradient."""
+"""The KSampler node that resamples particles by a reward."""
 
 from typing import Any
 
@@ -27,8 +27,8 @@ class ParticlesKSampler(io.ComfyNode):
             node_id="RewardGuidanceKSamplerParticles",
             display_name="KSampler (Reward Particles)",
             category=CATEGORY,
-            description="Samples several particles of every latent together, copies those that a reward likes and drops the others on the way. "
-            "Works with rewards that have no gradient.",
+            description="Samples several particles for every latent. During sampling it copies those with high "
+            "rewards and drops the others. Works with rewards that have no gradient.",
             search_aliases=[
                 "FK steering",
                 "Feynman-Kac",
@@ -44,16 +44,18 @@ class ParticlesKSampler(io.ComfyNode):
                         "sampler_name",
                         options=comfy.samplers.KSampler.SAMPLERS,
                         default=SAMPLERS[0],
-                        tooltip=f"How each step is taken. One that adds noise in every step, so that copies part again: {', '.join(SAMPLERS)}.",
+                        tooltip="The sampling method. It must add noise in every step, so that copies become "
+                        f"different: {', '.join(SAMPLERS)}.",
                     )
                 ),
-                REWARD.Input("reward", tooltip="What the particles should follow. It needs no gradient."),
+                REWARD.Input("reward", tooltip="The reward to follow. It needs no gradient."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     default="",
                     optional=True,
-                    tooltip="The prompt, for rewards that compare the picture with it. Write the same text as in the positive prompt.",
+                    tooltip="The prompt, for rewards that compare the picture with it. Write the same text as in the "
+                    "positive prompt.",
                 ),
                 io.Int.Input(
                     "particles",
@@ -61,8 +63,8 @@ class ParticlesKSampler(io.ComfyNode):
                     min=1,
                     max=4096,
                     optional=True,
-                    tooltip="Particles for each latent of the batch: more follow the reward more exactly, and take so many times as long. 4 to 16; "
-                    "1 is the stock KSampler.",
+                    tooltip="Number of particles for each latent of the batch. More particles follow the reward more "
+                    "exactly; the time is proportional. 4 to 16; 1 is the stock KSampler.",
                 ),
                 io.Float.Input(
                     "temperature",
@@ -70,7 +72,8 @@ class ParticlesKSampler(io.ComfyNode):
                     min=0.001,
                     max=100.0,
                     step=0.005,
-                    tooltip="β in exp(reward/β), in units of the reward's typical spread. Lower values copy the best particles more. 0.03 to 1.",
+                    tooltip="β in exp(reward/β), in units of the reward's typical spread. Lower values copy the best "
+                    "particles more. 0.03 to 1.",
                     **rare,
                 ),
                 io.Int.Input(
@@ -78,7 +81,7 @@ class ParticlesKSampler(io.ComfyNode):
                     default=1,
                     min=1,
                     max=4096,
-                    tooltip="How many of the final particles to keep, best first, copies last. 1 to 4.",
+                    tooltip="Number of final particles to keep, best first, copies last. 1 to 4.",
                     **rare,
                 ),
                 io.Int.Input(
@@ -86,8 +89,8 @@ class ParticlesKSampler(io.ComfyNode):
                     default=4,
                     min=1,
                     max=1000,
-                    tooltip="Steps between two looks at the rewards. Fewer choose more often, which costs looks and leaves fewer different pictures. "
-                    "1 to 5.",
+                    tooltip="Steps between two evaluations of the rewards. Lower values resample more often, which "
+                    "costs more evaluations and leaves fewer different pictures. 1 to 5.",
                     **rare,
                 ),
                 io.Float.Input(
@@ -96,8 +99,9 @@ class ParticlesKSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="Copy and drop particles when the share of them that still counts falls below this: 0 only at the end, 1 at every look. "
-                    "Higher follows more closely, and leaves fewer different pictures. 0.5 to 1.",
+                    tooltip="Resample when the effective share of the particles falls below this value: 0 only at the "
+                    "end, 1 at every evaluation. Higher values follow the reward more closely and leave fewer "
+                    "different pictures. 0.5 to 1.",
                     **rare,
                 ),
                 io.Int.Input(
@@ -105,21 +109,25 @@ class ParticlesKSampler(io.ComfyNode):
                     default=0,
                     min=0,
                     max=4096,
-                    tooltip="How many particles the model sees at once, 1 to 16; 0 is all. Lower it if memory runs out.",
+                    tooltip="Number of particles in one model call, 1 to 16; 0 is all. Lower it if memory runs out.",
                     **rare,
                 ),
                 *scoring_inputs(),
             ],
             outputs=[
                 io.Latent.Output(
-                    display_name="latents", tooltip="The particles kept, best first, latent by latent of the batch."
+                    display_name="latents",
+                    tooltip="The kept particles, best first, for one latent of the batch after the other.",
                 ),
                 io.Float.Output(
                     display_name="scores",
                     is_output_list=True,
                     tooltip="Their rewards, in units of the reward's typical spread.",
                 ),
-                io.String.Output(display_name="report", tooltip="What happened at every look, as readable lines."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="One line for every evaluation: surviving particles, ESS and rewards.",
+                ),
             ],
             hidden=HIDDEN,
         )

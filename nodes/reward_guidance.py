@@ -1,4 +1,4 @@
-"""Nodes that sample from the reward-weighted distribution."""
+"""Nodes that guide the sampling by the gradient of a reward."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,8 @@ class RewardGuidanceModel(io.ComfyNode):
             node_id="RewardGuidance",
             display_name="Reward Guidance",
             category=CATEGORY,
-            description="Makes a model follow a reward while it samples, with any sampler and guider, without finetuning.",
+            description="Guides a model by a reward during sampling. Works with any sampler and guider, without "
+            "finetuning.",
             search_aliases=[
                 "alignment",
                 "preference guidance",
@@ -50,7 +51,7 @@ class RewardGuidanceKSampler(io.ComfyNode):
             node_id="RewardGuidanceKSampler",
             display_name="KSampler (Reward Guided)",
             category=CATEGORY,
-            description="A KSampler whose pictures follow a reward, at the model calls of the plain one.",
+            description="A KSampler that is guided by a reward, without additional model calls.",
             search_aliases=["reward sampler", "aligned sampling", "preference sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to guide."),

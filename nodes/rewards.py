@@ -49,8 +49,8 @@ class LoadReward(io.ComfyNode):
             node_id="RewardGuidanceLoadReward",
             display_name="Load Reward Model",
             category=CATEGORY,
-            description="Loads a reward from models/reward_models: PickScore, HPS v2 and v2.1, ImageReward, LAION's aesthetic score, or any CLIP. "
-            "What it is, is read off the file.",
+            description="Loads a reward from models/reward_models: PickScore, HPS v2 and v2.1, ImageReward, LAION's "
+            "aesthetic score, or any CLIP. The kind is detected from the file.",
             search_aliases=[
                 "PickScore",
                 "HPS",
@@ -65,15 +65,17 @@ class LoadReward(io.ComfyNode):
                 io.Combo.Input(
                     "reward_name",
                     options=reward_names(),
-                    tooltip="A file in models/reward_models, for example PickScore_v1.safetensors or HPS_v2.1_compressed.pt, or an image tower "
-                    "in models/clip_vision, which together with a text tower gives a CLIP score.",
+                    tooltip="A file in models/reward_models, for example PickScore_v1.safetensors or "
+                    "HPS_v2.1_compressed.pt. Or an image tower in models/clip_vision, which gives a CLIP score "
+                    "together with a text tower.",
                 ),
                 io.Combo.Input(
                     "dtype",
                     options=list(DTYPES),
                     default=AUTO,
-                    tooltip="Precision of the model; what follows it is fp32. auto: that of the file, or fp32 where the device is slow at it. "
-                    "fp16 and bf16 halve the memory and change scores a little, bf16 more than fp16.",
+                    tooltip="Precision of the model; the computations after it are fp32. auto: the precision of the "
+                    "file, or fp32 if the device is slow at it. fp16 and bf16 halve the memory and change scores a "
+                    "little, bf16 more than fp16.",
                     optional=True,
                     advanced=True,
                 ),
@@ -81,8 +83,8 @@ class LoadReward(io.ComfyNode):
                     "clip_kind",
                     options=[AUTO, *CLIP_KINDS],
                     default=AUTO,
-                    tooltip="What a CLIP is used as, which its weights alone cannot say. Leave it at auto, unless a renamed file is taken for "
-                    "the wrong one: the node shows what it is taken for.",
+                    tooltip="The kind of a CLIP reward, which the weights alone do not show. Leave it at auto, unless "
+                    "the node shows that a renamed file was detected as the wrong kind.",
                     optional=True,
                     advanced=True,
                 ),
@@ -90,7 +92,8 @@ class LoadReward(io.ComfyNode):
                     "image_tower",
                     options=[AUTO, *folder_paths.get_filename_list(IMAGE_TOWERS)],
                     default=AUTO,
-                    tooltip="For an aesthetic head only: the file in models/clip_vision with OpenAI's CLIP ViT-L/14. auto finds it.",
+                    tooltip="For an aesthetic head only: the file in models/clip_vision with OpenAI's CLIP ViT-L/14. "
+                    "auto searches for it.",
                     optional=True,
                     advanced=True,
                 ),
@@ -98,14 +101,13 @@ class LoadReward(io.ComfyNode):
                     "text_tower",
                     options=[AUTO, *folder_paths.get_filename_list(TEXT_TOWERS)],
                     default=AUTO,
-                    tooltip="For an image tower only: the file in models/text_encoders that was trained with it. auto takes the first that fits.",
+                    tooltip="For an image tower only: the file in models/text_encoders that was trained with it. auto "
+                    "takes the first one that fits.",
                     optional=True,
                     advanced=True,
                 ),
             ],
-            outputs=[
-                REWARD.Output(display_name="reward", tooltip="How well a picture fits: for scoring and for guidance.")
-            ],
+            outputs=[REWARD.Output(display_name="reward", tooltip="For guidance, scoring and selection.")],
         )
 
     @classmethod
@@ -124,8 +126,10 @@ class LoadReward(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, reward_name: str | None = "") -> bool | str:
-        """In place of ComfyUI's own message, which could not say where a missing file is to be had. None: it comes from another node. Where
-        there is no file to choose from, there may be no name at all."""
+        """Replaces ComfyUI's message about a missing file by one that says where to get the file.
+
+        reward_name: None if it comes from another node, "" or left out if there is no file to choose.
+        """
         try:
             return reward_name is None or bool(reward_path(reward_name))
         except GuidanceError as error:
@@ -144,19 +148,20 @@ class ImageStatisticReward(io.ComfyNode):
             node_id="RewardGuidanceImageStatistic",
             display_name="Image Statistic Reward",
             category=CATEGORY,
-            description="Rewards a measurable property of the picture. Needs no weights.",
+            description="Rewards a measurable property of the picture. Needs no model file.",
             search_aliases=["colour", "color", "brightness", "contrast", "saturation", "sharpness"],
             inputs=[
                 io.Combo.Input(
                     "statistic",
                     options=["colour", "colour of every pixel", *STATISTICS],
-                    tooltip="What to raise. 'colour' pulls the mean colour toward the target and leaves the composition free.",
+                    tooltip="The statistic to raise. 'colour' moves the mean colour toward the target and leaves the "
+                    "composition free.",
                 ),
                 io.Color.Input(
                     "colour",
                     default="#3366cc",
                     optional=True,
-                    tooltip="The target of the two colour statistics; the others ignore it.",
+                    tooltip="The target of the two colour statistics; the other statistics ignore it.",
                 ),
                 io.Boolean.Input(
                     "lower",
@@ -165,7 +170,7 @@ class ImageStatisticReward(io.ComfyNode):
                     tooltip="Lower the statistic instead: darker, flatter, greyer, softer, another colour.",
                 ),
             ],
-            outputs=[REWARD.Output(display_name="reward", tooltip="For guidance, scoring and choosing.")],
+            outputs=[REWARD.Output(display_name="reward", tooltip="For guidance, scoring and selection.")],
         )
 
     @classmethod
@@ -186,10 +191,11 @@ class ImageSimilarityReward(io.ComfyNode):
             node_id="RewardGuidanceImageSimilarity",
             display_name="Image Similarity Reward",
             category=CATEGORY,
-            description="Rewards likeness to a reference picture: in colour or structure, or in meaning, as a connected CLIP sees it.",
+            description="Rewards likeness to a reference picture: in colour, in structure, or in meaning by a "
+            "connected CLIP.",
             search_aliases=["likeness", "reference image", "image prompt"],
             inputs=[
-                io.Image.Input("image", tooltip="The reference. Of a batch, the first picture is used."),
+                io.Image.Input("image", tooltip="The reference. The first picture of a batch is used."),
                 io.Combo.Input(
                     "likeness",
                     options=[*LIKENESSES, "meaning"],
@@ -202,7 +208,7 @@ class ImageSimilarityReward(io.ComfyNode):
                     tooltip="A CLIP from Load Reward Model; needed for likeness in meaning.",
                 ),
             ],
-            outputs=[REWARD.Output(display_name="reward", tooltip="For guidance, scoring and choosing.")],
+            outputs=[REWARD.Output(display_name="reward", tooltip="For guidance, scoring and selection.")],
         )
 
     @classmethod
@@ -213,7 +219,8 @@ class ImageSimilarityReward(io.ComfyNode):
                 return io.NodeOutput(manage_reward(ImageSimilarity(reference, likeness)))
             if clip_reward is None or not isinstance(clip_reward.reward, ClipReward):
                 raise GuidanceError(
-                    "Likeness in meaning is measured by a CLIP: connect Load Reward Model with a CLIP or PickScore file."
+                    "Likeness in meaning is measured by a CLIP: connect Load Reward Model with a CLIP or PickScore "
+                    "file."
                 )
             return io.NodeOutput(LoadedReward(ClipImageSimilarity(clip_reward.reward, reference), clip_reward.patchers))
 
@@ -229,7 +236,7 @@ class CombineRewards(io.ComfyNode):
                 REWARD.Input(
                     f"reward_{i}",
                     optional=i > 1,
-                    tooltip="A part of the sum; it is first brought to zero mean and unit spread.",
+                    tooltip="A reward of the sum. It is first standardized to zero mean and unit spread.",
                 ),
                 io.Float.Input(
                     f"weight_{i}",
@@ -238,7 +245,8 @@ class CombineRewards(io.ComfyNode):
                     max=10.0,
                     step=0.05,
                     optional=True,
-                    tooltip="Its share of the sum beside the other weights: 0.2 to 2. Negative weights punish, 0 leaves it out.",
+                    tooltip="The weight of this reward relative to the other weights. 0.2 to 2. Negative weights "
+                    "lower the reward, 0 leaves it out.",
                 ),
             )
         ]
@@ -249,7 +257,7 @@ class CombineRewards(io.ComfyNode):
             description="A weighted sum of standardized rewards. Several rewards are harder to fool than one.",
             search_aliases=["ensemble", "weighted reward"],
             inputs=parts,
-            outputs=[REWARD.Output(display_name="reward", tooltip="For guidance, scoring and choosing.")],
+            outputs=[REWARD.Output(display_name="reward", tooltip="For guidance, scoring and selection.")],
         )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The node that scores pictures, for people and for files."""
+"""The node that scores images."""
 
 from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
@@ -23,17 +23,19 @@ class ScoreImages(io.ComfyNode):
             node_id="RewardGuidanceScoreImages",
             display_name="Score Images",
             category=CATEGORY,
-            description="Scores every picture of a batch by a reward, and by each part of a combination.",
+            description="Scores every picture of a batch by a reward, and by each reward of a combination.",
             search_aliases=["rate images", "reward score", "aesthetic score"],
             inputs=[
                 io.Image.Input("images", tooltip="A batch of pictures; each gets its own score."),
-                REWARD.Input("reward", tooltip="What to score by. Of a combination, the report shows every part."),
+                REWARD.Input(
+                    "reward", tooltip="The reward to score by. For a combination, the report shows every reward."
+                ),
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     default="",
                     optional=True,
-                    tooltip="The prompt of the pictures, for rewards that compare with one.",
+                    tooltip="The prompt of the pictures, for rewards that compare the picture with it.",
                 ),
             ],
             outputs=[
@@ -48,10 +50,10 @@ class ScoreImages(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="The scores as a table."),
                 io.Image.Output(
                     display_name="images",
-                    tooltip="The same pictures. Save these, and the scores are written into the PNG files as well, as 'reward_guidance'. "
-                    "The help page says how the name of a file tells which of them is its own.",
+                    tooltip="The same pictures. If you save these, the scores are also written into the PNG files, as "
+                    "'reward_guidance'. The help page says how to find the score of a file by its name.",
                 ),
-                io.Image.Output(display_name="annotated", tooltip="The pictures with their scores written below."),
+                io.Image.Output(display_name="annotated", tooltip="The pictures with their scores below."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

@@ -1,4 +1,4 @@
-"""Nodes that choose among samples by their rewards."""
+"""Nodes that select samples by their rewards."""
 
 from typing import Any
 
@@ -39,7 +39,8 @@ class SelectBest(io.ComfyNode):
             node_id="RewardGuidanceSelectBest",
             display_name="Select Best",
             category=CATEGORY,
-            description="Keeps the best of a batch, best first: pictures, latents, scores, indices and seeds together.",
+            description="Keeps the best candidates of a batch, best first: pictures, latents, scores, indices and "
+            "seeds.",
             search_aliases=["top k", "best of n", "rank images", "filter by score", "sort by score"],
             is_input_list=True,
             inputs=[
@@ -54,27 +55,31 @@ class SelectBest(io.ComfyNode):
                 REWARD.Input(
                     "reward",
                     optional=True,
-                    tooltip="What to choose by. It scores the pictures, or the latents through the vae.",
+                    tooltip="The reward to select by. It scores the pictures, or the latents decoded by the vae.",
                 ),
                 io.Float.Input(
                     "scores",
                     optional=True,
                     force_input=True,
-                    tooltip="In place of a reward: a number for each candidate, higher is better, such as Score Images gives.",
+                    tooltip="In place of a reward: a number for each candidate, higher is better. Score Images gives "
+                    "such numbers.",
                 ),
-                io.Vae.Input("vae", optional=True, tooltip="Decodes latents to score where no pictures are connected."),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="Decodes the latents to score them, if no pictures are connected."
+                ),
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     default="",
                     optional=True,
-                    tooltip="The prompt of the pictures, for rewards that compare with one.",
+                    tooltip="The prompt of the pictures, for rewards that compare the picture with it.",
                 ),
                 io.Combo.Input(
                     "choose",
                     options=["best", "above threshold"],
                     optional=True,
-                    tooltip="best: the highest scores, as many as keep says. above threshold: all whose score is at least the threshold.",
+                    tooltip="best: the keep candidates with the highest scores. above threshold: all candidates whose "
+                    "score is at least the threshold.",
                 ),
                 io.Int.Input(
                     "keep",
@@ -82,7 +87,7 @@ class SelectBest(io.ComfyNode):
                     min=1,
                     max=4096,
                     optional=True,
-                    tooltip="best: how many candidates to keep, 1 to 8. Of fewer, all are kept.",
+                    tooltip="best: number of candidates to keep. 1 to 8. If there are fewer, all are kept.",
                 ),
                 io.Float.Input(
                     "threshold",
@@ -91,25 +96,26 @@ class SelectBest(io.ComfyNode):
                     max=1e6,
                     step=0.05,
                     optional=True,
-                    tooltip="above threshold: the lowest score to keep, in units of the reward's typical spread (0 to 2), or of the scores given.",
+                    tooltip="above threshold: the lowest score to keep, in units of the reward's typical spread (0 to "
+                    "2), or in units of the connected scores.",
                 ),
             ],
             outputs=[
                 io.Image.Output(
                     display_name="images",
-                    tooltip="The chosen pictures, best first; of videos their frames, one video after the other.",
+                    tooltip="The kept pictures, best first. For videos: their frames, one video after the other.",
                 ),
                 io.Latent.Output(display_name="latents", tooltip="Their latents."),
                 io.Float.Output(
-                    display_name="scores", is_output_list=True, tooltip="Standardized rewards, or the scores given."
+                    display_name="scores", is_output_list=True, tooltip="Standardized rewards, or the connected scores."
                 ),
                 io.Int.Output(
-                    display_name="indices", is_output_list=True, tooltip="Where they were in the batch, from 0."
+                    display_name="indices", is_output_list=True, tooltip="Their positions in the batch, from 0."
                 ),
                 io.Int.Output(
                     display_name="seeds",
                     is_output_list=True,
-                    tooltip="The seed of each, if the latents come from KSampler (Best of N); else -1.",
+                    tooltip="Their seeds, if the latents come from KSampler (Best of N); else -1.",
                 ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
@@ -168,19 +174,21 @@ class BestOfN(io.ComfyNode):
             node_id="RewardGuidanceKSamplerBestOfN",
             display_name="KSampler (Best of N)",
             category=CATEGORY,
-            description="Samples every latent n times, from the seeds seed, seed + 1, ..., and keeps the candidates that a reward likes best.",
+            description="Samples every latent n times with the seeds seed, seed + 1, ..., and keeps the candidates "
+            "with the highest rewards.",
             search_aliases=["best of n", "rejection sampling", "seed search", "top k", "reward search"],
             inputs=[
-                io.Model.Input("model", tooltip="The model, which may itself be guided by a reward."),
+                io.Model.Input("model", tooltip="The model. It may also be guided by a reward."),
                 *sampler_inputs(),
-                io.Vae.Input("vae", tooltip="Decodes the candidates, to be scored and shown."),
-                REWARD.Input("reward", tooltip="What to choose by. It needs no gradient."),
+                io.Vae.Input("vae", tooltip="Decodes the candidates for the reward and for the output."),
+                REWARD.Input("reward", tooltip="The reward to select by. It needs no gradient."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     default="",
                     optional=True,
-                    tooltip="The prompt, for rewards that compare the picture with it. Write the same text as in the positive prompt.",
+                    tooltip="The prompt, for rewards that compare the picture with it. "
+                    "Write the same text as in the positive prompt.",
                 ),
                 io.Int.Input(
                     "n",
@@ -188,10 +196,16 @@ class BestOfN(io.ComfyNode):
                     min=1,
                     max=4096,
                     optional=True,
-                    tooltip="Candidates for each latent of the batch: the best of more is better, and sampling takes n times as long. 2 to 16.",
+                    tooltip="Number of candidates for each latent of the batch. More candidates give a better best "
+                    "one; sampling takes n times as long. 2 to 16.",
                 ),
                 io.Int.Input(
-                    "keep", default=1, min=1, max=4096, tooltip="How many of them to keep, best first. 1 to 4.", **rare
+                    "keep",
+                    default=1,
+                    min=1,
+                    max=4096,
+                    tooltip="Number of candidates to keep, best first. 1 to 4.",
+                    **rare,
                 ),
                 io.Float.Input(
                     "stop_above",
@@ -199,7 +213,8 @@ class BestOfN(io.ComfyNode):
                     min=-100.0,
                     max=100.0,
                     step=0.05,
-                    tooltip="Stop early once enough candidates are this good, in units of the reward's typical spread. 1 to 3; 100 never stops.",
+                    tooltip="Stop early when keep candidates have at least this score, in units of the reward's "
+                    "typical spread. 1 to 3; 100 never stops.",
                     **rare,
                 ),
                 io.Int.Input(
@@ -207,17 +222,19 @@ class BestOfN(io.ComfyNode):
                     default=1,
                     min=0,
                     max=4096,
-                    tooltip="How many candidates to sample at once, 1 to 16; 0 takes as many as memory holds. With 1 a stock KSampler makes each "
-                    "again from its seed, bit for bit; with more, to rounding, and guided ones only roughly.",
+                    tooltip="Number of candidates to sample at once, 1 to 16; 0 for as many as fit in memory. With 1, "
+                    "a stock KSampler with the seed makes the same picture, bit for bit; with more, up to rounding, "
+                    "and guided pictures only roughly.",
                     **rare,
                 ),
                 held_out_input(),
             ],
             outputs=[
                 io.Latent.Output(
-                    display_name="latents", tooltip="The best latents, best first, latent by latent of the batch."
+                    display_name="latents",
+                    tooltip="The kept latents, best first, for one latent of the batch after the other.",
                 ),
-                io.Image.Output(display_name="images", tooltip="The same as pictures."),
+                io.Image.Output(display_name="images", tooltip="The kept latents, decoded."),
                 io.Float.Output(
                     display_name="scores",
                     is_output_list=True,
@@ -228,7 +245,7 @@ class BestOfN(io.ComfyNode):
                     is_output_list=True,
                     tooltip="The seed of each, for a stock KSampler with batch size 1.",
                 ),
-                io.String.Output(display_name="report", tooltip="Every candidate's seed and reward as readable lines."),
+                io.String.Output(display_name="report", tooltip="One line for every candidate: its seed and reward."),
             ],
             hidden=HIDDEN,
         )

@@ -1,4 +1,4 @@
-"""The node that trains a guidance network."""
+"""The node that trains guidance networks."""
 
 from collections import Counter
 from typing import Any
@@ -29,8 +29,11 @@ from .wiring.training_monitor import TrainingMonitor, first_samples_preview
 from .wiring.training_setup import resolve_objective, training_functions
 
 _interrupted: Counter[str] = Counter()
-"""Node -> how often its training was interrupted. Part of the fingerprint, so that queueing the node again continues the
-training instead of returning the cached network."""
+"""Node -> how often its training was interrupted.
+
+It is part of the fingerprint, so that queueing the node again continues the training instead of returning the cached
+network.
+"""
 
 
 @prepares_inputs
@@ -42,14 +45,15 @@ class TrainNetwork(io.ComfyNode):
             node_id="RewardGuidanceTrain",
             display_name="Train Guidance Network",
             category=CATEGORY,
-            description="Trains a small network that guides a model to what a reward liked among its samples. The model stays as it is. Only the "
-            "objective reward_gradient takes a gradient of the reward. Interrupt it, and it returns the best network so far; queue again, and it "
-            "goes on from its checkpoint.",
+            description="Trains a small network that guides a model toward samples with high rewards. The model does "
+            "not change. Only the objective reward_gradient takes a gradient of the reward. An interrupt returns the "
+            "best network so far; queueing again continues from the checkpoint.",
             search_aliases=["fit guidance network", "alignment training", "reward training", "finetune"],
             inputs=[
                 DATA.Input(
                     "data",
-                    tooltip="Samples and their scores: from Collect Guidance Data, which brings the model too, or from disk.",
+                    tooltip="Samples and their scores, from Collect Guidance Data, which also provides the model, or "
+                    "from disk.",
                 ),
                 io.Float.Input(
                     "temperature",
@@ -57,8 +61,9 @@ class TrainNetwork(io.ComfyNode):
                     min=0.001,
                     max=100.0,
                     step=0.05,
-                    tooltip="β in exp(reward/β), in standard deviations of the reward among samples of one prompt. Lower values insist on the best "
-                    "samples, so that fewer of them count: the report says how many. 0.3 to 2.",
+                    tooltip="β in exp(reward/β), in standard deviations of the reward among samples of one prompt. "
+                    "Lower values prefer the best samples more, so that fewer samples count: the report says how "
+                    "many. 0.3 to 2.",
                     optional=True,
                 ),
                 io.Int.Input(
@@ -66,14 +71,16 @@ class TrainNetwork(io.ComfyNode):
                     default=plan.steps,
                     min=1,
                     max=10_000_000,
-                    tooltip="Training steps: more learn more of many samples, and take longer. 1,000 to 20,000; the best network on the way is kept.",
+                    tooltip="Training steps. More steps learn more from many samples and take longer. 1,000 to "
+                    "20,000; the best network so far is kept.",
                     optional=True,
                 ),
                 io.Combo.Input(
                     "size",
                     options=list(WIDTHS),
                     default="medium",
-                    tooltip="Of the network: about 2, 6 or 10 million parameters. Larger ones learn more from many samples, and cost more per step.",
+                    tooltip="Size of the network: about 2, 6 or 10 million parameters. Larger networks learn more "
+                    "from many samples and cost more per step.",
                     optional=True,
                 ),
                 io.Int.Input(
@@ -82,24 +89,26 @@ class TrainNetwork(io.ComfyNode):
                     min=0,
                     max=2**64 - 1,
                     control_after_generate=False,
-                    tooltip="Of the first weights and of the order of the samples. A training goes on only with the seed that it began with.",
+                    tooltip="Seed of the initial weights and of the order of the samples. A training continues only "
+                    "with the seed that it began with.",
                     optional=True,
                 ),
                 io.Combo.Input(
                     "objective",
                     options=list(DATA_OBJECTIVES),
-                    tooltip="potential: the logarithm of the expected weight exp(reward/β), whose gradient guides; learns most from few samples. "
-                    "weighted: regression on weighted samples, of which it needs many. reward_gradient: through the reward itself, which must have "
-                    "a gradient, and the decoder. auto: potential, and weighted for the form shift; for noise reward_gradient, or weighted where "
-                    "there is no gradient, the samples are from disk or took several steps.",
+                    tooltip="potential: learns the logarithm of the expected weight exp(reward/β), whose gradient "
+                    "guides; best with few samples. weighted: regression on weighted samples; needs many. "
+                    "reward_gradient: backward pass through the decoder and the reward, which must have a gradient. "
+                    "auto: potential, or weighted for the form shift. For noise: reward_gradient, or weighted if "
+                    "there is no gradient, or if the samples are from disk or took several steps.",
                     **rare,
                 ),
                 io.Combo.Input(
                     "form",
                     options=list(DATA_FORMS),
-                    tooltip="correction: the network corrects the model's estimate. shift: it moves the point where the model is asked, and needs "
-                    "the model and a backward pass through it while it trains: a batch of 1 to 8. The objective potential and the target noise "
-                    "have forms of their own: leave it at correction.",
+                    tooltip="correction: the network corrects the model's prediction. shift: it shifts the input of "
+                    "the model, and the training needs the model and a backward pass through it: a batch of 1 to 8. "
+                    "The objective potential and the target noise have their own forms: leave it at correction.",
                     **rare,
                 ),
                 io.Int.Input(
@@ -107,7 +116,8 @@ class TrainNetwork(io.ComfyNode):
                     default=BATCH,
                     min=1,
                     max=65536,
-                    tooltip="Noised samples a step: more make steadier steps and take more memory. 16 to 256; lower it where memory runs out.",
+                    tooltip="Noised samples per step. More samples make steadier steps and take more memory. 16 to "
+                    "256; lower it if memory runs out.",
                     **rare,
                 ),
                 io.Float.Input(
@@ -117,15 +127,15 @@ class TrainNetwork(io.ComfyNode):
                     max=1.0,
                     step=1e-5,
                     round=1e-7,
-                    tooltip="How far a step changes the network, at the highest (of AdamW): more learns faster. 0.0001 to 0.002; lower it where the "
-                    "loss jumps up.",
+                    tooltip="Highest learning rate of AdamW. Higher values learn faster. 0.0001 to 0.002; lower it if "
+                    "the loss jumps up.",
                     **rare,
                 ),
                 io.String.Input(
                     "reward_weights",
                     default="",
-                    tooltip="Of a combination: a weight for each reward, such as 1, 0.5, in place of those it was collected with. No new samples "
-                    "are needed.",
+                    tooltip="For a combination: a weight for each reward, such as 1, 0.5, in place of the weights "
+                    "that the samples were collected with. No new samples are needed.",
                     **rare,
                 ),
                 io.Int.Input(
@@ -133,25 +143,26 @@ class TrainNetwork(io.ComfyNode):
                     default=0,
                     min=0,
                     max=1_000_000,
-                    tooltip="Steps between two previews: the first 4 samples as the best network so far guides them, whose rewards join "
-                    "the curve; 0 shows none. 200 to 1,000.",
+                    tooltip="Steps between two previews. A preview shows the first 4 samples, guided by the best "
+                    "network so far; their rewards are drawn in the curve. 0 shows none. 200 to 1,000.",
                     **rare,
                 ),
                 io.Boolean.Input(
                     "checkpoint",
                     default=True,
-                    tooltip="Keep what is needed to go on beside the samples until the training is done: after an interrupt or a crash, the same "
-                    f"settings go on from there. The last {KEPT} interrupted trainings can go on; without it they begin anew.",
+                    tooltip="Save a checkpoint beside the samples until the training is done. After an interrupt or a "
+                    f"crash, the same settings continue from it. The last {KEPT} checkpoints are kept; without one, a "
+                    "training starts again.",
                     **rare,
                 ),
             ],
             outputs=[
                 NETWORK.Output(
                     display_name="network",
-                    tooltip="The best network, by the loss on samples that it was not trained on.",
+                    tooltip="The network with the lowest loss on held-out samples.",
                 ),
                 io.String.Output(
-                    display_name="report", tooltip="What was trained on what, how it went, and what to be wary of."
+                    display_name="report", tooltip="The data, the course and the result of the training, and warnings."
                 ),
             ],
             hidden=HIDDEN,

@@ -66,7 +66,10 @@ def normal_weights(*modules: nn.Module) -> Iterator[None]:
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    """A normal tensor that shares the memory. A subclass is kept: quantized weights consist of several inner tensors."""
+    """A normal tensor that shares the memory.
+
+    A subclass is kept: quantized weights consist of several inner tensors.
+    """
     kind: Any = type(tensor)
     if hasattr(tensor, "__tensor_flatten__"):
         names, context = tensor.__tensor_flatten__()

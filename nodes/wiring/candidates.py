@@ -52,13 +52,13 @@ def require_vae_channels(vae, latents: Tensor) -> None:
     """Raise GuidanceError if the VAE decodes another number of channels than the latents (N,C,...) have."""
     if vae.latent_channels != latents.shape[1]:
         raise GuidanceError(
-            f"The connected VAE decodes {vae.latent_channels} latent channels, but the latents have {latents.shape[1]}. "
-            "Connect the VAE of the model that made them."
+            f"The connected VAE decodes {vae.latent_channels} latent channels, but the latents have "
+            f"{latents.shape[1]}. Connect the VAE of the model that made them."
         )
 
 
 def require_same_counts(counts: dict[str, int], videos: bool) -> None:
-    """Raise GuidanceError if there are not as many scores, pictures and latents. videos: whether the latents are videos."""
+    """Raise GuidanceError if the numbers of scores, pictures and latents differ. videos: whether latents are videos."""
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{count} {name}" for name, count in counts.items())
         advice = " For videos, connect the vae in place of the images." if videos and "pictures" in counts else ""

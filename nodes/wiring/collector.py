@@ -76,7 +76,7 @@ class Collector:
         return scores
 
     def require_same(self) -> None:
-        """Raise GuidanceError if the first samples would now be different: another LoRA, for example, or another colour.
+        """Raise GuidanceError if the first samples would now be different, as with another LoRA or another colour.
 
         The description of a collection cannot tell such models and rewards apart.
         """

@@ -38,8 +38,9 @@ class LatentRGB(Decoder):
 
 @torch.inference_mode(False)
 def make_decoder(choice: str, latent_format: LatentFormat, vae: comfy.sd.VAE | None) -> Decoder:
-    """The chosen decoder for a latent format. `auto`: the tiny autoencoder if its file exists, else the VAE, else latent_rgb.
+    """The chosen decoder for a latent format.
 
+    `auto` takes the tiny autoencoder if its file exists, else the VAE, else latent_rgb.
     Raises GuidanceError if the choice lacks its file or its VAE, or does not suit the model.
     """
     require_pictures(latent_format)

@@ -1,4 +1,7 @@
-"""The folders of the pack: reward models, guidance networks and collected samples. Checks the names that users choose."""
+"""The folders of the pack: reward models, guidance networks and collected samples.
+
+Checks the names that users choose.
+"""
 
 import os
 from contextlib import suppress
@@ -45,7 +48,8 @@ def reward_path(name: str | None) -> str:
     """The path of a name from `reward_names`. Raises GuidanceError if there is no such file."""
     if not name:
         raise GuidanceError(
-            f"No reward file is chosen: put one into {folder_paths.get_folder_paths(REWARDS)[0]}, press R, and choose it."
+            f"No reward file is chosen: put one into {folder_paths.get_folder_paths(REWARDS)[0]}, press R, and choose "
+            "it."
         )
     tower = name.removeprefix(f"{IMAGE_TOWERS}/")
     path = folder_paths.get_full_path(REWARDS, name) or (
@@ -101,7 +105,10 @@ def save_numbered(prefix: str, network: LoadedNetwork) -> Path:
 
 
 def free_path(prefix: str) -> Path:
-    """A path in models/guidance_networks that does not exist yet. Raises GuidanceError if the prefix is no file name."""
+    """A path in models/guidance_networks that does not exist yet.
+
+    Raises GuidanceError if the prefix is no file name.
+    """
     root = Path(folder_paths.get_folder_paths(NETWORKS)[0])
     parts = Path(prefix).parts
     short_enough = parts and max(len(part.encode(errors="replace")) for part in parts) <= LONGEST_NAME

@@ -16,9 +16,9 @@ from .scoring import prompt_remarks
 def guided_model(
     hidden, model, reward: LoadedReward | None, prompt: str, strength: float, tuning: dict
 ) -> tuple[object, Reporter | None]:
-    """A guided clone of the model, and the reporter of its steps. Without a reward or strength: the model itself, and None.
+    """A guided clone of the model, and the reporter of its steps.
 
-    tuning: the values of `tuning_inputs`.
+    Without a reward, or with strength 0: the model itself, and None. tuning: the values of `tuning_inputs`.
     """
     if reward is None or strength == 0:
         return model, None

@@ -1,4 +1,4 @@
-"""Types and widgets that several nodes share."""
+"""Link types and widgets that several nodes share."""
 
 import re
 from typing import Any
@@ -15,15 +15,16 @@ NETWORK = io.Custom("GUIDANCE_NETWORK")
 DATA = io.Custom("GUIDANCE_DATA")
 HIDDEN = [io.Hidden.unique_id]
 NO_TARGET = 100.0
-"""A score that no reward reaches."""
+"""A target that no reward reaches: it switches the target off."""
 
 
 def sampler_inputs(sampler_name: io.Input | None = None) -> list[io.Input]:
-    """What a stock KSampler asks for, but for the model."""
+    """The inputs of a stock KSampler without the model."""
     every_sampler = io.Combo.Input(
         "sampler_name",
         options=comfy.samplers.KSampler.SAMPLERS,
-        tooltip="How each step is taken, which changes look and speed. Any sampler of ComfyUI works; take the one that the model is known to like.",
+        tooltip="The sampling method, which changes look and speed. Any sampler of ComfyUI works; "
+        "choose one that is known to work well with the model.",
     )
     return [
         io.Int.Input(
@@ -32,14 +33,15 @@ def sampler_inputs(sampler_name: io.Input | None = None) -> list[io.Input]:
             min=0,
             max=2**64 - 1,
             control_after_generate=True,
-            tooltip="The seed of the noise: another one makes other pictures, the same one makes the same again.",
+            tooltip="The seed of the noise. The same seed makes the same picture again.",
         ),
         io.Int.Input(
             "steps",
             default=20,
             min=1,
             max=10000,
-            tooltip="Denoising steps: more are finer and take longer. 15 to 50; distilled models need fewer.",
+            tooltip="Denoising steps. More steps give finer pictures and take longer. 15 to 50; distilled models need "
+            "fewer.",
         ),
         io.Float.Input(
             "cfg",
@@ -48,16 +50,17 @@ def sampler_inputs(sampler_name: io.Input | None = None) -> list[io.Input]:
             max=100.0,
             step=0.1,
             round=0.01,
-            tooltip="Classifier-free guidance scale: how strictly to keep to the prompt. 3 to 8; distilled models take 1.",
+            tooltip="Classifier-free guidance scale. Higher values follow the prompt more strictly. "
+            "3 to 8; 1 for distilled models.",
         ),
         sampler_name or every_sampler,
         io.Combo.Input(
             "scheduler",
             options=comfy.samplers.KSampler.SCHEDULERS,
-            tooltip="How the noise falls from step to step, so where on the way most steps are spent. Take the one that the model is known to like.",
+            tooltip="The noise level of each step. Choose one that is known to work well with the model.",
         ),
         io.Conditioning.Input("positive", tooltip="What the pictures should show."),
-        io.Conditioning.Input("negative", tooltip="What they should not show."),
+        io.Conditioning.Input("negative", tooltip="What the pictures should not show."),
         io.Latent.Input("latent_image", tooltip="The latent to denoise."),
         io.Float.Input(
             "denoise",
@@ -65,24 +68,26 @@ def sampler_inputs(sampler_name: io.Input | None = None) -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="1 starts from noise; less keeps more of the latent. 0.3 to 1.",
+            tooltip="1 starts from pure noise; lower values keep more of the latent. 0.3 to 1.",
         ),
     ]
 
 
 def reward_inputs() -> list[io.Input]:
+    """The inputs of reward guidance that are always visible."""
     return [
         REWARD.Input(
             "reward",
             optional=True,
-            tooltip="What the pictures should follow. Unconnected, the model samples as it always does.",
+            tooltip="The reward to follow. If it is not connected, the model samples without guidance.",
         ),
         io.String.Input(
             "prompt",
             multiline=True,
             default="",
             optional=True,
-            tooltip="The prompt, for rewards that compare the picture with it. Write the same text as in the positive prompt.",
+            tooltip="The prompt, for rewards that compare the picture with it. "
+            "Write the same text as in the positive prompt.",
         ),
         io.Float.Input(
             "strength",
@@ -91,7 +96,8 @@ def reward_inputs() -> list[io.Input]:
             max=20.0,
             step=0.05,
             optional=True,
-            tooltip="How closely to follow the reward. 0 is off, 1 the reward-weighted distribution; lower it when pictures look overdone. 0.3 to 2.",
+            tooltip="How strongly to follow the reward. 0 is off, 1 samples the reward-weighted distribution. "
+            "Lower it if pictures look overdone. 0.3 to 2.",
         ),
     ]
 
@@ -100,20 +106,21 @@ def held_out_input() -> io.Input:
     return REWARD.Input(
         "held_out",
         optional=True,
-        tooltip="A second reward that is not followed but drawn beside the first. Where it falls while the first rises, the pictures only fool "
-        "the first: lower the strength.",
+        tooltip="A second reward, which is only measured and drawn in the curve. If it falls while the first rises, "
+        "the pictures exploit errors of the first reward: lower the strength.",
     )
 
 
 def scoring_inputs() -> list[io.Input]:
-    """How a reward sees estimates on the way, and what judges them beside it."""
+    """The inputs that say how a reward scores the estimates during sampling."""
     rare = dict[str, Any](advanced=True, optional=True)
     return [
         io.Combo.Input(
             "decoder",
             options=list(DECODERS),
-            tooltip="How estimates become pixels. auto: taesd if its file is in models/vae_approx, else the vae, else latent_rgb. "
-            "taesd shows pictures of 1024 pixels and more at half their size.",
+            tooltip="How estimates are decoded to pixels for the reward. auto: taesd if its file is in "
+            "models/vae_approx, else the vae, else latent_rgb. taesd decodes pictures of 1024 pixels and more at half "
+            "their size.",
             **rare,
         ),
         io.Int.Input(
@@ -121,24 +128,25 @@ def scoring_inputs() -> list[io.Input]:
             default=3,
             min=1,
             max=64,
-            tooltip="Video: how many evenly spaced frames are scored in each look. More leave less unseen, and cost as much more. 1 to 8.",
+            tooltip="Videos only: number of evenly spaced frames that are scored. More frames cover the video better; "
+            "the cost is proportional. 1 to 8.",
             **rare,
         ),
         io.Vae.Input(
             "vae",
             optional=True,
-            tooltip="The model's VAE, for the decoder 'vae', which 'auto' takes where there is no taesd.",
+            tooltip="The model's VAE, for the decoder 'vae'. 'auto' uses it if there is no taesd.",
         ),
         held_out_input(),
     ]
 
 
 def interval_inputs(what: str, ends: str) -> list[io.Input]:
-    """Where on the way something acts; `ends` says where it may well end."""
+    """The part of the sampling in which `what` acts. ends: a good range for the end."""
     common = {"min": 0.0, "max": 1.0, "step": 0.01, "advanced": True, "optional": True}
     way = "on the way from noise (0) to the picture (1)"
-    start = f"Where {what} starts, {way}. Later leaves the composition to the model. 0 to 0.3."
-    end = f"Where {what} ends, {way}. Earlier leaves the finish to the model, which keeps artefacts out. {ends}."
+    start = f"Where {what} starts, {way}. A later start leaves the composition to the model. 0 to 0.3."
+    end = f"Where {what} ends, {way}. An earlier end leaves the details to the model and avoids artefacts. {ends}."
     return [
         io.Float.Input("start_percent", default=0.0, tooltip=start, **common),
         io.Float.Input("end_percent", default=1.0, tooltip=end, **common),
@@ -146,6 +154,7 @@ def interval_inputs(what: str, ends: str) -> list[io.Input]:
 
 
 def tuning_inputs() -> list[io.Input]:
+    """The inputs of reward guidance that are rarely changed."""
     rare = dict[str, Any](advanced=True, optional=True)
     return [
         io.Float.Input(
@@ -154,14 +163,16 @@ def tuning_inputs() -> list[io.Input]:
             min=0.001,
             max=100.0,
             step=0.005,
-            tooltip="β in exp(reward/β), in units of the reward's typical spread. Lower values insist on the best pictures. 0.03 to 1.",
+            tooltip="β in exp(reward/β), in units of the reward's typical spread. Lower values prefer the best "
+            "pictures more. 0.03 to 1.",
             **rare,
         ),
         io.Combo.Input(
             "estimator",
             options=list(ESTIMATORS),
-            tooltip="shift: no additional model call. shift_two_pass: two calls a step. denoised: weakest. "
-            "jacobian: backward pass through the model, much memory, prone to artefacts.",
+            tooltip="How the reward's gradient guides the model. shift: no additional model calls. shift_two_pass: "
+            "two calls a step. denoised: weakest. jacobian: backward pass through the model, much memory, prone to "
+            "artefacts.",
             **rare,
         ),
         *interval_inputs("guidance", "0.6 to 1"),
@@ -170,8 +181,8 @@ def tuning_inputs() -> list[io.Input]:
             default=0,
             min=0,
             max=64,
-            tooltip="Points around the estimate whose gradients are averaged; each costs a look at the reward. With 4 of them, strength may be 2. "
-            "0 to 8.",
+            tooltip="Number of points around the estimate whose gradients are averaged. Each costs one evaluation of "
+            "the reward. With 4 points, strength may be 2. 0 to 8.",
             **rare,
         ),
         io.Float.Input(
@@ -180,8 +191,9 @@ def tuning_inputs() -> list[io.Input]:
             min=0.0,
             max=2.0,
             step=0.05,
-            tooltip="How far the points of smoothing lie from the estimate, in standard deviations of what the noise still leaves open. Farther is "
-            "smoother; too far, and the reward sees no pictures. 0.3 to 1.",
+            tooltip="Distance of the smoothing points from the estimate, in standard deviations of the estimate's "
+            "uncertainty. Larger values smooth more; if they are too large, the points are no realistic pictures. 0.3 "
+            "to 1.",
             **rare,
         ),
         io.Float.Input(
@@ -190,7 +202,8 @@ def tuning_inputs() -> list[io.Input]:
             min=0.0,
             max=0.95,
             step=0.05,
-            tooltip="Share of the previous reward gradient that is kept. More steadies the direction, and lags behind. 0 to 0.7.",
+            tooltip="Share of the previous reward gradient that is kept. Higher values make the direction steadier, "
+            "but slower to change. 0 to 0.7.",
             **rare,
         ),
         io.Float.Input(
@@ -199,8 +212,8 @@ def tuning_inputs() -> list[io.Input]:
             min=0.0,
             max=20.0,
             step=0.05,
-            tooltip="Largest shift of a sample, in standard deviations of its noise. Lower it when colours burn; raise it when more strength changes "
-            "nothing, but too far breaks the picture. 0.25 to 1.",
+            tooltip="Largest shift of a sample, in standard deviations of its noise. Lower it if colours are "
+            "oversaturated. Raise it if more strength has no effect; too high values break the picture. 0.25 to 1.",
             **rare,
         ),
         io.Int.Input(
@@ -208,7 +221,8 @@ def tuning_inputs() -> list[io.Input]:
             default=1,
             min=1,
             max=100,
-            tooltip="Take a new reward gradient every so many times the sampler asks the model. 1 to 4: more is faster and weaker.",
+            tooltip="Number of model calls between two new reward gradients. Higher values are faster and weaker. 1 "
+            "to 4.",
             **rare,
         ),
         *scoring_inputs(),
@@ -218,19 +232,20 @@ def tuning_inputs() -> list[io.Input]:
             min=-NO_TARGET,
             max=NO_TARGET,
             step=0.1,
-            tooltip="A score that is good enough, as the node's curve shows scores: near it, the direction that led there is kept and fades instead "
-            "of being replaced at every step; a low one weakens guidance and never stops it. 0.5 to 2, with strength 3 and momentum 0; 100 is "
-            "never content.",
+            tooltip="A score that is good enough, in the units of the node's curve. Near it, the previous shift is "
+            "kept and decays with the noise, instead of being replaced at every step. A low target weakens guidance "
+            "but never stops it. 0.5 to 2, with strength 3 and momentum 0; 100 is off.",
             **rare,
         ),
     ]
 
 
-GUIDES, TILTS = "4 about a quarter of it; 0.5 to 5", "and more guesses; 0.5 to 2"
+GUIDES, TILTS = "4 about a quarter of it; 0.5 to 5", "higher values extrapolate; 0.5 to 2"
+"""The end of the tooltip of `strength`, for networks that guide data or tilt noise."""
 
 
 def strength_input(beyond: str = GUIDES) -> io.Input:
-    """`beyond`: what a strength above 1 does, and a good range."""
+    """The strength of a network. beyond: the effect of a strength above 1, and a good range."""
     return io.Float.Input(
         "strength",
         default=1.0,
@@ -238,7 +253,7 @@ def strength_input(beyond: str = GUIDES) -> io.Input:
         max=20.0,
         step=0.05,
         optional=True,
-        tooltip=f"How closely to follow what the network learned. 0 is off, 1 the temperature it was trained at, {beyond}.",
+        tooltip=f"How strongly to follow the network. 0 is off, 1 the temperature that it was trained at, {beyond}.",
     )
 
 
@@ -249,7 +264,8 @@ def noise_steps_input(name: str = "noise_steps", **options) -> io.Input:
         min=1,
         max=1000,
         optional=True,
-        tooltip="For networks that tilt noise: calls of the small network before the model is asked. More are more exact; 4 to 16.",
+        tooltip="For networks that tilt noise: calls of the network before the model call. More calls are more exact. "
+        "4 to 16.",
         **options,
     )
 

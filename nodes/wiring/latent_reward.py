@@ -73,8 +73,8 @@ class LatentReward:
             )
         if not pixels.isfinite().all():
             raise GuidanceError(
-                f"The decoder {self.decoder.name} made pixels that are not finite numbers: its file is damaged, "
-                "or its precision is too low. Replace the file, choose another decoder, or start ComfyUI with --fp32-vae."
+                f"The decoder {self.decoder.name} made pixels that are not finite numbers: its file is damaged, or its "
+                "precision is too low. Replace the file, choose another decoder, or start ComfyUI with --fp32-vae."
             )
 
     def frames_of(self, latents: Tensor) -> Tensor:

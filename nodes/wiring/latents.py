@@ -67,7 +67,10 @@ def join_numbers(latents: list[dict]) -> dict:
 
 
 def join_masks(latents: list[dict]) -> Tensor:
-    """A mask for every sample (N,...), of ones where a LATENT has none. Masks of different sizes get the latents' size."""
+    """A mask for every sample (N,...), of ones where a LATENT has none.
+
+    Masks of different sizes get the latents' size.
+    """
     masks = [mask_rows(latent) for latent in latents if "noise_mask" in latent]
     if len({mask.shape[1:] for mask in masks}) > 1:
         size = max(mask.shape[1] for mask in masks), *latents[0]["samples"].shape[2:]

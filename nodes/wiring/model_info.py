@@ -37,7 +37,7 @@ NOMINAL = 64
 
 
 def base_of(model: comfy.model_patcher.ModelPatcher, target: str = "data", shape: Sequence[int] = ()) -> Base:
-    """The base that samples of a model belong to. shape: of a latent (C,...); the scale of the noise may depend on it."""
+    """The base that samples of a model belong to. shape: (C,...) of a latent; the noise scale may depend on it."""
     latents = model.get_model_object("latent_format")
     size = (1,) * (latents.latent_dimensions - 2) + (NOMINAL, NOMINAL)
     process = process_of(model.get_model_object("model_sampling"), (1, *(shape or (latents.latent_channels, *size))))
@@ -55,7 +55,7 @@ def name_of(model: comfy.model_patcher.ModelPatcher) -> str:
 
 
 def require_unguided(model: comfy.model_patcher.ModelPatcher) -> None:
-    """Raise GuidanceError for a model with Reward Guidance: it keeps state between steps, so single calls are undefined."""
+    """Raise GuidanceError for a model with Reward Guidance, whose predictions depend on earlier steps."""
     if any(key.startswith(GRADIENT_KEY) for key in model.wrappers.get(WrappersMP.PREDICT_NOISE, {})):
         raise GuidanceError("Samples are collected from the model itself: connect it before Reward Guidance.")
 

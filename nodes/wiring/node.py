@@ -15,8 +15,8 @@ def prepares_inputs(node: T) -> T:
     """Class decorator: before `execute`, fill in the defaults of the schema and check numbers and texts against it.
 
     Prompts that were saved before an optional widget existed lack its value; they get the default.
-    ComfyUI lists optional inputs after the required ones, and saved workflows keep the values of widgets by their order.
-    So no required widget may follow an optional one.
+    ComfyUI lists optional inputs after the required ones, and saved workflows keep the values of widgets by their
+    order. So no required widget may follow an optional one.
 
     ComfyUI checks the limits of widgets, but NaN passes, and it does not check values that come over a link.
 

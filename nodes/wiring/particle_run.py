@@ -29,14 +29,16 @@ SAMPLERS = (
     "ddpm",
     "lcm",
 )
-"""Samplers that can sample particles. They add noise in every step, so that copies become different. They keep no state
-from earlier steps, so that a run can be cut into segments. The intervals they draw noise for do not overlap, as those of
-dpmpp_sde do."""
+"""Samplers that can sample particles.
+
+They add noise in every step, so that copies become different. They keep no state from earlier steps, so that a run can
+be cut into segments. They draw noise for intervals that do not overlap; those of dpmpp_sde do.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParticleStep(NodeStep):
-    """One resampling: the rewards of the particles and their effective number (ESS) before it, and how many survive it."""
+    """One resampling: rewards and effective number (ESS) of the particles before it, and how many survive it."""
 
     sigma: float
     survivors: int
@@ -60,11 +62,11 @@ class FirstPredictionKnown:
 
 @dataclass
 class ParticleSampler:
-    """A sampler function for KSAMPLER that runs a stochastic sampler in segments and resamples the particles between them.
+    """A sampler function for KSAMPLER that runs a stochastic sampler in segments and resamples particles between them.
 
-    At the start of a segment it calls the model, evaluates the rewards of the predictions, and resamples predictions and
-    states together. The segment reuses the prediction, so resampling costs no model call. A single particle is sampled
-    by the stochastic sampler unchanged.
+    At the start of a segment it calls the model, evaluates the rewards of the predictions, and resamples predictions
+    and states together. The segment reuses the prediction, so resampling costs no model call. A single particle is
+    sampled by the stochastic sampler unchanged.
     """
 
     function: Callable[..., Tensor]
@@ -111,7 +113,7 @@ class ParticleSampler:
         return x
 
     def resample(self, denoised: Tensor, sigmas: Tensor, step: int, *others: Tensor) -> tuple[Tensor, ...]:
-        """Evaluate the rewards of denoised latents (N,...) and resample them, and the other tensors (N,...) with them."""
+        """Evaluate the rewards of denoised latents (N,...), and resample them with the other tensors (N,...)."""
         steps = len(sigmas) - 1
         rewards = self.score(denoised).cpu()
         chosen = self.population.resample(rewards, final=step == steps)
@@ -194,7 +196,10 @@ class ParticleRun:
     def __call__(
         self, latent: dict, seeds: list[int], callback: Callback, on_step: Callable[[ParticleStep], None]
     ) -> tuple[Tensor, list[float]]:
-        """The best particles of one latent (M,...) and their standardized rewards. Each starts from the noise of its seed."""
+        """The best particles of one latent (M,...) and their standardized rewards.
+
+        Each starts from the noise of its seed.
+        """
         population = Population(len(seeds), self.temperature, generator(seeds[0]), self.resample_below)
         sampler = comfy.samplers.sampler_object(self.sampling.sampler_name)
         particles = ParticleSampler(

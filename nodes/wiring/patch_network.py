@@ -96,16 +96,17 @@ class NetworkGuidance(SamplerHooks):
 def tilt_noise(
     loaded: LoadedNetwork, noise: Tensor, conditioning: list, steps: int, strength: float, mask: Tensor | None = None
 ) -> Tensor:
-    """Noise (B,...) -> noise from which a one-step generator makes pictures with a higher reward. Keeps device and dtype.
+    """Noise (B,...) -> noise from which a one-step generator makes pictures with a higher reward.
 
-    steps: calls of the network. mask: the noise mask of a LATENT; the noise stays unchanged where it keeps the latent.
+    Device and dtype stay the same. steps: calls of the network. mask: the noise mask of a LATENT; where it keeps the
+    latent, the noise stays unchanged.
     Raises GuidanceError if the network was trained for another kind of model or for data.
     """
     loaded.require("noise", "Apply Guidance Network")
     if noise.shape[1] != loaded.card.base.channels:
         raise GuidanceError(
-            f"This guidance network was made for {loaded.card.base.model} with {loaded.card.base.channels} latent channels, "
-            f"not {noise.shape[1]}."
+            f"This guidance network was made for {loaded.card.base.model} with {loaded.card.base.channels} latent "
+            f"channels, not {noise.shape[1]}."
         )
     if strength == 0:
         return noise

@@ -100,8 +100,8 @@ class RewardGuidance(SamplerHooks):
         super().warn(run)
         if not trains_elsewhere() and (run is None or not run.estimator.tilt.used):
             logging.warning(
-                f"Reward guidance changed nothing: this sampling has too few steps from {self.start:g} to {self.end:g} of "
-                "the way from noise. The first of them only finds the direction, and with a denoise below 1 the "
+                f"Reward guidance changed nothing: this sampling has too few steps from {self.start:g} to {self.end:g} "
+                "of the way from noise. The first of them only finds the direction, and with a denoise below 1 the "
                 "sampling begins later on the way."
             )
 
@@ -181,7 +181,7 @@ def common_sigma(timestep: Tensor) -> float:
 
 
 def require_one_call(estimator: str, transformer_options: dict) -> None:
-    """Raise GuidanceError if the estimator needs repeated or differentiable calls, and the model keeps state between calls.
+    """Raise GuidanceError if the model keeps state between calls and the estimator repeats or differentiates them.
 
     Causal Wan is such a model: it keeps the frames of earlier calls.
     """

@@ -28,8 +28,9 @@ def prompt_lines(text: str) -> tuple[str, ...]:
 def plain(prompt: str) -> str:
     """The prompt without weights, escapes, comments, LoRAs, BREAK and names of embeddings. Other text is unchanged.
 
-    ComfyUI's parser reads weights and escapes. A choice {a|b} is replaced by its first option: the page picks one for the
-    positive prompt at random, and which one is not known here. Raises GuidanceError if parentheses are nested too deeply.
+    ComfyUI's parser reads weights and escapes. A choice {a|b} is replaced by its first option: the page picks one at
+    random for the positive prompt, and which one is not known here. Raises GuidanceError if parentheses are nested too
+    deeply.
     """
     text = BREAK.sub(" ", NETWORK.sub(" ", first_choices(prompt)))
     try:

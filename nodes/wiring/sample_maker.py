@@ -105,7 +105,7 @@ class SampleMaker:
 
 
 def describe(maker: SampleMaker, target: str, levels: int, seed: int) -> Description:
-    """The description of a collection of this maker's samples. target: "data" or "noise"; levels: noise levels a sample."""
+    """The description of a collection. target: "data" or "noise"; levels: noise levels per sample."""
     shape = tuple(maker.start().shape[1:])
     parts = weighted_parts(maker.reward.reward)
     return Description(
@@ -160,7 +160,10 @@ def stackable(conditionings: Sequence[list], most: int) -> Iterator[list[int]]:
 
 
 def stacking_key(conditioning: list) -> tuple | None:
-    """Conditionings with equal keys can be stacked. None: it holds more than tensors of one row, and cannot be stacked."""
+    """Conditionings with equal keys can be stacked.
+
+    None: it holds more than tensors of one row, and cannot be stacked.
+    """
     parts = {"": conditioning[0][0], **conditioning[0][1]}
     if len(conditioning) > 1 or not all(
         isinstance(part, Tensor) and part.ndim and len(part) == 1 for part in parts.values()
@@ -204,7 +207,10 @@ CACHED_PROMPTS = 256
 
 
 def encoder(clip) -> Callable[[str], list]:
-    """The function from a prompt to its CONDITIONING, with a cache. Raises GuidanceError if there is no text encoder."""
+    """The function from a prompt to its CONDITIONING, with a cache.
+
+    Raises GuidanceError if there is no text encoder.
+    """
     if clip is None:
         raise GuidanceError(
             "There is no text encoder: the checkpoint holds none. Load one with a CLIP loader and connect it."

@@ -57,7 +57,10 @@ class Sampling:
         return [(sampling, select_samples(latent, [i])) for i, sampling in enumerate(samplings)]
 
     def __call__(self, latent: dict, seeds: Sequence[int], callback: Callback) -> Tensor:
-        """Samples (N,...) of one latent, one for each seed. A single seed gives the result of a stock KSampler, bit for bit."""
+        """Samples (N,...) of one latent, one for each seed.
+
+        A single seed gives the result of a stock KSampler, bit for bit.
+        """
         sampler = comfy.samplers.sampler_object(self.sampler_name)
         if len(seeds) > 1:
             sampler.extra_options = sampler.extra_options | self.noise_of_each(
@@ -96,7 +99,7 @@ class Sampling:
         ).sigmas
 
     def noise_of_each(self, function: Callable, start: Tensor, seeds: Sequence[int]) -> dict:
-        """Options for a stochastic sampler: it then draws for each sample the noise that it draws for that sample alone."""
+        """Options that make a stochastic sampler draw the same noise for a sample in a batch as for it alone."""
         sigmas = self.sigmas()
         if "noise_sampler" not in inspect.signature(function).parameters or len(sigmas) == 0:
             return {}

@@ -86,14 +86,15 @@ log = logging.getLogger(__name__)
 def decode(vae, latents: Tensor) -> Tensor:
     """Latents (N,...) -> images (N,T,H,W,C) as VAE Decode gives them; T is 1 except for videos.
 
-    The result is always the same, also for a VAE that adds noise, such as LTXV's. Raises GuidanceError if the VAE decodes
-    neither images nor videos.
+    The result is always the same, also for a VAE that adds noise, such as LTXV's. Raises GuidanceError if the VAE
+    decodes neither images nor videos.
     """
     parts = decodable_parts(getattr(vae, "first_stage_model", None), latents)
     images = torch.cat([_decode_part(vae, part) for part in parts])
     if images.ndim not in (4, 5):
         raise GuidanceError(
-            "Rewards score pictures and videos, and the connected VAE makes neither. Connect the VAE of a model that does."
+            "Rewards score pictures and videos, and the connected VAE makes neither. Connect the VAE of a model that "
+            "does."
         )
     return images if images.ndim == 5 else images.unsqueeze(1)
 

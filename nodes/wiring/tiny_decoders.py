@@ -1,4 +1,4 @@
-"""Tiny autoencoders from models/vae_approx: decode at a fraction of the VAE's cost, and large pictures at a reduced size."""
+"""Decodes latents by tiny autoencoders from models/vae_approx, and large pictures at a reduced size."""
 
 import copy
 import os
@@ -59,7 +59,10 @@ class TAESD(Decoder):
 
 
 def _picture_taesd(path: str, channels: int) -> tuple[nn.ModuleList, int]:
-    """A decoder for each size, the full size first, and the upscaling of the full size. Precision: ComfyUI's for VAEs."""
+    """A decoder for each size, the full size first, and the upscaling of the full size.
+
+    Precision: ComfyUI's for VAEs.
+    """
     dtype = comfy.model_management.vae_dtype(comfy.model_management.get_torch_device(), [torch.bfloat16, torch.float32])
     tiny = comfy.taesd.taesd.TAESD(None, path, channels)
     del tiny.taesd_encoder
@@ -89,8 +92,8 @@ def coarser(tiny: comfy.taesd.taesd.TAESD, halvings: int) -> nn.Module:
 def halved(kernel: Tensor, times: int) -> Tensor:
     """3x3 kernels (O,I,3,3) for a picture whose size is halved `times` times.
 
-    An upsampling repeats each value of a row, so a kernel (a, b, c) after it gives two outputs for each value. Their mean
-    is the output of (a/2, a/2 + b + c/2, c/2) without the upsampling. Exact up to the next ReLU.
+    An upsampling repeats each value of a row, so a kernel (a, b, c) after it gives two outputs for each value. Their
+    mean is the output of (a/2, a/2 + b + c/2, c/2) without the upsampling. Exact up to the next ReLU.
     """
     fold = torch.tensor([[0.5, 0, 0], [0.5, 1, 0.5], [0, 0, 0.5]]).to(kernel).matrix_power(times)
     return fold @ kernel @ fold.T
@@ -107,8 +110,8 @@ class TinyVideo(FullVAE):
             raise ValueError("not a tiny autoencoder of videos")
         hunyuan = comfy.latent_formats.HunyuanVideo
         if latent_format.latent_channels == hunyuan.latent_channels:
-            # HunyuanVideo's file takes latents in the model's scale. It has the layout of Wan's file, and ComfyUI tells the
-            # two apart by the precision float16 alone. The model's latent format is the safer sign.
+            # HunyuanVideo's file takes latents in the model's scale. It has the layout of Wan's file, and ComfyUI tells
+            # the two apart by the precision float16 alone. The model's latent format is the safer sign.
             self.module.process_in = hunyuan().process_in if isinstance(latent_format, hunyuan) else _unchanged
 
 
@@ -123,8 +126,8 @@ def tiny_decoder(latent_format: LatentFormat, path: str) -> Decoder:
     except Exception as error:
         pass_out_of_memory(error, f"loading {os.path.basename(path)}")
         raise GuidanceError(
-            f"{os.path.basename(path)} is not a tiny autoencoder for this model's {latent_format.latent_channels} latent "
-            "channels. Replace the file in models/vae_approx, or choose another decoder."
+            f"{os.path.basename(path)} is not a tiny autoencoder for this model's {latent_format.latent_channels} "
+            "latent channels. Replace the file in models/vae_approx, or choose another decoder."
         ) from error
 
 

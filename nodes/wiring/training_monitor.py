@@ -83,7 +83,10 @@ class TrainingMonitor:
         return self.preview(self.fitting)
 
     def report(self, progress: Progress, loss: float, preview: Preview | None) -> bool:
-        """Report a step, or skip it in a long training. Returns whether it was reported. loss: the mean since the last report."""
+        """Report a step, or skip it in a long training.
+
+        Returns whether it was reported. loss: the mean since the last report.
+        """
         steps, effective = self.fitting.training.task.plan.steps, self.fitting.health.effective
         check = {} if progress.check is None else {"loss/held-out": [progress.check]}
         rewards = {} if preview is None else {"reward": preview.rewards}
@@ -120,7 +123,10 @@ def first_samples_preview(data: GuidanceData) -> Callable[[Fitting], Preview]:
 
 
 def score_or_nan(maker: SampleMaker, clip: Tensor, prompt: str) -> Tensor:
-    """Raw scores (R,), or NaN if a reward cannot score the clip. An early network may make such clips; the training continues."""
+    """Raw scores (R,), or NaN if a reward cannot score the clip.
+
+    An early network may make such clips; the training continues.
+    """
     try:
         return maker.score(clip, prompt)
     except RewardError as error:

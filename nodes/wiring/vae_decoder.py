@@ -124,7 +124,10 @@ def checkpointed(module: nn.Module) -> nn.Module:
 
 
 def decodable_parts(module: nn.Module | None, latents: Tensor) -> tuple[Tensor, ...]:
-    """Split latents (N,...) into parts that a VAE can decode: LTXV's with timestep conditioning takes one video at a time."""
+    """Split latents (N,...) into parts that a VAE decodes at once.
+
+    LTXV's VAE with timestep conditioning decodes one video at a time.
+    """
     return latents.split(1 if getattr(module, "timestep_conditioning", False) else max(1, len(latents)))
 
 
@@ -148,7 +151,7 @@ def fixed_random_state(device: torch.device) -> Iterator[None]:
 
 
 def require_matching_vae(vae: comfy.sd.VAE, latent_format: LatentFormat) -> None:
-    """Raise GuidanceError if the VAE decodes other latents than the model's, or the model makes no pictures or videos."""
+    """Raise GuidanceError if the VAE does not fit the model, or if the model makes no pictures or videos."""
     require_pictures(latent_format)
     vae.throw_exception_if_invalid()
     channels = for_vae(latent_format, torch.zeros(1, latent_channels(latent_format), 2, 2)).shape[1]

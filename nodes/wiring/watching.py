@@ -7,7 +7,10 @@ Identity = tuple[int, ...] | None
 
 
 def identity(file: Path) -> Identity:
-    """A value that changes when the file is rewritten or replaced, even with the same size and time. None: no such file."""
+    """A value that changes when the file is rewritten or replaced, even with the same size and time.
+
+    None: no such file.
+    """
     try:
         found = file.stat()
     except OSError:
