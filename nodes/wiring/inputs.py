@@ -221,8 +221,8 @@ def tuning_inputs() -> list[io.Input]:
             default=1,
             min=1,
             max=100,
-            tooltip="Number of model calls between two new reward gradients. Higher values are faster and weaker. 1 "
-            "to 4.",
+            tooltip="A new reward gradient is computed once in so many model calls. Higher values are faster and "
+            "weaker. 1 to 4.",
             **rare,
         ),
         *scoring_inputs(),
