@@ -176,6 +176,26 @@ def tuning_inputs() -> list[io.Input]:
             **rare,
         ),
         *interval_inputs("guidance", "0.6 to 1"),
+        *gradient_inputs(),
+        *scoring_inputs(),
+        io.Float.Input(
+            "target",
+            default=NO_TARGET,
+            min=-NO_TARGET,
+            max=NO_TARGET,
+            step=0.1,
+            tooltip="A score that is good enough, in the units of the node's curve. Near it, the previous shift is "
+            "kept and decays with the noise, instead of being replaced at every step. A low target weakens guidance "
+            "but never stops it. 0.5 to 2, with strength 3 and momentum 0; 100 is off.",
+            **rare,
+        ),
+    ]
+
+
+def gradient_inputs() -> list[io.Input]:
+    """How the gradient of the reward is computed and limited."""
+    rare = dict[str, Any](advanced=True, optional=True)
+    return [
         io.Int.Input(
             "smoothing",
             default=0,
@@ -223,18 +243,6 @@ def tuning_inputs() -> list[io.Input]:
             max=100,
             tooltip="A new reward gradient is computed once in so many model calls. Higher values are faster and "
             "weaker. 1 to 4.",
-            **rare,
-        ),
-        *scoring_inputs(),
-        io.Float.Input(
-            "target",
-            default=NO_TARGET,
-            min=-NO_TARGET,
-            max=NO_TARGET,
-            step=0.1,
-            tooltip="A score that is good enough, in the units of the node's curve. Near it, the previous shift is "
-            "kept and decays with the noise, instead of being replaced at every step. A low target weakens guidance "
-            "but never stops it. 0.5 to 2, with strength 3 and momentum 0; 100 is off.",
             **rare,
         ),
     ]

@@ -12,9 +12,9 @@ from torch import Tensor
 from ...guidance.errors import GuidanceError
 from ...guidance.rewards import Reward, RewardError, evaluate, evaluate_unchecked, require_prompt
 from .autograd import GradientPatcher, differentiable_model, manage, normal_weights
-from .decoders import Decoder
 from .loaded import LoadedReward
 from .prompts import plain
+from .vae_decoder import Decoder
 
 
 class LatentReward:
@@ -43,9 +43,9 @@ class LatentReward:
                 "Use it to choose among pictures, or guide by another reward."
             )
         # An estimator that takes the gradient checks at the end of its step that all values are finite.
-        return self.evaluate(latents, [self.prompt], evaluate_unchecked if latents.requires_grad else evaluate)
+        return self.for_prompts(latents, [self.prompt], evaluate_unchecked if latents.requires_grad else evaluate)
 
-    def evaluate(
+    def for_prompts(
         self, latents: Tensor, prompts: Sequence[str], by: Callable[[Reward, Tensor, Sequence[str]], Tensor] = evaluate
     ) -> Tensor:
         """Standardized rewards (B,) with one prompt for all samples, or with one for each."""

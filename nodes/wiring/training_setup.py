@@ -56,7 +56,7 @@ def training_functions(data: GuidanceData, plan: Plan, weights: Sequence[float])
             texts = [description.prompts[prompt] for prompt in prompts]
 
             def score_part(values: Tensor, part: slice) -> Tensor:
-                return reward.evaluate(make(values, prompts[part]), texts[part])
+                return reward.for_prompts(make(values, prompts[part]), texts[part])
 
             return in_parts(score_part, latents, maker.batch)
 

@@ -362,7 +362,7 @@ def test_what_is_selected_by_is_the_same_each_time():
 
 def test_sound_is_not_selected_by():
     its_own = SimpleNamespace(decode=lambda latents: torch.zeros(len(latents), 4096, 2))
-    with pytest.raises(GuidanceError, match="makes neither pictures nor videos"):
+    with pytest.raises(GuidanceError, match="the connected VAE makes neither"):
         scoring.decode(its_own, torch.zeros(2, 8, 16, 4))
 
 

@@ -607,7 +607,7 @@ def test_pictures_that_are_not_alike(refused):
     ):
         refused(
             selecting(lambda graph, other=other: build(graph, other)),
-            f"different sizes or channels cannot be chosen among: {found}",
+            f"different sizes or channels cannot be compared: {found}",
         )
 
 
@@ -658,7 +658,7 @@ def test_frames_beside_the_latents_of_videos(refused):
 
     refused(
         selecting(build),
-        "3 pictures, 2 latents; it needs one of each for every candidate. Of videos, connect the vae in place of the images",
+        "3 pictures, 2 latents; it needs one of each for every candidate. For videos, connect the vae in place of the images",
     )
 
 
@@ -683,7 +683,7 @@ def test_an_output_without_an_input(refused):
         "class_type": "SaveLatent",
         "inputs": {"samples": ["select", 1], "filename_prefix": "latents/kept"},
     }
-    refused(prompt, "Select Best has no latents to give")
+    refused(prompt, "Select Best has no output latents")
 
 
 def test_a_threshold_that_none_reaches(refused):

@@ -344,7 +344,7 @@ def test_an_interrupted_collection_keeps_whole_shards_and_goes_on(bench, data_fo
     assert stopped.error == "interrupted"
     assert stopped.of("text")[-1] == {
         "node": "collect",
-        "text": f"{SHARD} of {LONG} samples are on disk; queue again to go on",
+        "text": f"{SHARD} of {LONG} samples are on disk; queue again to continue",
     }
     assert [path.name for path in data_folder("stopped").glob("shard-*")] == ["shard-00000.safetensors"]
     written = (data_folder("stopped") / "shard-00000.safetensors").stat().st_mtime_ns
@@ -690,11 +690,11 @@ SAME_NAMES = {
     ),
     "another picture": ({"reward": likeness(0xFF0000)}, {"reward": likeness(0x0000FF)}, "settings was colour likeness"),
     "another decoder": ({}, {"build": decoded_by(OTHER)}, "the score of sample"),
-    "another LoRA": ({"build": lora(LORA)}, {"build": lora(OTHER)}, "answers otherwise, by"),
+    "another LoRA": ({"build": lora(LORA)}, {"build": lora(OTHER)}, "predictions differ by"),
     "other noise levels": (
         {"build": between("ModelSamplingFlux", max_shift=1.15, base_shift=0.5, width=64, height=64)},
         {"build": between("ModelSamplingFlux", max_shift=4.0, base_shift=0.5, width=64, height=64)},
-        "the model's noise levels are not what they were",
+        "the model's noise levels have changed",
     ),
 }
 
@@ -973,7 +973,7 @@ def test_damaged_networks(refused, networks, network_folder, content, words):
 def test_a_gradient_through_a_generator_of_several_steps(refused):
     data = lambda graph: collected(graph, "flux", "two_steps", target="noise", steps=2)  # noqa: E731
     prompt = prompt_of_training("two_steps", build=data, objective="reward_gradient")
-    refused(prompt, "goes through one call of the model, and these samples were made with 2")
+    refused(prompt, "takes the gradient through one model call, and these samples were made with 2")
 
 
 def test_samples_of_a_model_that_reward_guidance_patched(refused):
