@@ -20,7 +20,7 @@ import folder_paths
 import torch
 from reward_guidance.guidance.errors import GuidanceError
 from reward_guidance.guidance.rewards import ImageStatistic, evaluate, load_reward
-from reward_guidance.nodes.wiring import decoders, scoring, vae_decoder
+from reward_guidance.nodes.wiring import decoders, scoring, tiny_decoders, vae_decoder
 from reward_guidance.nodes.wiring.autograd import gradients
 from reward_guidance.nodes.wiring.decoders import make_decoder
 from reward_guidance.nodes.wiring.latent_reward import LatentReward
@@ -113,7 +113,7 @@ def test_halved_kernels_make_the_mean_of_what_the_whole_ones_make(times):
 
 @pytest.mark.parametrize("halvings", [1, 2])
 def test_gradients_through_a_coarser_decoder_are_those_of_finite_differences(standins, monkeypatch, halvings):
-    monkeypatch.setattr(decoders, "SHORTEST", 32 >> halvings)
+    monkeypatch.setattr(tiny_decoders, "SHORTEST", 32 >> halvings)
     decoder = make_decoder("taesd", comfy.latent_formats.SD15(), None)
     assert decode(decoder, latents(comfy.latent_formats.SD15())).shape == (2, 3, 32 >> halvings, 32 >> halvings)
     check_gradient(decoder, latents(comfy.latent_formats.SD15()))
@@ -136,7 +136,7 @@ def test_a_reward_that_sees_half_of_a_coarser_picture_leads_where_the_whole_pict
     )
     whole, coarse = [], []
     for shortest, into in ((256, whole), (128, coarse)):
-        monkeypatch.setattr(decoders, "SHORTEST", shortest)
+        monkeypatch.setattr(tiny_decoders, "SHORTEST", shortest)
         with torch.enable_grad():
             variable = point.clone().requires_grad_()
             pixels = decoder.pixels(variable)
@@ -310,7 +310,7 @@ def some_latents(latent_format, count=2, frames=3, size=(2, 3)):
 
 def frames_of(latents):
     """(N,C,H,W), as the reward sees a video."""
-    return LatentReward(LoadedReward(ImageStatistic("brightness")), SimpleNamespace(modules=()), "").pictures(latents)
+    return LatentReward(LoadedReward(ImageStatistic("brightness")), SimpleNamespace(modules=()), "").frames_of(latents)
 
 
 @torch.inference_mode()
@@ -471,7 +471,7 @@ def test_a_picture_is_halved_by_its_own_size(tiny_files, monkeypatch):
         127: 1,
         128: 2,
     }
-    monkeypatch.setattr(decoders, "SHORTEST", 32)
+    monkeypatch.setattr(tiny_decoders, "SHORTEST", 32)
     assert decode(decoder, torch.randn(1, 128, 4, 4)).shape == (1, 3, 32, 32)
 
 
@@ -495,7 +495,7 @@ class ClearDecoder(comfy.taesd.taesd.Decoder):
 @pytest.mark.parametrize(("architecture", "upscale", "halvings"), [(ShuffledDecoder, 16, 0), (ClearDecoder, 8, 1)])
 def test_a_tiny_autoencoder_of_another_architecture(tmp_path, monkeypatch, architecture, upscale, halvings):
     monkeypatch.setattr(comfy.taesd.taesd, "Decoder", architecture)
-    monkeypatch.setattr(decoders, "SHORTEST", 8)
+    monkeypatch.setattr(tiny_decoders, "SHORTEST", 8)
     stock = architecture(16)
     numbers = weights(stock)
     stock.load_state_dict(numbers)
@@ -545,6 +545,6 @@ def test_a_decoder_that_is_broken_is_named(tiny_files, choice):
         with pytest.raises(GuidanceError, match=f"The decoder {choice} made pixels that are not finite numbers"):
             reward(point)
         with pytest.raises(GuidanceError, match=f"The decoder {choice} made pixels that are not finite numbers"):
-            reward.score(point, ["", ""])
+            reward.for_prompts(point, ["", ""])
         with pytest.raises(GuidanceError, match="The model's estimate is not a finite number"):
             reward(point * torch.nan)
