@@ -219,9 +219,13 @@ def together(model, latent, seeds, positive=CONDITION):
 def test_every_sample_keeps_its_own_mask(shape, mask):
     model, latent = masked(shape, mask)
     expected, run = together(model, latent, [5, 6]), sampling(model, "euler")
-    alone = [own(one, [seed], ignore) for (own, one), seed in zip(run.each(fit_latent(model, latent)), [5, 6], strict=True)]
+    alone = [
+        own(one, [seed], ignore) for (own, one), seed in zip(run.each(fit_latent(model, latent)), [5, 6], strict=True)
+    ]
     assert (torch.cat(alone) - expected).abs().max() < 1e-5
-    assert (torch.cat([run(select_samples(latent, [i]), [5 + i], ignore) for i in range(2)]) - expected).abs().max() < 1e-5
+    assert (
+        torch.cat([run(select_samples(latent, [i]), [5 + i], ignore) for i in range(2)]) - expected
+    ).abs().max() < 1e-5
     twins = torch.cat(
         [
             own(one, [seed, seed], ignore)[1:]
@@ -249,7 +253,9 @@ def test_a_batch_of_pictures_for_a_model_of_videos():
     latent["samples"] = latent["samples"].squeeze(2)
     expected = together(model, latent | {"samples": latent["samples"].unsqueeze(2)}, [5, 6])
     run = sampling(model, "euler")
-    alone = [own(one, [seed], ignore) for (own, one), seed in zip(run.each(fit_latent(model, latent)), [5, 6], strict=True)]
+    alone = [
+        own(one, [seed], ignore) for (own, one), seed in zip(run.each(fit_latent(model, latent)), [5, 6], strict=True)
+    ]
     assert (torch.cat(alone) - expected).abs().max() < 1e-5
 
 
