@@ -58,7 +58,7 @@ def training_functions(data: GuidanceData, plan: Plan, weights: Sequence[float])
             def score_part(values: Tensor, part: slice) -> Tensor:
                 return reward.for_prompts(make(values, prompts[part]), texts[part])
 
-            return in_parts(score_part, latents, maker.batch)
+            return in_chunks(score_part, latents, maker.batch)
 
         functions["reward"] = score
     if functions:
