@@ -1,6 +1,7 @@
 """Tabs on every frontend and renderer. Without a browser these tests are skipped, but never on GitHub."""
 
 import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -9,13 +10,15 @@ from reward_guidance.tests.harness.client import Client
 from xdist.scheduler import LoadScopeScheduling
 
 FRONTENDS = ["pinned", "newest"]
+KEEP_RESULTS = ["--cache-lru", "200"]
+"""A prompt that both renderers send alike runs once, and one that they send otherwise runs again."""
 
 
 class EachFrontend(LoadScopeScheduling):
     """Leaves a frontend's tests to one process, which has a ComfyUI and a browser of its own."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return next(frontend for frontend in FRONTENDS if frontend in nodeid)
+        return next((frontend for frontend in FRONTENDS if frontend in nodeid), FRONTENDS[0])
 
 
 def pytest_xdist_make_scheduler(config, log) -> EachFrontend:
@@ -47,8 +50,9 @@ def frontend(request) -> str:
 def server(frontend) -> Iterator[comfy.Server]:
     base = environment.cache() / "work" / f"browser-{frontend}"
     models.link_every(base / "models")
-    options = [] if frontend == "pinned" else ["--front-end-root", str(needed(browser.newest_frontend))]
-    with comfy.serve(base, options, variables={"OMP_NUM_THREADS": "1"}) as running:
+    shutil.rmtree(base / "output", ignore_errors=True)
+    pages = [] if frontend == "pinned" else ["--front-end-root", str(needed(browser.newest_frontend))]
+    with comfy.serve(base, [*pages, *KEEP_RESULTS], variables={"OMP_NUM_THREADS": "1"}) as running:
         yield running
 
 

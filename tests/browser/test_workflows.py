@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import shutil
 
 import pytest
 from reward_guidance.tests.browser.curve import TRAINER, legend, shades, steps_of
@@ -16,6 +15,8 @@ WORKFLOWS = sorted((CHECKOUT / "workflows").glob("*.json"), key=lambda path: ("_
 """What samples with a network comes after what trains it."""
 
 BATCH = SMALL["batch_size"]
+SEED = 7
+"""The same on every renderer, so that the server runs again only what a renderer sends otherwise, and what draws a curve."""
 SAVED = {
     "diffusion_guidance_sdxl": BATCH,
     "everything_combined_flux": BATCH,
@@ -74,11 +75,6 @@ SURROUND = """chosen => {
 """Joins the one node on the canvas to whatever gives what it takes, and its pictures to a saver."""
 
 
-@pytest.fixture(autouse=True)
-def new_samples(server):
-    shutil.rmtree(server.base / "output" / "guidance_data", ignore_errors=True)
-
-
 def pictures(client):
     """Of the last run."""
     (run,) = client.get("/history?max_items=1").values()
@@ -99,7 +95,8 @@ def test_shipped_workflow(tab, client, path):
     tab.photograph(path.stem)
     assert tab.overlaps() == []
     tab.run(STAND_IN, [CHECKPOINTS, TEXT_TYPES, TEXT_ENCODER])
-    tab.change(**SMALL, seed=random.getrandbits(32))
+    tab.change(**SMALL, seed=SEED)
+    tab.change(TRAINER, seed=random.getrandbits(32))
     tab.queue()
     tab.finish()
     assert tab.complaints() == []
@@ -138,11 +135,11 @@ def test_blueprint(tab, client, name):
     tab.page.mouse.click(*PLACE)
     tab.until("app.graph.nodes.length === 1 && !app.graph.nodes[0].flags.ghost")
     tab.run(SURROUND, {"CheckpointLoaderSimple": CHECKPOINT, "RewardGuidanceLoadReward": "PickScore_v1.safetensors"})
-    tab.change(**SMALL, seed=random.getrandbits(32), prompt="a small blue heart on a yellow ground")
+    tab.change(**SMALL, seed=SEED, prompt="a small blue heart on a yellow ground")
     tab.queue()
     tab.finish()
     tab.command("Comfy.Canvas.FitView")
-    tab.page.wait_for_timeout(500)  # it glides there
+    tab.settle()
     tab.photograph(name.lower().replace(" ", "_"))
     assert tab.complaints() == []
     assert len(pictures(client)) == BATCH

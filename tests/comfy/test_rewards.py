@@ -249,6 +249,7 @@ def test_every_batch_of_a_list_has_its_own_scores_in_its_files(bench):
     )
     graph.add("save", "SaveImage", images=["score", 3], filename_prefix=f"list_{next(SEEDS)}")
     files = bench.run(graph.prompt, extra_pnginfo=WORKFLOW).outputs["save"]["images"]
+    assert len(files) == 4
     for file in files:
         said = [score for entry in entries(bench, file)["score"] for score in entry["scores"]]
         assert said == pytest.approx([opened(bench, each).getpixel((0, 0))[0] / 255 for each in files], abs=0.01)

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,13 @@ class Tab:
         self.run("() => app.refreshComboInNodes()")
         self.until("!document.querySelector('.p-toast-message')")  # it says that it did
 
+    def await_true(self, found: Callable[[], bool], seconds: float = 20) -> None:
+        """Like `until`, for what is not to be said in the page's language."""
+        end = time.monotonic() + seconds
+        while not found():
+            assert time.monotonic() < end, "it did not come true"
+            self.page.wait_for_timeout(50)
+
     def load(self, workflow: dict, name: str = "test") -> None:
         """Into a workflow tab of its own, whole on the screen."""
         self.run(
@@ -193,15 +200,31 @@ class Tab:
         )
         self.command("Comfy.Canvas.FitView")
 
-    def change(self, **values: Any) -> None:
-        """Every widget of these names, on every node, within subgraphs too. A single step stays one."""
+    def change(self, kind: str | None = None, /, **values: Any) -> None:
+        """Every widget of these names, on every node or on those of a kind, within subgraphs too. A single step stays one."""
         self.run(
-            """values => {
+            """([kind, values]) => {
                 for (const graph of [app.rootGraph, ...app.rootGraph.subgraphs.values()])
-                    for (const widget of graph.nodes.flatMap(node => node.widgets ?? []))
-                        if (widget.name in values && !(widget.name === "steps" && widget.value === 1)) widget.value = values[widget.name]
+                    for (const node of graph.nodes.filter(node => !kind || node.type === kind))
+                        for (const widget of node.widgets ?? [])
+                            if (widget.name in values && !(widget.name === "steps" && widget.value === 1))
+                                widget.value = values[widget.name]
             }""",
-            values,
+            [kind, values],
+        )
+
+    def settle(self) -> None:
+        """Wait until the canvas has not moved for three frames, in which the page draws what has changed."""
+        self.run(
+            """async () => {
+                const frame = () => new Promise(requestAnimationFrame)
+                const view = () => [app.canvas.ds.scale, ...app.canvas.ds.offset].join()
+                for (let before, still = 0; still < 3;) {
+                    await frame()
+                    still = view() === before ? still + 1 : 0
+                    before = view()
+                }
+            }"""
         )
 
     def overlaps(self) -> list[list[str]]:
