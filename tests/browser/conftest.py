@@ -1,8 +1,11 @@
 """Tabs on every frontend and renderer. Without a browser these tests are skipped, but never on GitHub."""
 
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 
 import pytest
 from reward_guidance.tests.harness import browser, comfy, environment, models
@@ -10,15 +13,18 @@ from reward_guidance.tests.harness.client import Client
 from xdist.scheduler import LoadScopeScheduling
 
 FRONTENDS = ["pinned", "newest"]
-KEEP_RESULTS = ["--cache-lru", "200"]
-"""A prompt that both renderers send alike runs once, and one that they send otherwise runs again."""
+
+
+def frontend_of(nodeid: str) -> str:
+    """The frontend that a test uses; the first for a test that uses none."""
+    return next((frontend for frontend in FRONTENDS if frontend in nodeid), FRONTENDS[0])
 
 
 class EachFrontend(LoadScopeScheduling):
     """Leaves a frontend's tests to one process, which has a ComfyUI and a browser of its own."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return next((frontend for frontend in FRONTENDS if frontend in nodeid), FRONTENDS[0])
+        return frontend_of(nodeid)
 
 
 def pytest_xdist_make_scheduler(config, log) -> EachFrontend:
@@ -51,8 +57,8 @@ def server(frontend) -> Iterator[comfy.Server]:
     base = environment.cache() / "work" / f"browser-{frontend}"
     models.link_every(base / "models")
     shutil.rmtree(base / "output", ignore_errors=True)
-    pages = [] if frontend == "pinned" else ["--front-end-root", str(needed(browser.newest_frontend))]
-    with comfy.serve(base, [*pages, *KEEP_RESULTS], variables={"OMP_NUM_THREADS": "1"}) as running:
+    options = [] if frontend == "pinned" else ["--front-end-root", str(needed(browser.newest_frontend))]
+    with comfy.serve(base, options, variables={"OMP_NUM_THREADS": "1"}) as running:
         yield running
 
 
@@ -61,17 +67,36 @@ def client(server) -> Client:
     return Client(server.url)
 
 
-@pytest.fixture(scope="session", params=browser.RENDERERS)
-def session_tab(request, chromium, client, frontend) -> Iterator[browser.Tab]:
-    settings = {"Comfy.VueNodes.Enabled": browser.RENDERERS[request.param]}
-    with browser.tab(chromium, client, f"{frontend}-{request.param}", **settings) as opened:
-        yield opened
+@pytest.fixture(scope="session")
+def tab_of(chromium, client, frontend) -> Iterator[Callable[[str], browser.Tab]]:
+    """The tab of a renderer, opened once. The renderers take turns, so that a prompt which both send alike runs once:
+    ComfyUI keeps what the last prompt made."""
+    with ExitStack() as opened:
+
+        @cache
+        def of(renderer: str) -> browser.Tab:
+            settings = {"Comfy.VueNodes.Enabled": browser.RENDERERS[renderer]}
+            return opened.enter_context(browser.tab(chromium, client, f"{frontend}-{renderer}", **settings))
+
+        yield of
 
 
-@pytest.fixture
-def tab(session_tab) -> Iterator[browser.Tab]:
-    """Of which no test may end with a complaint on the page or in its console."""
-    session_tab.errors.clear()
-    yield session_tab
-    session_tab.stop()
-    assert session_tab.complaints() == []
+@pytest.fixture(params=browser.RENDERERS)
+def tab(request, tab_of) -> Iterator[browser.Tab]:
+    """A tab of which no test may end with a complaint on the page or in its console."""
+    shared = tab_of(request.param)
+    shared.errors.clear()
+    yield shared
+    shared.stop()
+    assert shared.complaints() == []
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each test on one renderer after the other, and all of one frontend together."""
+
+    def without_renderer(item: pytest.Item) -> str:
+        return re.sub("|".join(browser.RENDERERS), "", item.nodeid)
+
+    places = {name: place for place, name in enumerate(dict.fromkeys(map(without_renderer, items)))}
+    items.sort(key=lambda item: (frontend_of(item.nodeid), places[without_renderer(item)]))

@@ -16,7 +16,7 @@ WORKFLOWS = sorted((CHECKOUT / "workflows").glob("*.json"), key=lambda path: ("_
 
 BATCH = SMALL["batch_size"]
 SEED = 7
-"""The same on every renderer, so that the server runs again only what a renderer sends otherwise, and what draws a curve."""
+"""The same on both renderers, so that the server runs again only what a renderer sends otherwise, and what draws a curve."""
 SAVED = {
     "diffusion_guidance_sdxl": BATCH,
     "everything_combined_flux": BATCH,
