@@ -1,11 +1,16 @@
 """The metadata of a network file: the model it belongs to, and how it was trained."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..errors import GuidanceError, short
+from ..errors import GuidanceError, quoted, short
 from ..records import record
 from .forms import FORMS
+
+FORMS_OF_NOISE = ("noise", "leap")
+LARGEST = 2**28
+"""Numbers in a latent at most, more than in any that a model makes: what a few numbers in a file claim beyond that takes all memory."""
 
 
 @dataclass(frozen=True)
@@ -97,4 +102,8 @@ def card_from(content: Any) -> Card:
     card = record(Card, {name: value for name, value in dict(content).items() if name in known})
     if card.form not in FORMS or len(card.rewards) != len(card.reward_weights):
         raise ValueError("its card contradicts itself")
+    if card.base.target != ("noise" if card.form in FORMS_OF_NOISE else "data") or (card.best and not card.curve):
+        raise ValueError("its card contradicts itself")
+    if card.shape and not (len(card.shape) in (3, 4) and min(card.shape) >= 1 and math.prod(card.shape) <= LARGEST):
+        raise ValueError(f"shape cannot be {quoted(card.shape)}")
     return card

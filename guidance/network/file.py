@@ -74,7 +74,8 @@ def load_network(path: Path) -> tuple[GuidanceNetwork, Card]:
 def _require_fitting(network: GuidanceNetwork, card: Card, shapes: Shapes) -> None:
     """Raise ValueError if the tensors of a file do not fit the network that it describes."""
     a = network.architecture
-    if (a.inputs, a.scalar) != (FORMS[card.form].inputs, card.form == "potential"):
+    channels = card.shape[0] if card.shape else card.base.channels
+    if (a.inputs, a.scalar, a.channels) != (FORMS[card.form].inputs, card.form == "potential", channels):
         raise ValueError("its card and its network contradict each other")
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if wrong := [name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)]:

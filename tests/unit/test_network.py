@@ -266,7 +266,10 @@ CARDS = (
     {"rewards": ["PickScore"]}, {"reward_weights": ["1", "2"]}, {"curve": [[1]]}, {"curve": 3}, {"curve": [["200", -0.1]]}, {"best": [1, 2, 3]},
     {"best": 400}, {"steps": 4e3},
     {"base": None}, {"base": {}}, {"base": "SD15"}, {"form": "circle"}, {"form": "noise"}, {"form": ["shift"]},
-    {"effective": "x" * 10**6}, {"prompts": 3},
+    {"effective": "x" * 10**6}, {"prompts": 3}, {"curve": []},
+    {"shape": [4, 10**5, 10**5]}, {"shape": [4, -1, 8]}, {"shape": [4, 0, 8]}, {"shape": [4]}, {"shape": [8, 8, 8]},
+    {"base": dataclasses.asdict(BASE) | {"channels": 8}}, {"base": dataclasses.asdict(BASE) | {"target": "noise"}},
+    {"base": dataclasses.asdict(BASE) | {"target": "x"}},
 )  # fmt: skip
 
 
