@@ -1,6 +1,7 @@
 """What the layout promises: guidance/ is plain PyTorch, the pack finds itself by relative imports, and what ships is harmless."""
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -10,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from reward_guidance.tests.harness.environment import CHECKOUT, COMFYUI_BRINGS
+from reward_guidance.guidance.rewards import Reward
 
 COMFYUI = {
     "comfy",
@@ -180,3 +182,10 @@ def test_the_documented_reward_is_the_tested_one():
     )
     tested = (CHECKOUT / "tests" / "packs" / "redness" / "__init__.py").read_text()
     assert tested.endswith(shown)
+
+
+def test_the_documented_attributes_are_those_that_are_read():
+    table = (CHECKOUT / "nodes" / "web" / "docs" / "your_own_reward.md").read_text().split("| attribute |")[1]
+    names = re.findall(r"`(\w+)", "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
+    assert len(names) >= 7
+    assert [name for name in names if not hasattr(Reward, name)] == []
