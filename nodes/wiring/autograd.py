@@ -49,14 +49,15 @@ def manage(module: nn.Module) -> GradientPatcher:
 def normal_weights(*modules: nn.Module) -> Iterator[None]:
     """Replace inference tensors in the modules by normal tensors that share their memory, and restore them at the end.
 
-    Autograd cannot save inference tensors.
+    Autograd cannot save inference tensors. Attributes of a module are replaced too, because rewards of other packs
+    may keep tensors there.
     """
     swapped: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for module in chain.from_iterable(m.modules() for m in modules):
-            for tensors in cast(list[dict[str, Any]], [module._parameters, module._buffers]):
+            for tensors in cast(list[dict[str, Any]], [module._parameters, module._buffers, vars(module)]):
                 for name, tensor in tensors.items():
-                    if tensor is not None and tensor.is_inference():
+                    if isinstance(tensor, Tensor) and tensor.is_inference():
                         swapped.append((tensors, name, tensor))
                         tensors[name] = _alias(tensor)
         yield

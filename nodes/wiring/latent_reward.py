@@ -59,6 +59,13 @@ class LatentReward:
         except RewardError:
             self.require_finite(frames, pixels)
             raise
+        except RuntimeError as error:
+            if "Inference tensors" not in str(error):
+                raise
+            raise GuidanceError(
+                f"{self.loaded.reward.name} uses a tensor that has no gradient, as it was made while ComfyUI ran a node. In the reward's code, "
+                "keep the tensor by register_buffer."
+            ) from error
         return self.loaded.reward.standardize(scores).view(len(latents), -1).mean(1)
 
     def require_finite(self, latents: Tensor, pixels: Tensor) -> None:

@@ -40,6 +40,8 @@ class GuidedRun(SamplingRun):
     """The state of one sampling run that a reward guides."""
 
     estimator: Estimator
+    samples: int
+    """In the batch."""
     sigmas: list[float]
     serial: int = field(default_factory=lambda: next(serial_numbers))
     model_calls: int = 0
@@ -113,6 +115,7 @@ class RewardGuidance(SamplerHooks):
             process=process,
             first_sigma=sampling.percent_to_sigma(self.start),
             last_sigma=sampling.percent_to_sigma(self.end),
+            samples=shape[0],
             sigmas=sigmas,
             estimator=self.kind(
                 process, lambda denoised: self.reward(run.blended(denoised)), self.settings, generator(seed or 0)
@@ -126,6 +129,7 @@ class RewardGuidance(SamplerHooks):
         sigma = common_sigma(timestep)
         if not run.active(sigma):
             return executor(x, timestep, model_options, seed)
+        require_whole_batch(x, run.samples)
         require_one_call(self.estimator, options)
 
         def denoise(point: Tensor) -> Tensor:
@@ -178,6 +182,14 @@ def common_sigma(timestep: Tensor) -> float:
             "Reward guidance needs one noise level for all samples of a batch; this sampler gives each its own."
         )
     return levels[0]
+
+
+def require_whole_batch(x: Tensor, samples: int) -> None:
+    """Raise GuidanceError for a part of a batch: which of the samples they are, and so which gradients are theirs, is not known."""
+    if len(x) != samples:
+        raise GuidanceError(
+            f"Reward guidance needs all {samples} samples of a batch at once; this sampler shows the model {len(x)}. Sample one at a time."
+        )
 
 
 def require_one_call(estimator: str, transformer_options: dict) -> None:

@@ -21,7 +21,7 @@ from reward_guidance.guidance.randomness import generator
 from reward_guidance.guidance.rewards import ImageStatistic, Reward
 from reward_guidance.nodes.wiring.autograd import gradients, normal_weights
 from reward_guidance.nodes.wiring.latent_reward import LatentReward
-from reward_guidance.nodes.wiring.loaded import LoadedReward
+from reward_guidance.nodes.wiring.loaded import LoadedReward, manage_reward
 from reward_guidance.nodes.wiring.model_info import process_of
 from reward_guidance.nodes.wiring.patch_reward import RewardGuidance
 from reward_guidance.tests.standins import analytic
@@ -273,6 +273,35 @@ def test_normal_weights_are_the_same_memory_and_are_put_back():
     assert layer.weight is original
 
 
+class WithTensors(Reward):
+    """As another pack may write it, with tensors that no one registered."""
+
+    name = "stripes"
+
+    def __init__(self, hidden: bool):
+        super().__init__()
+        own = torch.rand(3, 1, 1)
+        self.weight, self.hidden = own, [own] if hidden else None
+
+    def forward(self, pixels, prompts):
+        return (pixels * (self.hidden[0] if self.hidden else self.weight)).flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_reward_with_tensors_of_its_own_guides_or_says_how_to_keep_them(hidden):
+    with torch.inference_mode():
+        loaded = manage_reward(WithTensors(hidden))
+    decoder = SimpleNamespace(modules=(), pixels=lambda latents: latents)
+    reward = LatentReward(loaded, decoder, "")
+    with gradients(*reward.modules), torch.enable_grad():
+        point = torch.zeros(1, 3, 4, 4, requires_grad=True)
+        if hidden:
+            with pytest.raises(GuidanceError, match="stripes .* keep the tensor by register_buffer"):
+                reward(point)
+        else:
+            assert torch.autograd.grad(reward(point).sum(), point)[0].abs().min() > 0
+
+
 def test_bad_settings_are_refused_in_a_sentence():
     with pytest.raises(GuidanceError, match="start must not lie after the end"):
         guidance(start=0.8, end=0.2)
@@ -374,6 +403,19 @@ def test_samples_of_several_noise_levels_are_refused():
         return model(x, torch.linspace(0.2, 0.8, len(x)), **extra_args)
 
     with pytest.raises(GuidanceError, match="one noise level"), torch.inference_mode():
+        latent, model = torch.zeros(4, 2, 1, 1), guidance().attach(flow_model())
+        sigmas, sampler = torch.tensor([0.8, 0.0]), comfy.samplers.KSAMPLER(function)
+        comfy.sample.sample_custom(model, latent, 1.0, sampler, sigmas, CONDITION, CONDITION, latent, disable_pbar=True)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_parts_of_a_batch_are_refused(size):
+    """The gradient of the last part is not that of the next."""
+
+    def function(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        return torch.cat([model(part, sigmas[:1].expand(len(part)), **extra_args) for part in x.split(size)])
+
+    with pytest.raises(GuidanceError, match=f"needs all 4 samples .* shows the model {size}"), torch.inference_mode():
         latent, model = torch.zeros(4, 2, 1, 1), guidance().attach(flow_model())
         sigmas, sampler = torch.tensor([0.8, 0.0]), comfy.samplers.KSAMPLER(function)
         comfy.sample.sample_custom(model, latent, 1.0, sampler, sigmas, CONDITION, CONDITION, latent, disable_pbar=True)
