@@ -113,6 +113,10 @@ def _one_picture(reference: Tensor) -> Tensor:
         raise RewardError(
             f"The reference must be one picture of shape (1, 3, height, width), not {tuple(reference.shape)}."
         )
+    if not reference.isfinite().all():
+        raise RewardError(
+            "The reference picture has values that are not finite numbers: the VAE or the node that made it is at fault."
+        )
     return reference.detach().clone()
 
 

@@ -167,14 +167,18 @@ def require_matching_vae(vae: comfy.sd.VAE, latent_format: LatentFormat) -> None
         )
 
 
+SHAPES = ("TripoSplat", "Trellis")
+"""First letters of latent formats of 3-D shapes. ComfyUI has Trellis 2 since version 0.33."""
+
+
 def require_pictures(latent_format: LatentFormat) -> None:
     """Raise GuidanceError for a model of sound or of 3-D shapes.
 
-    The latents of two such models have the dimensions of pictures: ACE-Step (its format has "audio" in its name) and
-    TripoSplat.
+    Some such models have latents with the dimensions of pictures: ACE-Step (its format has "audio" in its name) and
+    those of SHAPES.
     """
     name = type(latent_format).__name__
-    if latent_format.latent_dimensions not in (2, 3) or "audio" in name.lower() or name == "TripoSplat":
+    if latent_format.latent_dimensions not in (2, 3) or "audio" in name.lower() or name.startswith(SHAPES):
         raise GuidanceError(
             f"Rewards score pictures and videos, and this model makes neither (its latents are of the format {name})."
         )

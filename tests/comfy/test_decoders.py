@@ -520,9 +520,16 @@ def test_memory_that_runs_out_is_not_called_a_damaged_file(tiny_files, monkeypat
         make_decoder("taesd", latent_format_of(name), None)
 
 
-@pytest.mark.parametrize("name", NO_PICTURES)
-def test_a_model_of_sound_or_shapes_is_refused_at_once(name):
-    latent_format = latent_format_of(name)
+class Trellis2(comfy.latent_formats.LatentFormat):
+    """As a newer ComfyUI has it: shapes, in latents of the dimensions of pictures."""
+
+    latent_channels = 32
+
+
+@pytest.mark.parametrize("kind", [*NO_PICTURES, Trellis2])
+def test_a_model_of_sound_or_shapes_is_refused_at_once(kind):
+    latent_format = latent_format_of(kind) if isinstance(kind, str) else kind()
+    name = type(latent_format).__name__
     its_own = SimpleNamespace(
         latent_channels=latent_format.latent_channels, latent_dim=1, throw_exception_if_invalid=lambda: None
     )

@@ -195,6 +195,7 @@ def test_made_inside_inference_mode_still_has_gradients():
         (lambda: ColourReward((None, 0.1, 0.2)), "three numbers from 0 to 1"),
         (lambda: ColourReward((float("nan"), 0.1, 0.2)), "three numbers from 0 to 1"),
         (lambda: ImageSimilarity(torch.rand(2, 3, 8, 8)), "one picture"),
+        (lambda: ImageSimilarity(torch.full((1, 3, 8, 8), float("nan"))), "The reference picture has values"),
         (lambda: ImageSimilarity(torch.rand(3, 8, 8)), "one picture"),
     ],
 )
