@@ -52,18 +52,19 @@ def normal_weights(*modules: nn.Module) -> Iterator[None]:
     Autograd cannot save inference tensors. Attributes of a module are replaced too, because rewards of other packs
     may keep tensors there.
     """
-    swapped: list[tuple[dict[str, Any], str, Tensor]] = []
+    swapped: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
     try:
         for module in chain.from_iterable(m.modules() for m in modules):
             for tensors in cast(list[dict[str, Any]], [module._parameters, module._buffers, vars(module)]):
                 for name, tensor in tensors.items():
                     if isinstance(tensor, Tensor) and tensor.is_inference():
-                        swapped.append((tensors, name, tensor))
-                        tensors[name] = _alias(tensor)
+                        tensors[name] = alias = _alias(tensor)
+                        swapped.append((tensors, name, tensor, alias))
         yield
     finally:
-        for tensors, name, tensor in swapped:
-            tensors[name] = tensor
+        for tensors, name, tensor, alias in swapped:
+            if tensors.get(name) is alias:  # what the module itself replaced meanwhile, as a cache, stays
+                tensors[name] = tensor
 
 
 def _alias(tensor: Tensor) -> Tensor:

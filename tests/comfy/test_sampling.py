@@ -273,6 +273,16 @@ def test_normal_weights_are_the_same_memory_and_are_put_back():
     assert layer.weight is original
 
 
+def test_what_a_module_replaces_meanwhile_stays():
+    with torch.inference_mode():
+        layer = torch.nn.Linear(3, 3)
+        layer.cache = torch.ones(3)
+    with gradients(layer):
+        assert not layer.cache.is_inference()
+        layer.cache = layer.cache + 1
+    assert layer.cache.tolist() == [2, 2, 2]
+
+
 class WithTensors(Reward):
     """As another pack may write it, with tensors that no one registered."""
 
