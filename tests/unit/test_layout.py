@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from reward_guidance.tests.harness.environment import CHECKOUT, COMFYUI_BRINGS
 from reward_guidance.guidance.rewards import Reward
+from reward_guidance.tests.harness.environment import CHECKOUT, COMFYUI_BRINGS
 
 COMFYUI = {
     "comfy",
@@ -186,6 +186,8 @@ def test_the_documented_reward_is_the_tested_one():
 
 def test_the_documented_attributes_are_those_that_are_read():
     table = (CHECKOUT / "nodes" / "web" / "docs" / "your_own_reward.md").read_text().split("| attribute |")[1]
-    names = re.findall(r"`(\w+)", "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
+    names = re.findall(
+        r"`(\w+)", "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    )
     assert len(names) >= 7
     assert [name for name in names if not hasattr(Reward, name)] == []
