@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .base import RewardError
 from .clip_checkpoint import check_heads, check_image_size
@@ -43,10 +43,7 @@ def vision_encoder(state: StateDict, hints: Hints) -> Any:
 
 
 def text_encoder(state: StateDict, hints: Hints) -> Any:
-    """transformers' BlipTextModel: tokens (B,N), attention_mask (B,N), encoder_hidden_states (B,M,V) -> (B,N,width).
-
-    encoder_hidden_states: the image from `vision_encoder`. Raises RewardError if the sizes are impossible.
-    """
+    """transformers' BlipTextModel, which `encode_text` calls. Raises RewardError if the sizes are impossible."""
     from transformers import BlipTextConfig, BlipTextModel
 
     words, width = state["embeddings.word_embeddings.weight"].shape
@@ -67,6 +64,16 @@ def text_encoder(state: StateDict, hints: Hints) -> Any:
     # The state dict does not hold this buffer.
     encoder.embeddings.position_ids = torch.arange(places)[None]
     return _with_weights(encoder, state)
+
+
+def encode_text(encoder: Any, tokens: Tensor, mask: Tensor, image: Tensor) -> Tensor:
+    """Tokens (B,N), their mask (B,N), true where there is text, and an encoded image (B,M,V) -> (B,N,width).
+
+    Calls the parts of BlipTextModel, because its own forward reads the mask on the host and so waits for the GPU.
+    """
+    embedded = encoder.embeddings(tokens)
+    penalty = (~mask)[:, None, None].to(embedded.dtype) * torch.finfo(embedded.dtype).min
+    return encoder.encoder(embedded, attention_mask=penalty, encoder_hidden_states=image).last_hidden_state
 
 
 def _with_weights(encoder: nn.Module, state: StateDict) -> nn.Module:

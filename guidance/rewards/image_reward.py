@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import pass_out_of_memory, short
 from .aesthetic import collapse
 from .base import PromptMemory, Reward, RewardError, at_least_float32, warn_of_truncated_text
-from .blip import text_encoder, vision_encoder
+from .blip import encode_text, text_encoder, vision_encoder
 from .clip import layer_activation_bytes, preprocess
 from .clip_checkpoint import check_floats
 from .files import LoadOptions, Shapes, StateDict, Weights, one_line
@@ -81,8 +81,7 @@ class ImageReward(Reward):
         prepared = preprocess(at_least_float32(pixels), self.visual_encoder.patch_embed.img_size[0])
         picture = self.visual_encoder(prepared.to(self.visual_encoder.cls_token.dtype))
         tokens, mask = (tensor.to(picture.device, non_blocking=True) for tensor in self.tokenize(prompts))
-        encoded = self.text_encoder(tokens, attention_mask=mask, encoder_hidden_states=picture).last_hidden_state
-        state = at_least_float32(encoded[:, 0])
+        state = at_least_float32(encode_text(self.text_encoder, tokens, mask, picture)[:, 0])
         return state @ self.weight.to(state) + self.bias.to(state)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
