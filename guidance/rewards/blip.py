@@ -30,10 +30,10 @@ def vision_encoder(state: StateDict, hints: Hints) -> Any:
     check_heads("vision", width, heads)
     image_size = patch_size * math.isqrt(state["pos_embed"].shape[1] - 1)
     check_image_size(image_size)
-    sizes = {"num_classes": 0, "global_pool": "", "embed_dim": width, "depth": 0, "num_heads": heads}
+    sizes: dict[str, Any] = {"num_classes": 0, "global_pool": "", "embed_dim": width, "depth": 0, "num_heads": heads}
     # Half a unit protects the width of the MLP, int(width * ratio), from rounding.
     ratio = (len(state["blocks.0.mlp.fc1.bias"]) + 0.5) / width
-    norm = partial(nn.LayerNorm, eps=1e-6)
+    norm: Any = partial(nn.LayerNorm, eps=1e-6)
     with torch.device("meta"):
         encoder = VisionTransformer(image_size, patch_size, norm_layer=norm, weight_init="skip", **sizes)
         # The blocks are added here because timm 1.0.17, which open_clip allows, cannot build them on the meta device.
@@ -60,7 +60,7 @@ def text_encoder(state: StateDict, hints: Hints) -> Any:
         encoder_hidden_size=state["encoder.layer.0.crossattention.self.key.weight"].shape[1],
     )
     with torch.device("meta"):
-        encoder = BlipTextModel(config, add_pooling_layer=False)
+        encoder: Any = BlipTextModel(config, add_pooling_layer=False)
     # The state dict does not hold this buffer.
     encoder.embeddings.position_ids = torch.arange(places)[None]
     return _with_weights(encoder, state)

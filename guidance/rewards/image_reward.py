@@ -164,7 +164,7 @@ def _read_vocabulary(file: Path, words: int) -> Vocabulary:
 
 def _read_tokenizer(file: Path) -> Any:
     """tokenizers.Tokenizer, as transformers makes it of a vocab.txt or a tokenizer.json."""
-    from transformers import BertTokenizerFast, PreTrainedTokenizerFast
+    from transformers import BertTokenizerFast, PreTrainedTokenizerFast  # type: ignore[attr-defined]
 
     if file.suffix == ".json":
         return PreTrainedTokenizerFast(tokenizer_file=str(file)).backend_tokenizer

@@ -93,7 +93,7 @@ def test_long_prompts_are_cut_and_say_so(reward, caplog):
     pixels = torch.rand(1, 3, 24, 24)
     assert torch.equal(reward(pixels, [f"{start} {end}"]), reward(pixels, [start]))
     reward(pixels, [f"{start} {end}"])
-    assert [record.getMessage().endswith(f"does not see: {end}") for record in caplog.records] == [True]
+    assert [record.getMessage().endswith(f"does not read: {end}") for record in caplog.records] == [True]
 
 
 @pytest.mark.parametrize("prompt", ["日本語の猫 🐈", "\ud800", "a" * 5000, "\n\t . "])
