@@ -315,11 +315,8 @@ def test_clip_reward_file_scores_by_the_prompt(bench, clip_reward):
 
 
 def test_likeness_in_meaning(bench, clip_reward):
-    reward = likeness("meaning", clip_reward=["clip_reward", 0])
-
     def build(graph):
-        clip_reward(graph)
-        return reward(graph)
+        return likeness("meaning", clip_reward=clip_reward(graph))(graph)
 
     assert_follows(bench, "flux", guidance={"reward": build})
     same = bench.run(built(score(build)))

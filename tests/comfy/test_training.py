@@ -720,7 +720,7 @@ def test_a_truncated_shard_is_named_and_collected_again(bench, refused, data_fol
     os.truncate(shard, 3000)
     refused(
         prompt_of_training("truncated", seed=next(SEEDS)),
-        "shard-00000.safetensors in truncated is damaged: collect again, which redoes",
+        "shard-00000.safetensors in truncated is damaged: collect again, which replaces only that shard",
     )
     collect(bench, "flux", "truncated", count=5).check()
     assert shard.read_bytes() == whole
