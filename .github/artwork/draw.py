@@ -1,4 +1,4 @@
-"""Draws icon.png and banner.png: a ring of modes p(x), and what the reward-weighted q(x) ∝ p(x)·exp(r(x)/β) makes of it."""
+"""Draws icon.png and banner.png: a ring of modes p(x) and the reward-weighted q(x) ∝ p(x)·exp(r(x)/β)."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ OVERSAMPLING = 2
 
 
 def ring(side: int, tilted: bool) -> np.ndarray:
-    """Pixels (side,side,3) of a mixture of Gaussians on a ring, in the colour of its reward; the reward is the height in the picture."""
+    """Pixels (side,side,3) of Gaussians on a ring, in the colour of their reward, which rises with the height."""
     x, y = np.meshgrid(*[np.linspace(-1, 1, side)] * 2)
     angles = 2 * np.pi * (np.arange(MODES) + 0.5) / MODES
     squares = (x[..., None] - RADIUS * np.cos(angles)) ** 2 + (y[..., None] - RADIUS * np.sin(angles)) ** 2

@@ -10,7 +10,7 @@ from .forms import FORMS
 
 FORMS_OF_NOISE = ("noise", "leap")
 LARGEST = 2**28
-"""Numbers in a latent at most, more than in any that a model makes: what a few numbers in a file claim beyond that takes all memory."""
+"""Most numbers that a latent may have, more than any model makes. A file that claims more would use up all memory."""
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,8 @@ def _one_picture(reference: Tensor) -> Tensor:
         )
     if not reference.isfinite().all():
         raise RewardError(
-            "The reference picture has values that are not finite numbers: the VAE or the node that made it is at fault."
+            "The reference picture has values that are not finite numbers: "
+            "the VAE or the node that made it is at fault."
         )
     return reference.detach().clone()
 

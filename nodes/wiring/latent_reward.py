@@ -62,9 +62,10 @@ class LatentReward:
         except RuntimeError as error:
             if "Inference tensors" not in str(error):
                 raise
+            name = self.loaded.reward.name
             raise GuidanceError(
-                f"{self.loaded.reward.name} uses a tensor that has no gradient, as it was made while ComfyUI ran a node. In the reward's code, "
-                "keep the tensor by register_buffer."
+                f"{name} uses a tensor that was made while ComfyUI ran a node: it has no gradient. "
+                "Register it with register_buffer in the reward's code."
             ) from error
         return self.loaded.reward.standardize(scores).view(len(latents), -1).mean(1)
 

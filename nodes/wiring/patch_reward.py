@@ -185,10 +185,11 @@ def common_sigma(timestep: Tensor) -> float:
 
 
 def require_whole_batch(x: Tensor, samples: int) -> None:
-    """Raise GuidanceError for a part of a batch: which of the samples they are, and so which gradients are theirs, is not known."""
+    """Raise GuidanceError for a part of a batch, because it is unknown which gradients belong to it."""
     if len(x) != samples:
         raise GuidanceError(
-            f"Reward guidance needs all {samples} samples of a batch at once; this sampler shows the model {len(x)}. Sample one at a time."
+            f"Reward guidance needs all {samples} samples of a batch at once, but this sampler calls the model with "
+            f"{len(x)}. Sample one at a time."
         )
 
 
