@@ -26,7 +26,7 @@ def in_language(tab):
 
 
 @pytest.mark.parametrize(
-    ("locale", "words"), [("en", "A KSampler whose pictures follow a reward"), ("zh", "图像遵循奖励的")]
+    ("locale", "words"), [("en", "A KSampler that is guided by a reward"), ("zh", "图像遵循奖励的")]
 )
 def test_help_is_shown_with_its_pictures(in_language, locale, words):
     tab = in_language(locale)
